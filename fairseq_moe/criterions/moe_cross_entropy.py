@@ -1,0 +1,128 @@
+"""Cross entropy plus the weighted gate (balance) loss of an MoE model, with its statistics.
+
+loss = inner + weight * n * gate, where inner is the summed negative log-likelihood in nats, n the sample size
+(tokens, or sentences with --sentence-avg) and gate the sum or mean of the layers' balance losses. fairseq
+divides the sum over ranks and micro-batches by the sum of n, so gate counts per token whatever the placement.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.criterions import register_criterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
+from fairseq.dataclass import ChoiceEnum
+from fairseq.logging import metrics
+from torch import Tensor
+
+from fairseq_moe.load_record import LOAD_KEY
+from fairseq_moe.modules.stats import LAYER_STATS
+
+__all__ = ["MoECrossEntropyCriterion", "MoECrossEntropyCriterionConfig"]
+
+
+@dataclass
+class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
+    """Flags of the criterion."""
+
+    moe_gate_loss_wt: float = field(default=1.0, metadata={"help": "weight of the gate (balance) loss"})
+    moe_gate_loss_combine_method: ChoiceEnum(["average", "sum"]) = field(  # type: ignore[valid-type]
+        default="average", metadata={"help": "how the gate losses of the layers are combined"}
+    )
+    moe_gate_loss_transform: ChoiceEnum(["none", "neg_log"]) = field(  # type: ignore[valid-type]
+        default="none", metadata={"help": "transformation of the combined gate loss"}
+    )
+
+
+@register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyCriterionConfig)
+class MoECrossEntropyCriterion(CrossEntropyCriterion):
+    """See the module's docstring; with a dense model it equals ``cross_entropy`` bit for bit."""
+
+    def __init__(
+        self,
+        task: Any,
+        sentence_avg: bool,
+        moe_gate_loss_wt: float,
+        moe_gate_loss_combine_method: str,
+        moe_gate_loss_transform: str,
+    ) -> None:
+        super().__init__(task, sentence_avg)
+        self.gate_loss_weight = moe_gate_loss_wt
+        self.gate_loss_combine_method = str(moe_gate_loss_combine_method)
+        self.gate_loss_transform = str(moe_gate_loss_transform)
+
+    def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
+        """Loss in nats, sample size, and sums for logging."""
+        net_output = model(**sample["net_input"])
+        inner_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "inner_loss": inner_loss.data,
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+            "batch_count": 1,
+        }
+        auxes = [aux for aux in net_output[1].get("moe_aux", []) if aux is not None]
+        gate_loss = self._gate_loss([aux.balance_loss for aux in auxes], inner_loss)
+        loss = inner_loss
+        if auxes:
+            # Unreduced losses share the gate loss out, so that their sum is the same.
+            weight = self.gate_loss_weight * sample_size / inner_loss.numel()
+            loss = inner_loss + weight * gate_loss
+        logging_output["loss"] = loss.data
+        logging_output["moe_gate_loss"] = (sample_size * gate_loss).data
+        logging_output.update(_layer_means(auxes, inner_loss))
+        return loss, sample_size, logging_output
+
+    def _gate_loss(self, layer_losses: list[Tensor], inner_loss: Tensor) -> Tensor:
+        if not layer_losses:
+            return torch.zeros((), device=inner_loss.device)
+        # float() keeps the sum in fp32 whatever the model computes in; a float64 model stays float64.
+        terms = [loss if loss.dtype == torch.float64 else loss.float() for loss in layer_losses]
+        gate_loss = torch.stack(terms).sum()
+        if self.gate_loss_combine_method == "average":
+            gate_loss = gate_loss / len(terms)
+        if self.gate_loss_transform == "neg_log":
+            gate_loss = -torch.log(gate_loss)
+        return gate_loss
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
+        """Log losses in bits (base 2), statistics in their own units (see ``stats.LAYER_STATS``)."""
+
+        def total(key: str) -> Any:
+            return sum(log.get(key, 0) for log in logging_outputs)
+
+        sample_size, ntokens, batches = total("sample_size"), total("ntokens"), total("batch_count")
+        metrics.log_scalar("loss", total("loss") / sample_size / math.log(2), sample_size, round=3)
+        metrics.log_scalar("moe_gate_loss", total("moe_gate_loss") / sample_size, sample_size, round=8)
+        for name in LAYER_STATS:
+            metrics.log_scalar(name, total(name) / batches, batches, round=3)
+        loads = [log[LOAD_KEY] for log in logging_outputs if LOAD_KEY in log]
+        if loads:
+            metrics.log_scalar_sum(LOAD_KEY, sum(loads))
+        metrics.log_scalar("inner_loss", total("inner_loss") / sample_size / math.log(2), sample_size, round=3)
+        perplexity_of = "inner_loss"
+        if sample_size != ntokens:
+            perplexity_of = "nll_loss"
+            metrics.log_scalar("nll_loss", total("inner_loss") / ntokens / math.log(2), ntokens, round=3)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters[perplexity_of].avg))
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        """All outputs are sums, with the same keys on every rank."""
+        return True
+
+
+def _layer_means(auxes: list[Any], inner_loss: Tensor) -> dict[str, Tensor]:
+    """Statistics averaged over the MoE layers, and the layers' loads as one (layers, 2, E) tensor."""
+    if not auxes:
+        zero = torch.zeros((), device=inner_loss.device)
+        return {name: zero for name in LAYER_STATS}
+    means = torch.stack([aux.stats for aux in auxes]).mean(0)
+    outputs = dict(zip(LAYER_STATS, means.unbind(), strict=True))
+    outputs[LOAD_KEY] = torch.stack([aux.load_2E for aux in auxes])
+    return outputs

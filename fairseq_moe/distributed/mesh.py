@@ -1,0 +1,101 @@
+"""The same ranks seen twice: as a dense mesh and as a sparse (expert) mesh.
+
+Attention, embeddings and router weights live on the dense mesh, whose only axis today is data parallelism.
+Experts live on the sparse mesh of axes ``expert_replica`` x ``expert``. Both are ``DeviceMesh`` objects over
+all ranks, so tensor, pipeline and context parallelism, or torch FSDP2, would add axes here and leave the modules alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fairseq_moe.distributed.exchange import Exchange, GroupExchange, LocalExchange
+from fairseq_moe.layout import ExpertLayout
+
+__all__ = ["ParallelMesh", "local_experts_only", "parallel_mesh", "rank", "world_size"]
+
+_LOCAL_ONLY: ContextVar[bool] = ContextVar("local_experts_only", default=False)
+
+
+def world_size() -> int:
+    """Number of ranks: 1 before torch.distributed is initialised, or within ``local_experts_only``."""
+    if _LOCAL_ONLY.get() or not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size()
+
+
+def rank() -> int:
+    """This process's rank: 0 before torch.distributed is initialised, or within ``local_experts_only``."""
+    return 0 if world_size() == 1 else dist.get_rank()
+
+
+@contextmanager
+def local_experts_only() -> Iterator[None]:
+    """Models built or loaded inside hold every expert and never communicate (generation, hub loading)."""
+    token = _LOCAL_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _LOCAL_ONLY.reset(token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelMesh:
+    """Process groups of one expert layout.
+
+    Args:
+        layout: who owns which expert.
+        rank: this process.
+        dense: mesh of axis ``data``; None in a single process.
+        sparse: mesh of axes ``expert_replica`` and ``expert``; None in a single process.
+    """
+
+    layout: ExpertLayout
+    rank: int
+    dense: DeviceMesh | None
+    sparse: DeviceMesh | None
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """Ranks that hold the same experts; None in a single process."""
+        return None if self.sparse is None else self.sparse.get_group("expert_replica")
+
+    def exchange(self) -> Exchange:
+        """The token exchange between the ranks of this rank's row; local when the row has one rank."""
+        if self.sparse is None or self.layout.ep_size == 1:
+            return LocalExchange()
+        return GroupExchange(self.sparse.get_group("expert"))
+
+
+_MESHES: dict[tuple[dist.ProcessGroup, int], ParallelMesh] = {}
+
+
+def parallel_mesh(num_experts: int) -> ParallelMesh:
+    """The mesh for ``num_experts`` over the current ranks; a collective call the first time in a process group.
+
+    Raises:
+        ConfigError: the experts do not divide over the ranks.
+    """
+    layout = ExpertLayout(num_experts=num_experts, world_size=world_size())
+    if world_size() == 1:
+        return ParallelMesh(layout=layout, rank=0, dense=None, sparse=None)
+    world = dist.group.WORLD
+    assert world is not None
+    key = (world, num_experts)
+    if key not in _MESHES:
+        for stale in [k for k in _MESHES if k[0] is not world]:
+            del _MESHES[stale]
+        device = "cuda" if dist.get_backend() == "nccl" and torch.cuda.is_available() else "cpu"
+        grid = (layout.num_replicas, layout.ep_size)
+        _MESHES[key] = ParallelMesh(
+            layout=layout,
+            rank=rank(),
+            dense=init_device_mesh(device, (layout.world_size,), mesh_dim_names=("data",)),
+            sparse=init_device_mesh(device, grid, mesh_dim_names=("expert_replica", "expert")),
+        )
+    return _MESHES[key]

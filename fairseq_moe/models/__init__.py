@@ -1,0 +1,1 @@
+"""fairseq models; every module here is imported by fairseq's --user-dir."""

@@ -1,0 +1,104 @@
+"""The ``transformer_lm`` architectures with experts, under their stock names.
+
+Stock refuses a second model of the same name, so the registry entries are replaced (``adopt_architectures``).
+Without --moe-freq the stock model is built, by stock's code.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from fairseq.dataclass import ChoiceEnum
+from fairseq.models import (
+    ARCH_MODEL_INV_REGISTRY,
+    ARCH_MODEL_REGISTRY,
+    MODEL_DATACLASS_REGISTRY,
+    MODEL_REGISTRY,
+)
+from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
+from hydra.core.config_store import ConfigStore
+
+from fairseq_moe.config import MoEConfig
+from fairseq_moe.models.decoder import MoEDecoder
+
+__all__ = ["MoETransformerLanguageModel", "MoETransformerLanguageModelConfig", "adopt_architectures"]
+
+_NAME = "transformer_lm"
+
+
+@dataclass
+class MoETransformerLanguageModelConfig(TransformerLanguageModelConfig):
+    """Stock's flags and the expert flags, with the moe branch's names and defaults."""
+
+    moe_freq: int = field(default=0, metadata={"help": "every N-th decoder layer has experts; 0: none"})
+    moe_expert_count: int = field(default=0, metadata={"help": "experts of each MoE layer, over all ranks"})
+    moe_expert_ffn_dim: Optional[int] = field(
+        default=None, metadata={"help": "hidden width of an expert (default: --decoder-ffn-embed-dim)"}
+    )
+    moe_top1_expert: bool = field(default=False, metadata={"help": "one expert per token instead of two"})
+    moe_gating_use_fp32: bool = field(
+        default=False, metadata={"help": "router softmax and all that follows it in float32"}
+    )
+    moe_second_expert_policy: str = field(
+        default="sampling",
+        metadata={"help": "choice of the second expert while training: sampling, random or all"},
+    )
+    moe_normalize_gate_prob_before_dropping: bool = field(
+        default=False, metadata={"help": "normalise the two weights before tokens are dropped"}
+    )
+    moe_batch_prioritized_routing: bool = field(
+        default=False, metadata={"help": "the surest tokens choose first (two experts only)"}
+    )
+    moe_eval_capacity_token_fraction: float = field(
+        default=0.25,
+        metadata={"help": "expert capacity in evaluation, as a share of the tokens; <= 0: the training rule"},
+    )
+    moe_generation_capacity_token_fraction: Optional[float] = field(
+        default=None,
+        metadata={"help": "the same for incremental decoding (default: nothing is dropped)"},
+    )
+    moe_normalize_expert_grad: str = field(
+        default="world_size",
+        metadata={"help": "divisor of expert gradients: world_size, or sqrt_world_size (fully_sharded only)"},
+    )
+    use_moe_pad_mask: bool = field(default=False, metadata={"help": "padding tokens are not routed"})
+    record_a2a_perf_stats: bool = field(
+        default=False, metadata={"help": "log the time of the expert exchange (synchronises the device)"}
+    )
+    dummy_a2a: bool = field(
+        default=False, metadata={"help": "leave out the expert exchange, to measure its cost; results are wrong"}
+    )
+    alternate_decoder_ffn_embed_dim: int = field(
+        default=0, metadata={"help": "MoE positions hold dense networks of this width instead of experts"}
+    )
+    use_stable_embedding: bool = field(
+        default=False, metadata={"help": "refused: bitsandbytes embeddings are not supported", "argparse_alias": "--stable-emb"}
+    )
+    num_workers_valid: Optional[int] = field(
+        default=None, metadata={"help": "data loading workers in validation (default: --num-workers)"}
+    )
+
+
+class MoETransformerLanguageModel(TransformerLanguageModel):
+    """A transformer language model with experts; dense if no flag asks for any."""
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> TransformerLanguageModel:
+        """Build the model that ``args`` describes; stock's own when --moe-freq is 0."""
+        if not MoEConfig.from_args(args).moe_freq:
+            return TransformerLanguageModel.build_model(args, task)
+        if args.max_target_positions is None:
+            args.max_target_positions = args.tokens_per_sample
+        embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
+        return cls(MoEDecoder(args, task.target_dictionary, embed_tokens, no_encoder_attn=True))
+
+
+def adopt_architectures() -> None:
+    """Put the expert flags and model under every ``transformer_lm*`` name, for --arch and for hydra."""
+    MODEL_REGISTRY[_NAME] = MoETransformerLanguageModel
+    MODEL_DATACLASS_REGISTRY[_NAME] = MoETransformerLanguageModelConfig
+    setattr(MoETransformerLanguageModel, "__dataclass", MoETransformerLanguageModelConfig)  # noqa: B010
+    for arch in ARCH_MODEL_INV_REGISTRY[_NAME]:
+        ARCH_MODEL_REGISTRY[arch] = MoETransformerLanguageModel
+    node = MoETransformerLanguageModelConfig()
+    node._name = _NAME
+    ConfigStore.instance().store(name=_NAME, group="model", node=node, provider="fairseq_moe")

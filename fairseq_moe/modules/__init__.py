@@ -1,0 +1,39 @@
+"""The mixture-of-experts layer, from pure functions up to a Module.
+
+Letters at the end of a name give its shape:
+
+====== ==========================================================
+letter meaning
+====== ==========================================================
+T      tokens of this rank (batch x sequence, batch-major)
+D      model width
+F      hidden width of an expert
+E      experts of the layer, on all ranks
+L      experts on this rank
+K      experts chosen per token
+G      ranks that exchange tokens
+R      rows: (token, choice) pairs that survived capacity
+====== ==========================================================
+
+A padding mask is True where a token is padding, as in fairseq. Nothing here knows fairseq or torch.distributed.
+"""
+
+from fairseq_moe.modules.dispatch import Dispatcher, DispatchRecord
+from fairseq_moe.modules.experts import Experts
+from fairseq_moe.modules.losses import balance_loss
+from fairseq_moe.modules.moe_layer import MoEAux, MoELayer
+from fairseq_moe.modules.router import Router, RouterConfig, RouterMode
+from fairseq_moe.modules.routing import RoutingDecision
+
+__all__ = [
+    "DispatchRecord",
+    "Dispatcher",
+    "Experts",
+    "MoEAux",
+    "MoELayer",
+    "Router",
+    "RouterConfig",
+    "RouterMode",
+    "RoutingDecision",
+    "balance_loss",
+]

@@ -1,0 +1,143 @@
+"""How stock fairseq is changed: one decorated function per seam, installed once, refused if stock differs.
+
+A seam function receives the callable it replaces as its first argument and decides when to call it. The
+decorator records what stock does, why that breaks an MoE model (or a CPU run), what we do instead and which
+test shows it; ``CONTRIBUTING.md`` prints these records as a table.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq_moe.errors import StockSeamError
+
+__all__ = ["SEAMS", "Seam", "install_seams", "seam"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seam:
+    """One change of stock fairseq.
+
+    Args:
+        target: ``module:attribute.path`` of the callable or property that is replaced.
+        signature: ``str(inspect.signature(...))`` of stock's, names only; None for a property or a class.
+        stock_does: what stock does.
+        breaks: why that is wrong here.
+        we_do: what happens instead.
+        test: the test that shows it.
+        replacement: called as ``replacement(stock, *args, **kwargs)``.
+    """
+
+    target: str
+    signature: str | None
+    stock_does: str
+    breaks: str
+    we_do: str
+    test: str
+    replacement: Callable[..., Any]
+
+
+SEAMS: list[Seam] = []
+
+
+def seam(
+    target: str, *, signature: str | None, stock_does: str, breaks: str, we_do: str, test: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare the decorated function as the replacement of ``target``; see ``Seam`` for the arguments."""
+
+    def declare(replacement: Callable[..., Any]) -> Callable[..., Any]:
+        SEAMS.append(
+            Seam(
+                target=target,
+                signature=signature,
+                stock_does=stock_does,
+                breaks=breaks,
+                we_do=we_do,
+                test=test,
+                replacement=replacement,
+            )
+        )
+        return replacement
+
+    return declare
+
+
+def install_seams() -> None:
+    """Install every declared seam that is not in place yet.
+
+    Raises:
+        StockSeamError: stock's signature is not the one that the seam was written for.
+    """
+    for entry in SEAMS:
+        module_name, path = entry.target.split(":")
+        importlib.import_module(module_name)
+        for module in _modules(module_name):
+            _install(entry, module, path)
+
+
+def _modules(name: str) -> list[Any]:
+    """The module, and ``__main__`` where the same file runs as a script or under ``python -m``."""
+    module = sys.modules[name]
+    twins = [sys.modules.get("__main__"), sys.modules.get("__mp_main__")]
+    same = [twin for twin in twins if twin is not None and twin is not module and _is_twin(twin, module)]
+    return [module, *same]
+
+
+def _is_twin(twin: Any, module: Any) -> bool:
+    spec = getattr(twin, "__spec__", None)
+    if spec is not None and spec.name == module.__name__:
+        return True
+    twin_file, file = getattr(twin, "__file__", None), getattr(module, "__file__", None)
+    return twin_file is not None and file is not None and _same_source(twin_file, file)
+
+
+def _same_source(one: str, other: str) -> bool:
+    try:
+        with open(one, "rb") as first, open(other, "rb") as second:
+            return first.read() == second.read()
+    except OSError:
+        return False
+
+
+def _install(entry: Seam, module: Any, path: str) -> None:
+    *parents, name = path.split(".")
+    owner = functools.reduce(getattr, parents, module)
+    stock = inspect.getattr_static(owner, name, None)
+    if stock is None:
+        raise StockSeamError(_mismatch(entry, "nothing of that name"))
+    stock_call = stock.fget if isinstance(stock, property) else stock
+    if getattr(stock_call, "__fairseq_moe_seam__", None) is not None:
+        return
+    if entry.signature is not None:
+        found = _names_only(stock_call)
+        if found != entry.signature:
+            raise StockSeamError(_mismatch(entry, found))
+
+    if inspect.isclass(stock_call):
+        call: Any = entry.replacement
+        bound: Any = functools.partial(call, stock_call)
+    else:
+
+        @functools.wraps(stock_call)
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            return entry.replacement(stock_call, *args, **kwargs)
+
+    bound.__fairseq_moe_seam__ = entry.target
+    setattr(owner, name, property(bound) if isinstance(stock, property) else bound)
+
+
+def _names_only(function: Callable[..., Any]) -> str:
+    parameters = inspect.signature(function).parameters.values()
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return "(" + ", ".join(stars.get(parameter.kind, "") + parameter.name for parameter in parameters) + ")"
+
+
+def _mismatch(entry: Seam, found: str) -> str:
+    return (
+        f"fairseq_moe adapts {entry.target}, expected {entry.signature or 'it to exist'}, but this fairseq has {found}; "
+        "install the fairseq named in fairseq_moe's README (the API of 0.12.3)."
+    )
