@@ -41,7 +41,7 @@ class MoEConfig:
 
     @classmethod
     def from_args(cls, args: Any) -> "MoEConfig":
-        """Read the fields that ``args`` (a namespace, config or mapping) has; the others keep their defaults."""
+        """Read the fields that ``args`` (namespace, config, mapping) has; the others keep their defaults."""
         get = args.get if isinstance(args, Mapping) else lambda name: getattr(args, name, None)
         found = {field.name: get(field.name) for field in fields(cls)}
         return cls(**{name: value for name, value in found.items() if value is not None})
@@ -85,8 +85,8 @@ class MoEConfig:
         minimum = self.top_k
         if self.moe_expert_count < minimum:
             found.append(
-                f"--moe-expert-count is {self.moe_expert_count}, but top-{minimum} routing needs at least {minimum} "
-                "experts; raise it" + (" or pass --moe-top1-expert." if minimum == 2 else ".")
+                f"--moe-expert-count is {self.moe_expert_count}, but top-{minimum} routing needs at least "
+                f"{minimum} experts; raise it" + (" or pass --moe-top1-expert." if minimum == 2 else ".")
             )
         else:
             problem = layout_problem(num_experts=self.moe_expert_count, world_size=world_size)
@@ -98,7 +98,8 @@ class MoEConfig:
         found = []
         if self.moe_freq < 0 or self.moe_freq > num_layers:
             found.append(
-                f"--moe-freq is {self.moe_freq}, expected 0 (no experts) to {num_layers} (the number of decoder layers)."
+                f"--moe-freq is {self.moe_freq}, expected 0 (no experts) to {num_layers} (the number of "
+                "decoder layers)."
             )
         if self.moe_freq == 0 and self.moe_expert_count != 0:
             found.append(
@@ -108,7 +109,8 @@ class MoEConfig:
         policies = [policy.value for policy in SecondExpertPolicy]
         if self.moe_second_expert_policy not in policies:
             found.append(
-                f"--moe-second-expert-policy is {self.moe_second_expert_policy!r}, expected one of {', '.join(policies)}."
+                f"--moe-second-expert-policy is {self.moe_second_expert_policy!r}, expected one of "
+                f"{', '.join(policies)}."
             )
         if self.moe_normalize_expert_grad not in _GRAD_DIVISORS:
             found.append(
@@ -119,7 +121,8 @@ class MoEConfig:
             found.append(f"--moe-expert-ffn-dim is {self.moe_expert_ffn_dim}, expected a positive width.")
         if self.alternate_decoder_ffn_embed_dim < 0:
             found.append(
-                f"--alternate-decoder-ffn-embed-dim is {self.alternate_decoder_ffn_embed_dim}, expected 0 or a width."
+                f"--alternate-decoder-ffn-embed-dim is {self.alternate_decoder_ffn_embed_dim}, expected 0 or "
+                "a width."
             )
         for flag, fraction in (
             ("--moe-eval-capacity-token-fraction", self.moe_eval_capacity_token_fraction),
@@ -127,8 +130,8 @@ class MoEConfig:
         ):
             if fraction is not None and (math.isnan(fraction) or fraction > 1):
                 found.append(
-                    f"{flag} is {fraction}, expected a share of the batch's tokens up to 1, or at most 0 for the "
-                    "training rule."
+                    f"{flag} is {fraction}, expected a share of the batch's tokens up to 1, or at most 0 for "
+                    "the training rule."
                 )
         return found
 

@@ -1,10 +1,19 @@
-"""The exceptions that a user may meet, each carrying one sentence: what, where, expected, found, what to do."""
+"""The exceptions that a user may meet, each one sentence: what, where, expected, found, what to do."""
 
 __all__ = ["CheckpointError", "ConfigError", "MoEError", "StockSeamError"]
 
 
 class MoEError(Exception):
-    """Base of all errors that end a run with one sentence and a non-zero exit code, without a stack trace."""
+    """Base of all errors that end a run with one sentence and a non-zero exit code, without a stack trace.
+
+    Args:
+        message: what, where, expected, found, what to do.
+        agreed: every rank raises this same error, so rank 0 alone prints it.
+    """
+
+    def __init__(self, message: str, *, agreed: bool = False) -> None:
+        self.agreed = agreed
+        super().__init__(message)
 
 
 class ConfigError(MoEError, ValueError):
@@ -16,7 +25,7 @@ class ConfigError(MoEError, ValueError):
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
-        super().__init__(" ".join(problems))
+        super().__init__(" ".join(problems), agreed=True)
 
 
 class CheckpointError(MoEError):

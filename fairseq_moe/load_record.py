@@ -81,5 +81,7 @@ def read_records(path: str | Path) -> Iterator[LoadRecord]:
                 return
             raise MoEError(f"{path} line {number} is not a load record; delete that line.") from None
         if version != _VERSION:
-            raise MoEError(f"{path} line {number} has version {version}, expected {_VERSION}; update fairseq_moe.")
+            raise MoEError(
+                f"{path} line {number} has version {version}, expected {_VERSION}; update fairseq_moe."
+            )
         yield record

@@ -1,4 +1,4 @@
-"""The table of stock fairseq flags that touch an MoE model: supported (with the test), or refused (with the reason).
+"""The stock fairseq flags that touch an MoE model: supported (with the test), or refused (with the reason).
 
 Checked before anything is read. ``README.md`` shows the same table; a test keeps the two equal.
 """
@@ -68,7 +68,8 @@ STOCK_FLAGS = (
         flag="--store-ema",
         group="ema",
         field="store_ema",
-        reason="its copy of the model loses the mark of the expert weights; average checkpoints afterwards instead",
+        reason="its copy of the model loses the mark of the expert weights; average checkpoints "
+        "afterwards instead",
     ),
     StockFlag(
         flag="--amp",
@@ -88,7 +89,8 @@ STOCK_FLAGS = (
         group="distributed_training",
         field="zero_sharding",
         refused=_is_not("none"),
-        reason="it shards expert optimizer state over ranks that do not own it; use --ddp-backend fully_sharded",
+        reason="it shards expert optimizer state over ranks that do not own it; use "
+        "--ddp-backend fully_sharded",
     ),
     StockFlag(
         flag="--cpu-offload",

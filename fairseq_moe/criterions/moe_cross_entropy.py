@@ -53,7 +53,9 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         self.gate_loss_combine_method = str(moe_gate_loss_combine_method)
         self.gate_loss_transform = str(moe_gate_loss_transform)
 
-    def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
+    def forward(
+        self, model: Any, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
         """Loss in nats, sample size, and sums for logging."""
         net_output = model(**sample["net_input"])
         inner_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
@@ -104,7 +106,9 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         loads = [log[LOAD_KEY] for log in logging_outputs if LOAD_KEY in log]
         if loads:
             metrics.log_scalar_sum(LOAD_KEY, sum(loads))
-        metrics.log_scalar("inner_loss", total("inner_loss") / sample_size / math.log(2), sample_size, round=3)
+        metrics.log_scalar(
+            "inner_loss", total("inner_loss") / sample_size / math.log(2), sample_size, round=3
+        )
         perplexity_of = "inner_loss"
         if sample_size != ntokens:
             perplexity_of = "nll_loss"

@@ -18,7 +18,7 @@ __all__ = ["Exchange", "ExchangeTimes", "GroupExchange", "LocalExchange"]
 class ExchangeTimes:
     """Adds up the time of one forward pass's row exchanges; off unless asked for, since it synchronises.
 
-    ``cpu_ms`` is host wall time, ``cuda_ms`` the time between two CUDA events (0 on CPU), both in milliseconds.
+    ``cpu_ms`` is host wall time, ``cuda_ms`` the time between two CUDA events (0 on CPU), both in ms.
     """
 
     def __init__(self, *, enabled: bool) -> None:

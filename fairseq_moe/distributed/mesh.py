@@ -2,7 +2,8 @@
 
 Attention, embeddings and router weights live on the dense mesh, whose only axis today is data parallelism.
 Experts live on the sparse mesh of axes ``expert_replica`` x ``expert``. Both are ``DeviceMesh`` objects over
-all ranks, so tensor, pipeline and context parallelism, or torch FSDP2, would add axes here and leave the modules alone.
+all ranks, so tensor, pipeline and context parallelism, or torch FSDP2, would add axes here and leave the
+modules alone.
 """
 
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ _MESHES: dict[tuple[dist.ProcessGroup, int], ParallelMesh] = {}
 
 
 def parallel_mesh(num_experts: int) -> ParallelMesh:
-    """The mesh for ``num_experts`` over the current ranks; a collective call the first time in a process group.
+    """The mesh for ``num_experts`` over the current ranks; the first call in a process group is collective.
 
     Raises:
         ConfigError: the experts do not divide over the ranks.

@@ -34,7 +34,9 @@ class MoEDecoder(TransformerDecoder):
     layer, None for a dense one) and ``moe_aux`` (one ``MoEAux`` per layer, None for a dense one).
     """
 
-    def __init__(self, args: Any, dictionary: Any, embed_tokens: nn.Module, no_encoder_attn: bool = False) -> None:
+    def __init__(
+        self, args: Any, dictionary: Any, embed_tokens: nn.Module, no_encoder_attn: bool = False
+    ) -> None:
         self.moe = MoEConfig.from_args(args)
         self.mesh = parallel_mesh(self.moe.moe_expert_count) if self.moe.enabled else None
         self._num_built = 0
@@ -100,7 +102,9 @@ class MoEDecoder(TransformerDecoder):
         return x, extra
 
     @contextmanager
-    def _talk_to_moe_layers(self, mode: RouterMode, padding_T: Tensor | None) -> Iterator[list[MoEAux | None]]:
+    def _talk_to_moe_layers(
+        self, mode: RouterMode, padding_T: Tensor | None
+    ) -> Iterator[list[MoEAux | None]]:
         auxes: list[MoEAux | None] = [None] * len(self.layers)
 
         def hand_in(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -236,7 +240,7 @@ def build_moe_layer(
     activation_dropout: float,
     dropout: float,
 ) -> MoELayer:
-    """Router, this rank's experts (wrapped by FSDP over their replicas where fairseq wraps) and dispatcher."""
+    """Router, this rank's experts (wrapped by FSDP over their replicas where fairseq wraps), dispatcher."""
     router = Router(model_dim=model_dim, num_experts=moe.moe_expert_count, config=moe.router_config())
     local_ids = mesh.layout.local_ids(mesh.rank)
     experts = Experts(
@@ -253,9 +257,7 @@ def build_moe_layer(
     return MoELayer(
         router=router,
         experts=experts,
-        dispatcher=Dispatcher(
-            mesh.exchange(), num_experts=moe.moe_expert_count, skip_exchange=moe.dummy_a2a
-        ),
+        dispatcher=Dispatcher(mesh.exchange(), num_experts=moe.moe_expert_count, skip_exchange=moe.dummy_a2a),
         record_exchange_times=moe.record_a2a_perf_stats,
     )
 

@@ -7,7 +7,6 @@ Without --moe-freq the stock model is built, by stock's code.
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from fairseq.dataclass import ChoiceEnum
 from fairseq.models import (
     ARCH_MODEL_INV_REGISTRY,
     ARCH_MODEL_REGISTRY,
@@ -65,13 +64,18 @@ class MoETransformerLanguageModelConfig(TransformerLanguageModelConfig):
         default=False, metadata={"help": "log the time of the expert exchange (synchronises the device)"}
     )
     dummy_a2a: bool = field(
-        default=False, metadata={"help": "leave out the expert exchange, to measure its cost; results are wrong"}
+        default=False,
+        metadata={"help": "leave out the expert exchange, to measure its cost; results are wrong"},
     )
     alternate_decoder_ffn_embed_dim: int = field(
         default=0, metadata={"help": "MoE positions hold dense networks of this width instead of experts"}
     )
     use_stable_embedding: bool = field(
-        default=False, metadata={"help": "refused: bitsandbytes embeddings are not supported", "argparse_alias": "--stable-emb"}
+        default=False,
+        metadata={
+            "help": "refused: bitsandbytes embeddings are not supported",
+            "argparse_alias": "--stable-emb",
+        },
     )
     num_workers_valid: Optional[int] = field(
         default=None, metadata={"help": "data loading workers in validation (default: --num-workers)"}
@@ -96,7 +100,7 @@ def adopt_architectures() -> None:
     """Put the expert flags and model under every ``transformer_lm*`` name, for --arch and for hydra."""
     MODEL_REGISTRY[_NAME] = MoETransformerLanguageModel
     MODEL_DATACLASS_REGISTRY[_NAME] = MoETransformerLanguageModelConfig
-    setattr(MoETransformerLanguageModel, "__dataclass", MoETransformerLanguageModelConfig)  # noqa: B010
+    setattr(MoETransformerLanguageModel, "__dataclass", MoETransformerLanguageModelConfig)
     for arch in ARCH_MODEL_INV_REGISTRY[_NAME]:
         ARCH_MODEL_REGISTRY[arch] = MoETransformerLanguageModel
     node = MoETransformerLanguageModelConfig()

@@ -15,7 +15,8 @@ G      ranks that exchange tokens
 R      rows: (token, choice) pairs that survived capacity
 ====== ==========================================================
 
-A padding mask is True where a token is padding, as in fairseq. Nothing here knows fairseq or torch.distributed.
+A padding mask is True where a token is padding, as in fairseq. Nothing here knows fairseq or
+torch.distributed.
 """
 
 from fairseq_moe.modules.dispatch import Dispatcher, DispatchRecord

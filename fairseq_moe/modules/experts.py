@@ -30,6 +30,11 @@ class Experts(nn.Module):
             over ranks starts from the same weights; the caller's generator is left as it was.
     """
 
+    fc1_weight: nn.Parameter
+    fc1_bias: nn.Parameter
+    fc2_weight: nn.Parameter
+    fc2_bias: nn.Parameter
+
     def __init__(
         self,
         *,
@@ -100,7 +105,9 @@ class _GroupedLinear(torch.autograd.Function):
     """y[group l] = x[group l] W[l]^T + b[l]; weight gradients are written straight into the stack."""
 
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor, counts_L: tuple[int, ...]) -> Tensor:
+    def forward(
+        ctx: Any, x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor, counts_L: tuple[int, ...]
+    ) -> Tensor:
         ctx.save_for_backward(x_RI, weight_LOI)
         ctx.counts_L = counts_L
         y_RO = x_RI.new_empty((x_RI.shape[0], weight_LOI.shape[1]))

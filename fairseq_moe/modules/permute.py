@@ -1,8 +1,8 @@
 """From tokens to rows sorted by expert and back: no tensor of size tokens x experts x capacity.
 
-    tokens      t0 t1 t2              t0 -> experts 2, 0;  t1 -> 0, 1;  t2 -> 2, (dropped)
-    rows        t0 t1 | t1 | t0 t2    expert 0 | expert 1 | expert 2, tokens in order within an expert
-    token_of_R   0  1    1    0  2
+tokens      t0 t1 t2              t0 -> experts 2, 0;  t1 -> 0, 1;  t2 -> 2, (dropped)
+rows        t0 t1 | t1 | t0 t2    expert 0 | expert 1 | expert 2, tokens in order within an expert
+token_of_R   0  1    1    0  2
 """
 
 from dataclasses import dataclass

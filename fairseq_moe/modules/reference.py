@@ -9,7 +9,9 @@ from fairseq_moe.modules.experts import Experts
 __all__ = ["reference_moe"]
 
 
-def reference_moe(x_TD: Tensor, router_weight_ED: Tensor, experts: Experts, *, capacity: int) -> tuple[Tensor, Tensor]:
+def reference_moe(
+    x_TD: Tensor, router_weight_ED: Tensor, experts: Experts, *, capacity: int
+) -> tuple[Tensor, Tensor]:
     """Top-2 routing (policy ``all``, normalised after dropping), token by token and expert by expert.
 
     Args:

@@ -10,7 +10,7 @@ The rules are those of GShard (Lepikhin et al. 2020, algorithm 1) for two expert
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-class SecondExpertPolicy(str, Enum):
+class SecondExpertPolicy(StrEnum):
     """How the second expert of a token is chosen while training.
 
     ``all``: the second most probable expert, always. ``sampling``: drawn in proportion to the gate
@@ -51,7 +51,8 @@ class RoutingDecision:
 
     Args:
         expert_ids_TK: int64, chosen experts, first choice first.
-        wanted_TK: bool, assignments that ask for a place: not padding, not left out by the second-expert policy.
+        wanted_TK: bool, assignments that ask for a place: not padding, not left out by the second-expert
+            policy.
         kept_TK: bool, wanted assignments that found a place within the capacity.
         capacity: rows that each expert takes from this rank; None: unlimited.
     """
@@ -132,7 +133,9 @@ def queue_positions(
 
 
 @torch.no_grad()
-def decide_top1(gates_TE: Tensor, *, capacity: int | None, padding_T: Tensor | None = None) -> RoutingDecision:
+def decide_top1(
+    gates_TE: Tensor, *, capacity: int | None, padding_T: Tensor | None = None
+) -> RoutingDecision:
     """Each token to its most probable expert, first come first served.
 
     Args:

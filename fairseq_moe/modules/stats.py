@@ -77,7 +77,9 @@ def layer_stats(
 def expert_load(decision: RoutingDecision, *, num_experts: int) -> Tensor:
     """Assignments per expert, wanted (row 0) and kept (row 1): float32 (2, E)."""
     rows = [
-        torch.bincount(decision.expert_ids_TK.masked_fill(~mask, num_experts).reshape(-1), minlength=num_experts + 1)
+        torch.bincount(
+            decision.expert_ids_TK.masked_fill(~mask, num_experts).reshape(-1), minlength=num_experts + 1
+        )
         for mask in (decision.wanted_TK, decision.kept_TK)
     ]
     return torch.stack(rows)[:, :num_experts].float()

@@ -1,6 +1,6 @@
 """How stock fairseq is changed: one decorated function per seam, installed once, refused if stock differs.
 
-A seam function receives the callable it replaces as its first argument and decides when to call it. The
+A seam function receives what it replaces as its first argument and decides when to call it. The
 decorator records what stock does, why that breaks an MoE model (or a CPU run), what we do instead and which
 test shows it; ``CONTRIBUTING.md`` prints these records as a table.
 """
@@ -29,7 +29,8 @@ class Seam:
         breaks: why that is wrong here.
         we_do: what happens instead.
         test: the test that shows it.
-        replacement: called as ``replacement(stock, *args, **kwargs)``.
+        replacement: called as ``replacement(stock, *args, **kwargs)``; where the target is a class or a module,
+            called once as ``replacement(stock)`` to make what stands in its place.
     """
 
     target: str
@@ -117,9 +118,8 @@ def _install(entry: Seam, module: Any, path: str) -> None:
         if found != entry.signature:
             raise StockSeamError(_mismatch(entry, found))
 
-    if inspect.isclass(stock_call):
-        call: Any = entry.replacement
-        bound: Any = functools.partial(call, stock_call)
+    if inspect.isclass(stock_call) or inspect.ismodule(stock_call):
+        bound: Any = entry.replacement(stock_call)
     else:
 
         @functools.wraps(stock_call)

@@ -1,0 +1,236 @@
+"""The training loop around an MoE model: dummy batches, start-up messages, memory and load statistics."""
+
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from fairseq.logging import metrics
+from fairseq.tasks.fairseq_task import FairseqTask
+from torch import Tensor, nn
+
+from fairseq_moe.criterions import MoECrossEntropyCriterion
+from fairseq_moe.load_record import LOAD_KEY, LoadRecord, append_record
+from fairseq_moe.models.decoder import MoEDecoder
+from fairseq_moe.stock.models import moe_decoder
+from fairseq_moe.stock.seam import seam
+
+logger = logging.getLogger(__name__)
+
+
+@seam(
+    "fairseq.trainer:Trainer.__init__",
+    signature="(self, cfg, task, model, criterion, quantizer)",
+    stock_does="counts the parameters of FSDP shards, and loads checkpoints on rank 0 only",
+    breaks="the logged sizes are those of a shard; other ranks need other experts",
+    we_do="log true sizes in the branch's words, load on all ranks, warn of a criterion without gate loss, and "
+    "write the load of the experts after each validation",
+    test="tests/e2e/test_training.py",
+)
+def trainer_init(
+    stock: Callable[..., Any], self: Any, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None
+) -> None:
+    decoder = moe_decoder(model)
+    if decoder is not None:
+        cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
+        _log_sizes(model)
+        _warn_once(cfg, decoder, criterion)
+    stock(self, cfg, task, model, criterion, quantizer)
+    if decoder is not None:
+        _record_load_after_validation(self, task, decoder)
+
+
+def _log_sizes(model: nn.Module) -> None:
+    for label, is_expert in (("non-expert", False), ("expert", True)):
+        sized = [(_true_size(p), p.requires_grad) for p in model.parameters() if hasattr(p, "expert") is is_expert]
+        logger.info(
+            "num. %s model params: %s (num. trained: %s)",
+            label,
+            f"{sum(size for size, _ in sized):,}",
+            f"{sum(size for size, trained in sized if trained):,}",
+        )
+
+
+def _true_size(parameter: Tensor) -> int:
+    """Elements of the whole tensor; FSDP keeps them on the shard."""
+    size = getattr(parameter, "_orig_size", None)
+    return parameter.numel() if size is None else int(size.numel())
+
+
+def _warn_once(cfg: Any, decoder: MoEDecoder, criterion: nn.Module) -> None:
+    if not isinstance(criterion, MoECrossEntropyCriterion):
+        logger.warning(
+            "the criterion %s does not add the gate loss, so nothing balances the experts; use --criterion "
+            "moe_cross_entropy.",
+            type(criterion).__name__,
+        )
+    backend = str(cfg.distributed_training.ddp_backend)
+    if decoder.moe.moe_normalize_expert_grad == "sqrt_world_size" and backend != "fully_sharded":
+        logger.warning(
+            "--moe-normalize-expert-grad sqrt_world_size takes effect under --ddp-backend fully_sharded only; with %s "
+            "expert gradients are divided by the world size.",
+            backend,
+        )
+
+
+@seam(
+    "fairseq.trainer:Trainer._prepare_sample",
+    signature="(self, sample, is_dummy)",
+    stock_does="gives a rank without data the first batch again",
+    breaks="its tokens take places at experts of other ranks and enter the statistics",
+    we_do="mark the batch, so that the router leaves all of its tokens out",
+    test="tests/distributed/test_uneven_batches.py",
+)
+def prepare_sample(stock: Callable[..., Any], self: Any, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
+    prepared, is_dummy_batch = stock(self, sample, is_dummy)
+    if not is_dummy_batch or moe_decoder(self.get_model()) is None:
+        return prepared, is_dummy_batch
+    marked = {**prepared, "net_input": {**prepared["net_input"], "all_padding": True}}
+    return marked, is_dummy_batch and not _task_uses_stock_steps(self.task)
+
+
+def _task_uses_stock_steps(task: Any) -> bool:
+    kind = type(task)
+    return kind.train_step is FairseqTask.train_step and kind.valid_step is FairseqTask.valid_step
+
+
+@seam(
+    "fairseq.tasks.fairseq_task:FairseqTask.train_step",
+    signature="(self, sample, model, criterion, optimizer, update_num, ignore_grad)",
+    stock_does="leaves it to the trainer to ignore a dummy batch, which then ignores all of the update's "
+    "micro-batches on that rank if the last one is a dummy",
+    breaks="with --update-freq, real micro-batches vanish from the sample size and the statistics",
+    we_do="zero the sample size and the statistics of the dummy micro-batch alone",
+    test="tests/distributed/test_uneven_batches.py",
+)
+def train_step(
+    stock: Callable[..., Any],
+    self: Any,
+    sample: Any,
+    model: Any,
+    criterion: Any,
+    optimizer: Any,
+    update_num: int,
+    ignore_grad: bool = False,
+) -> tuple[Any, Any, dict[str, Any]]:
+    is_dummy = sample["net_input"].get("all_padding", False)
+    loss, sample_size, logged = stock(
+        self, sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad or is_dummy
+    )
+    return _without_dummy(loss, sample_size, logged) if is_dummy else (loss, sample_size, logged)
+
+
+@seam(
+    "fairseq.tasks.fairseq_task:FairseqTask.valid_step",
+    signature="(self, sample, model, criterion)",
+    stock_does="as train_step",
+    breaks="as train_step",
+    we_do="as train_step",
+    test="tests/distributed/test_uneven_batches.py",
+)
+def valid_step(
+    stock: Callable[..., Any], self: Any, sample: Any, model: Any, criterion: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    loss, sample_size, logged = stock(self, sample, model, criterion)
+    if sample["net_input"].get("all_padding", False):
+        return _without_dummy(loss, sample_size, logged)
+    return loss, sample_size, logged
+
+
+def _without_dummy(loss: Any, sample_size: Any, logged: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    return loss, sample_size * 0, {key: value * 0 for key, value in logged.items()}
+
+
+@seam(
+    "fairseq.tasks.fairseq_task:FairseqTask.optimizer_step",
+    signature="(self, optimizer, model, update_num)",
+    stock_does="resets the peak memory counter before anyone else can log it",
+    breaks="the branch's cuda_gb_allocated, cuda_gb_reserved and cuda_gb_free are missing",
+    we_do="log them right after the optimizer's step, on GPUs",
+    test="none on CPU; logged on GPUs only",
+)
+def optimizer_step(stock: Callable[..., Any], self: Any, optimizer: Any, model: nn.Module, update_num: int) -> None:
+    stock(self, optimizer, model, update_num)
+    if torch.cuda.is_available() and next(model.parameters()).is_cuda and moe_decoder(model) is not None:
+        gb = 1024.0**3
+        allocated = torch.cuda.max_memory_allocated() / gb
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / gb
+        for name, value in (
+            ("cuda_gb_allocated", allocated),
+            ("cuda_gb_reserved", torch.cuda.max_memory_reserved() / gb),
+            ("cuda_gb_free", total - allocated),
+        ):
+            metrics.log_scalar(name, value, priority=1500, round=1, weight=0)
+
+
+@seam(
+    "fairseq.trainer:Trainer.train_step",
+    signature="(self, samples, raise_oom)",
+    stock_does="shows numbers per update, no tensors",
+    breaks="the load of each expert of each layer is not to be seen",
+    we_do="append it to moe_load.jsonl in the save directory every --log-interval updates",
+    test="tests/e2e/test_training.py",
+)
+def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise_oom: bool = False) -> Any:
+    output = stock(self, samples, raise_oom)
+    update = self.get_num_updates()
+    if output is None or update % self.cfg.common.log_interval != 0 or not self.is_data_parallel_master:
+        return output
+    decoder = moe_decoder(self.get_model())
+    meters = metrics.get_meters("train_inner")
+    if decoder is not None and meters is not None and LOAD_KEY in meters:
+        _write_load(self, decoder, meters[LOAD_KEY].sum, split="train")
+    return output
+
+
+def _record_load_after_validation(trainer: Any, task: Any, decoder: MoEDecoder) -> None:
+    """Stock calls ``task.post_validate`` after each validation subset, if the task has one."""
+    earlier = getattr(task, "post_validate", None)
+
+    def post_validate(model: nn.Module, stats: dict[str, Any], agg: Any) -> None:
+        if earlier is not None:
+            earlier(model, stats, agg)
+        if LOAD_KEY in agg and trainer.is_data_parallel_master:
+            _write_load(trainer, decoder, agg[LOAD_KEY].sum, split="valid")
+
+    task.post_validate = post_validate
+
+
+def _write_load(trainer: Any, decoder: MoEDecoder, load: Tensor, *, split: str) -> None:
+    if trainer.cfg.checkpoint.no_save:
+        return
+    layers = [index for index in range(decoder.num_layers) if decoder.moe.is_moe_layer(index)]
+    record = LoadRecord.from_load(load, split=split, update=trainer.get_num_updates(), layers=layers)
+    try:
+        append_record(trainer.cfg.checkpoint.save_dir, record)
+    except OSError as error:
+        logger.warning("the load of the experts could not be recorded (%s); training goes on.", error)
+
+
+@seam(
+    "fairseq.trainer:Trainer.get_valid_iterator",
+    signature="(self, subset, disable_iterator_cache)",
+    stock_does="uses --num-workers for validation too",
+    breaks="the branch's --num-workers-valid does not exist",
+    we_do="honour it when it is given",
+    test="tests/e2e/test_commands.py",
+)
+def get_valid_iterator(
+    stock: Callable[..., Any], self: Any, subset: str, disable_iterator_cache: bool = False
+) -> Any:
+    num_workers = getattr(self.cfg.model, "num_workers_valid", None)
+    if num_workers is None:
+        return stock(self, subset, disable_iterator_cache)
+    with _replaced(self.cfg.dataset, "num_workers", num_workers):
+        return stock(self, subset, disable_iterator_cache)
+
+
+@contextmanager
+def _replaced(config: Any, name: str, value: Any) -> Any:
+    before = config[name]
+    config[name] = value
+    try:
+        yield
+    finally:
+        config[name] = before
