@@ -7,14 +7,11 @@ from fairseq_moe.distributed.collectives import (
     broadcast_value,
     gather_values,
 )
-from fairseq_moe.distributed.exchange import Exchange, ExchangeTimes, GroupExchange, LocalExchange
+from fairseq_moe.distributed.exchange import GroupExchange
 from fairseq_moe.distributed.mesh import ParallelMesh, local_experts_only, parallel_mesh, rank, world_size
 
 __all__ = [
-    "Exchange",
-    "ExchangeTimes",
     "GroupExchange",
-    "LocalExchange",
     "ParallelMesh",
     "agree",
     "all_reduce_sum",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairseq_moe.distributed.exchange import Exchange, ExchangeTimes
+from fairseq_moe.modules.exchange import Exchange, ExchangeTimes
 from fairseq_moe.modules.permute import RowPlan, combine_rows, plan_rows, take_rows
 from fairseq_moe.modules.routing import RoutingDecision
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe.distributed.exchange import ExchangeTimes
 from fairseq_moe.modules import stats
 from fairseq_moe.modules.dispatch import Dispatcher
+from fairseq_moe.modules.exchange import ExchangeTimes
 from fairseq_moe.modules.experts import Experts
 from fairseq_moe.modules.losses import balance_loss
 from fairseq_moe.modules.router import Router, RouterMode, RouterOutput
