@@ -1,0 +1,1 @@
+"""Tests; how to run them stands in CONTRIBUTING.md."""
