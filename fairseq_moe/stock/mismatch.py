@@ -1,0 +1,62 @@
+"""Why a checkpoint does not fit a model, with both values named."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fairseq_moe.config import MoEConfig
+
+__all__ = ["model_problems"]
+
+_SHAPE_FLAGS = (
+    "decoder_layers",
+    "decoder_embed_dim",
+    "decoder_ffn_embed_dim",
+    "decoder_attention_heads",
+    "share_decoder_input_output_embed",
+)
+_MAX_LISTED = 3
+
+
+def model_problems(
+    saved: Mapping[str, Any], wanted: Any, tensors: Mapping[str, Tensor], model: nn.Module
+) -> list[str]:
+    """One phrase per difference that keeps the tensors from loading.
+
+    Args:
+        saved: the checkpoint's model configuration.
+        wanted: this run's model configuration.
+        tensors: the checkpoint's dense tensors.
+        model: this run's model; its shapes are compared where it is not sharded.
+    """
+    problems = []
+    for name in _SHAPE_FLAGS:
+        if name in saved and saved[name] != getattr(wanted, name, None):
+            problems.append(_differs(name, saved[name], getattr(wanted, name, None)))
+    old, new = MoEConfig.from_args(saved), MoEConfig.from_args(wanted)
+    for name in ("moe_freq", "moe_expert_count", "alternate_decoder_ffn_embed_dim"):
+        if getattr(old, name) != getattr(new, name):
+            problems.append(_differs(name, getattr(old, name), getattr(new, name)))
+    old_width = old.moe_expert_ffn_dim or saved.get("decoder_ffn_embed_dim")
+    new_width = new.moe_expert_ffn_dim or wanted.decoder_ffn_embed_dim
+    if new.enabled and old.enabled and old_width != new_width:
+        problems.append(_differs("moe_expert_ffn_dim", old_width, new_width))
+    return problems or _shape_problems(tensors, model)
+
+
+def _differs(name: str, saved: Any, wanted: Any) -> str:
+    flag = "--" + name.replace("_", "-")
+    return f"{flag} is {saved} in the checkpoint and {wanted} in this run"
+
+
+def _shape_problems(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    if any(hasattr(p, "_is_sharded") for p in model.parameters()):
+        return []
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    problems = [
+        f"{name} has shape {tuple(tensors[name].shape)} in the checkpoint and {shape} in this run"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    return problems[:_MAX_LISTED]
