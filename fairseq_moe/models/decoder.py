@@ -254,6 +254,12 @@ def build_moe_layer(
         # Drawn from the common generator: the same on every rank, whatever the number of ranks.
         seed=int(torch.randint(1_000_000, (1,), device="cpu")),
     )
+    # In a single process the wrapper takes the model's own group, which has one rank.
+    replicas = mesh.replica_group
+    groups = {} if replicas is None else {"process_group": replicas, "process_group_reduce_scatter": replicas}
+    experts = fsdp_wrap(experts, **groups)
+    for parameter in experts.parameters():  # flattening has lost the mark
+        parameter.expert = True
     return MoELayer(
         router=router,
         experts=experts,

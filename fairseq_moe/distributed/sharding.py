@@ -1,0 +1,57 @@
+"""Process groups and collectives of sharded parameters (FSDP)."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["all_gather_flat", "gather_base", "is_nccl_group", "one_rank_group", "reduce_scatter_base"]
+
+
+def one_rank_group() -> dist.ProcessGroup:
+    """The world of a process that was started alone; initialises torch.distributed without any address.
+
+    ``world_size`` stays 1 and nothing that asks it communicates.
+    """
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    world = dist.group.WORLD
+    assert world is not None
+    return world
+
+
+def is_nccl_group(group: dist.ProcessGroup) -> bool:
+    """Whether ``group`` speaks NCCL only, that is, whether its ranks compute on GPUs."""
+    return dist.get_backend(group) == "nccl"
+
+
+def all_gather_flat(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's ``shard`` end to end, in fresh memory.
+
+    Args:
+        shard: (N,), the same N on every rank of ``group``.
+        group: the ranks that hold the shards.
+
+    Returns:
+        (ranks of the group * N,), on every rank.
+    """
+    full = shard.new_empty(dist.get_world_size(group) * shard.numel())
+    dist.all_gather_into_tensor(full, shard.contiguous(), group=group)
+    return full
+
+
+def gather_base(output: Tensor, shard: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """``torch.distributed._all_gather_base`` under its public name."""
+    dist.all_gather_into_tensor(output, shard, group=group)
+
+
+def reduce_scatter_base(output: Tensor, stacked: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """``torch.distributed._reduce_scatter_base``; gloo, unlike NCCL, insists on a flat input.
+
+    Args:
+        output: (N,), this rank's share of the sum.
+        stacked: (ranks, N) or (ranks * N,).
+        group: the ranks that take part.
+    """
+    dist.reduce_scatter_tensor(output, stacked.reshape(-1), group=group)
