@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.modules.exchange import Exchange, ExchangeTimes
-from fairseq_moe.modules.permute import RowPlan, combine_rows, plan_rows, take_rows
+from fairseq_moe.modules.permute import RowPlan, combine_rows, count_rows, plan_rows, take_rows
 from fairseq_moe.modules.routing import RoutingDecision
 
 __all__ = ["DispatchRecord", "Dispatcher"]
@@ -63,19 +63,19 @@ class Dispatcher:
         Returns:
             (R', D) rows for the local experts, and the record for ``combine``.
         """
-        plan = plan_rows(decision, num_experts=self.num_experts)
-        send_GL = plan.counts_E.view(self.exchange.size, -1)
+        send_GL = count_rows(decision, num_experts=self.num_experts).view(self.exchange.size, -1)
         recv_GL = send_GL if self.skip_exchange else self.exchange.counts(send_GL)
         # The one host synchronisation: split sizes are Python integers.
         send, recv = torch.stack([send_GL, recv_GL]).tolist()
+        send_splits = [sum(counts) for counts in send]
         record = DispatchRecord(
-            plan=plan,
-            send_splits=[sum(counts) for counts in send],
+            plan=plan_rows(decision, num_experts=self.num_experts, num_rows=sum(send_splits)),
+            send_splits=send_splits,
             recv_splits=[sum(counts) for counts in recv],
             local_counts_L=[sum(counts) for counts in zip(*recv, strict=True)],
             expert_major_R=_expert_major_order(recv_GL),
         )
-        rows = take_rows(x_TD, plan)
+        rows = take_rows(x_TD, record.plan)
         if not self.skip_exchange:
             rows = times.measure(self.exchange.rows, rows, record.send_splits, record.recv_splits)
         if record.expert_major_R is not None:
@@ -87,7 +87,7 @@ class Dispatcher:
     ) -> Tensor:
         """Return each expert output to its token and add them up by weight: (R', D) -> (T, D)."""
         if record.expert_major_R is not None:
-            y_RD = y_RD.index_select(0, torch.argsort(record.expert_major_R))
+            y_RD = y_RD.index_select(0, _inverse(record.expert_major_R))
         if not self.skip_exchange:
             y_RD = times.measure(self.exchange.rows, y_RD, record.recv_splits, record.send_splits)
         return combine_rows(y_RD, weights_TK, record.plan)
@@ -101,3 +101,8 @@ def _expert_major_order(recv_GL: Tensor) -> Tensor | None:
     expert_of_chunk = torch.arange(num_local, device=recv_GL.device).repeat(num_ranks)
     expert_of_row = torch.repeat_interleave(expert_of_chunk, recv_GL.reshape(-1))
     return torch.argsort(expert_of_row, stable=True)
+
+
+def _inverse(order_R: Tensor) -> Tensor:
+    """The permutation that undoes ``order_R``."""
+    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))

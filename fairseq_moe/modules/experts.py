@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["Experts"]
 
@@ -27,7 +28,7 @@ class Experts(nn.Module):
         activation_dropout: probability, after the activation.
         dropout: probability, on each expert's output.
         seed: expert e starts from the generator seeded with ``seed + e``, so that any spread of the experts
-            over ranks starts from the same weights; the caller's generator is left as it was.
+            over ranks starts from the same weights; no other generator is touched.
     """
 
     fc1_weight: nn.Parameter
@@ -64,24 +65,37 @@ class Experts(nn.Module):
         self.reset_parameters(seed=seed, first_expert_id=first_expert_id)
 
     def mark_parameters(self) -> None:
-        """Set ``expert = True`` on every parameter (again, after a copy that loses attributes)."""
+        """Set ``expert = True`` on every parameter."""
         for parameter in self.parameters():
             parameter.expert = True  # type: ignore[attr-defined]
+
+    # torch makes new Parameters, without our mark, in the three operations below.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copying and unpickling."""
+        super().__setstate__(state)
+        self.mark_parameters()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Experts":
+        super()._apply(*args, **kwargs)
+        self.mark_parameters()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.mark_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, *, seed: int, first_expert_id: int) -> None:
         """Initialise as ``nn.Linear`` does, expert by expert, each from its own seed."""
         if self.fc1_weight.is_meta:
             return
-        state = torch.get_rng_state()
         for local in range(self.num_local_experts):
-            generator = torch.manual_seed(seed + first_expert_id + local)
-            del generator  # the global generator itself; nn.init draws from it
+            generator = torch.Generator(self.fc1_weight.device).manual_seed(seed + first_expert_id + local)
             for weight, bias in ((self.fc1_weight, self.fc1_bias), (self.fc2_weight, self.fc2_bias)):
-                nn.init.kaiming_uniform_(weight[local], a=math.sqrt(5))
+                nn.init.kaiming_uniform_(weight[local], a=math.sqrt(5), generator=generator)
                 bound = 1 / math.sqrt(weight.shape[-1])
-                nn.init.uniform_(bias[local], -bound, bound)
-        torch.set_rng_state(state)
+                nn.init.uniform_(bias[local], -bound, bound, generator=generator)
 
     def forward(self, rows_RD: Tensor, counts_L: Sequence[int]) -> Tensor:
         """Apply expert l to its rows.
@@ -116,18 +130,22 @@ class _GroupedLinear(torch.autograd.Function):
         return y_RO
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x_RI, weight_LOI = ctx.saved_tensors
         grad_RO = grads[0].contiguous()
-        grad_x_RI = torch.empty_like(x_RI) if ctx.needs_input_grad[0] else None
-        grad_weight_LOI = torch.empty_like(weight_LOI)
-        grad_bias_LO = weight_LOI.new_empty(weight_LOI.shape[:2])
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        grad_x_RI = torch.empty_like(x_RI) if wants_x else None
+        grad_weight_LOI = torch.empty_like(weight_LOI) if wants_weight else None
+        grad_bias_LO = weight_LOI.new_empty(weight_LOI.shape[:2]) if wants_bias else None
         start = 0
         for expert, count in enumerate(ctx.counts_L):
             rows = slice(start, start + count)
             start += count
-            torch.mm(grad_RO[rows].t(), x_RI[rows], out=grad_weight_LOI[expert])
-            torch.sum(grad_RO[rows], dim=0, out=grad_bias_LO[expert])
+            if grad_weight_LOI is not None:
+                torch.mm(grad_RO[rows].t(), x_RI[rows], out=grad_weight_LOI[expert])
+            if grad_bias_LO is not None:
+                torch.sum(grad_RO[rows], dim=0, out=grad_bias_LO[expert])
             if grad_x_RI is not None:
                 torch.mm(grad_RO[rows], weight_LOI[expert], out=grad_x_RI[rows])
         return grad_x_RI, grad_weight_LOI, grad_bias_LO, None

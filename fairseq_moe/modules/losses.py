@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules.routing import RoutingDecision
+from fairseq_moe.modules.routing import RoutingDecision, count_ids
 
 __all__ = ["balance_loss"]
 
@@ -27,7 +27,7 @@ def balance_loss(gates_TE: Tensor, decision: RoutingDecision) -> Tensor:
     if gates_TE.dtype in (torch.float16, torch.bfloat16):
         gates_TE = gates_TE.float()
     first_T = decision.expert_ids_TK[:, 0].masked_fill(~decision.wanted_TK[:, 0], num_experts)
-    counts_E = torch.bincount(first_T, minlength=num_experts + 1)[:num_experts]
+    counts_E = count_ids(first_T, size=num_experts + 1)[:num_experts]
     denominator = max(num_tokens, 1)
     share_E = counts_E.to(gates_TE.dtype) / denominator
     mean_E = gates_TE.sum(dim=0) / denominator

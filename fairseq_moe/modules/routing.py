@@ -21,6 +21,7 @@ __all__ = [
     "SecondExpertPolicy",
     "capacity_of",
     "combine_weights",
+    "count_ids",
     "decide_top1",
     "decide_top2",
     "gate_probabilities",
@@ -90,9 +91,19 @@ def capacity_of(
     return top_k * math.ceil(num_tokens / num_experts)
 
 
+def count_ids(ids: Tensor, *, size: int) -> Tensor:
+    """How often each of 0..size-1 occurs in the int64 vector ``ids``; larger ids raise.
+
+    ``torch.bincount`` would do, but it waits for the device to learn the largest id.
+    """
+    return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))
+
+
 def gumbel_noise(like_TE: Tensor) -> Tensor:
-    """Standard Gumbel noise, float, of the shape of ``like_TE``, from torch's global generator."""
-    uniform = torch.rand_like(like_TE)
+    """Standard Gumbel noise of the shape of ``like_TE``, float32 or wider, from torch's global generator."""
+    # Half precision has too few numbers near 1, so the largest values would be cut off.
+    dtype = torch.promote_types(like_TE.dtype, torch.float32)
+    uniform = torch.rand_like(like_TE, dtype=dtype)
     info = torch.finfo(uniform.dtype)
     return -torch.log(-torch.log(uniform.clamp(min=info.tiny, max=1 - info.eps)))
 
@@ -122,7 +133,7 @@ def queue_positions(
         ids_TK = ids_TK[order_T]
     ids_KT = ids_TK.t().reshape(-1)
     sorted_ids, by_expert = torch.sort(ids_KT, stable=True)
-    counts = torch.bincount(ids_KT, minlength=num_experts + 1)
+    counts = count_ids(ids_KT, size=num_experts + 1)
     starts = torch.cumsum(counts, 0) - counts
     places = torch.arange(ids_KT.numel(), device=ids_KT.device) - starts[sorted_ids]
     positions_KT = torch.empty_like(ids_KT).scatter_(0, by_expert, places)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules.routing import RoutingDecision
+from fairseq_moe.modules.routing import RoutingDecision, count_ids
 
 __all__ = ["LAYER_STATS", "expert_load", "layer_stats"]
 
@@ -61,7 +61,7 @@ def layer_stats(
     values["all_to_all_cuda_time_ms"] = zero + all_to_all_cuda_time_ms
     for choice in range(min(top_k, 2)):
         name = f"expert{choice + 1}"
-        counts_E = torch.bincount(decision.expert_ids_TK[:, choice], minlength=num_experts)
+        counts_E = count_ids(decision.expert_ids_TK[:, choice], size=num_experts)
         share_E = torch.sort(100.0 * counts_E / max(num_tokens, 1), descending=True).values
         sample = max(math.ceil(num_experts * _SAMPLE_FRACTION), 1)
         values[f"unused_{name}_count"] = (counts_E == 0).sum()
@@ -77,9 +77,7 @@ def layer_stats(
 def expert_load(decision: RoutingDecision, *, num_experts: int) -> Tensor:
     """Assignments per expert, wanted (row 0) and kept (row 1): float32 (2, E)."""
     rows = [
-        torch.bincount(
-            decision.expert_ids_TK.masked_fill(~mask, num_experts).reshape(-1), minlength=num_experts + 1
-        )
+        count_ids(decision.expert_ids_TK.masked_fill(~mask, num_experts).reshape(-1), size=num_experts + 1)
         for mask in (decision.wanted_TK, decision.kept_TK)
     ]
     return torch.stack(rows)[:, :num_experts].float()
