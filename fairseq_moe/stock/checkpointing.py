@@ -206,7 +206,12 @@ def trainer_load_checkpoint(
 ) -> Any:
     is_moe = moe_decoder(self.get_model()) is not None
     filename = _resolve(filename)
-    if is_moe and not Path(filename).is_file() and self.cfg.checkpoint.restore_file != "checkpoint_last.pt":
+    exists = Path(filename).is_file()
+    if is_moe and len(set(gather_values(exists))) > 1:
+        raise CheckpointError(
+            f"{filename} exists for some ranks only; make the directory visible to all of them.", agreed=True
+        )
+    if is_moe and not exists and self.cfg.checkpoint.restore_file != "checkpoint_last.pt":
         raise CheckpointError(
             f"--restore-file {self.cfg.checkpoint.restore_file} does not exist (looked for {filename}); correct the path, "
             "or leave the flag out to start afresh.",
