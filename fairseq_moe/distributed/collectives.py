@@ -24,21 +24,26 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast_value(value: Any) -> Any:
-    """Rank 0's ``value`` on every rank. Values come from our own rank 0, so unpickling them adds no trust."""
+def broadcast_value(
+    value: Any, *, src: int = 0, group: dist.ProcessGroup | None = None, device: torch.device | None = None
+) -> Any:
+    """``value`` of rank ``src`` on every rank of ``group`` (None: all ranks), by way of ``device``.
+
+    Values come from our own rank, so unpickling them adds no trust.
+    """
     if world_size() == 1:
         return value
-    box = [value if rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0, device=_control_device())
+    box = [value if rank() == src else None]
+    dist.broadcast_object_list(box, src=src, group=group, device=device or _control_device())
     return box[0]
 
 
-def gather_values(value: Any) -> list[Any]:
-    """Every rank's ``value``, in rank order, on every rank."""
+def gather_values(value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """``value`` of every rank of ``group`` (None: all ranks), in rank order, on every rank."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -4,7 +4,17 @@ Each change is a ``seam`` in one of these modules; ``install`` puts them all in 
 stock's behaviour to the bit: every seam that concerns experts asks first whether the model has any.
 """
 
-from fairseq_moe.stock import checkpointing, gradients, launch, parsing, training, wrappers  # noqa: F401  (declare seams)
+from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
+    checkpointing,
+    communication,
+    evaluate,
+    fsdp,
+    gradients,
+    launch,
+    parsing,
+    training,
+    wrappers,
+)
 from fairseq_moe.stock.seam import SEAMS, Seam, install_seams
 
 __all__ = ["SEAMS", "Seam", "install"]

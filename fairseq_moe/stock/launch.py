@@ -5,13 +5,13 @@ Stock infers the launcher from the number of GPUs, which is 0 on a CPU machine. 
 are checked in the parent, before any rank is started.
 """
 
-import logging
 import os
 import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -20,12 +20,11 @@ from omegaconf import open_dict
 from torch.multiprocessing import ProcessExitedException
 
 from fairseq_moe.config import moe_problems
+from fairseq_moe.distributed import rank
 from fairseq_moe.errors import ConfigError, MoEError
 from fairseq_moe.stock.seam import seam
 
-__all__ = ["USER_ERROR_EXIT_CODE"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["USER_ERROR_EXIT_CODE", "one_sentence_errors", "run_rank"]
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -40,66 +39,65 @@ USER_ERROR_EXIT_CODE = 2
     test="tests/e2e/test_launch.py",
 )
 def call_main(stock: Callable[..., Any], cfg: Any, main: Callable[..., Any], **kwargs: Any) -> None:
-    with _one_sentence_errors():
-        on_cpu = _runs_on_cpu(cfg)
+    with one_sentence_errors():
+        dist_cfg = cfg.distributed_training
+        on_cpu = not cfg.common.tpu and (cfg.common.cpu or not torch.cuda.is_available())
         if on_cpu:
-            cfg.distributed_training.distributed_backend = "gloo"
-        if cfg.distributed_training.distributed_init_method is None:
-            distributed_utils.infer_init_method(cfg.distributed_training)
-        problems = moe_problems(cfg, world_size=cfg.distributed_training.distributed_world_size)
+            dist_cfg.distributed_backend = "gloo"
+        if dist_cfg.distributed_init_method is None:
+            _infer(dist_cfg, on_cpu=on_cpu, stock=distributed_utils.infer_init_method.__wrapped__)
+        problems = moe_problems(cfg, world_size=dist_cfg.distributed_world_size)
         if problems:
             raise ConfigError(problems)
-        spawns = (
-            on_cpu
-            and cfg.distributed_training.distributed_init_method is not None
-            and not cfg.distributed_training.distributed_no_spawn
-        )
-        if spawns:
-            _spawn_cpu_ranks(cfg, main, kwargs)
-        else:
+        if dist_cfg.distributed_init_method is None or dist_cfg.distributed_no_spawn:
             stock(cfg, main, **kwargs)
+        else:
+            _spawn_ranks(cfg, main, kwargs, on_cpu=on_cpu)
 
 
-def _runs_on_cpu(cfg: Any) -> bool:
-    return not cfg.common.tpu and (cfg.common.cpu or not torch.cuda.is_available())
-
-
-def _spawn_cpu_ranks(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+def _spawn_ranks(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any], *, on_cpu: bool) -> None:
     dist_cfg = cfg.distributed_training
     kwargs["start_rank"] = dist_cfg.distributed_rank
     dist_cfg.distributed_rank = None  # stock's sign for "start_rank + index"
-    # More threads than cores make every rank slower by an order of magnitude; torchrun sets the same.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(
-        run_rank, args=(main, cfg, kwargs), nprocs=dist_cfg.distributed_world_size, join=True
-    )
+    num_processes = dist_cfg.distributed_world_size
+    if not on_cpu:
+        num_processes = min(torch.cuda.device_count(), num_processes)
+    elif kwargs["start_rank"] > 0:
+        raise ConfigError(
+            [
+                f"--distributed-rank is {kwargs['start_rank']}, but on CPU one command starts all ranks; add "
+                "--distributed-no-spawn to start this rank alone."
+            ]
+        )
+    else:
+        # More threads than cores make every rank slower by an order of magnitude; torchrun sets the same.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.multiprocessing.spawn(run_rank, args=(main, cfg, kwargs), nprocs=num_processes, join=True)
 
 
 def run_rank(index: int, main: Callable[..., Any], cfg: Any, kwargs: dict[str, Any]) -> None:
     """Entry point of a spawned rank; importing this module has put the adapter in place."""
-    with _one_sentence_errors():
+    with one_sentence_errors():
         distributed_utils.distributed_main(index, main, cfg, kwargs)
 
 
-class _one_sentence_errors:
-    """Ends the process with the error's sentence when the error is the user's to mend."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, MoEError):
-            _exit_with(error)
-        if isinstance(error, ProcessExitedException) and error.exit_code == USER_ERROR_EXIT_CODE:
+@contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """End the process with the error's sentence when an error inside is the user's to mend."""
+    try:
+        yield
+    except MoEError as error:
+        _exit_with(error)
+    except ProcessExitedException as error:
+        if error.exit_code == USER_ERROR_EXIT_CODE:
             sys.exit(USER_ERROR_EXIT_CODE)  # the rank has said why
+        raise
 
 
 def _exit_with(error: MoEError) -> NoReturn:
-    if torch.distributed.is_initialized():
-        rank = torch.distributed.get_rank()
-    else:
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    if rank == 0 or not error.agreed:
+    # Before the process group exists, ranks of torchrun and srun know their number from the environment.
+    number = rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    if number == 0 or not error.agreed:
         sentences = error.problems if isinstance(error, ConfigError) else [str(error)]
         for sentence in sentences:
             print(f"fairseq_moe: error: {sentence}", file=sys.stderr, flush=True)
@@ -109,21 +107,27 @@ def _exit_with(error: MoEError) -> NoReturn:
 @seam(
     "fairseq.distributed.utils:infer_init_method",
     signature="(cfg, force_distributed)",
-    stock_does="divides by the number of GPUs under torchrun, ignores torchrun and srun when no world size is "
+    stock_does="divides by the number of GPUs under torchrun, ignores torchrun and srun when no world size "
+    "is "
     "given, and refuses a world size above the number of GPUs",
-    breaks="on a CPU machine torchrun ends in ZeroDivisionError or in independent runs that overwrite each other",
+    breaks="on a CPU machine torchrun ends in ZeroDivisionError or in independent runs that overwrite each "
+    "other",
     we_do="take rank and world size from torchrun or SLURM, and pick a free port for ranks of our own on CPU",
     test="tests/e2e/test_launch.py",
 )
 def infer_init_method(stock: Callable[..., Any], cfg: Any, force_distributed: bool = False) -> None:
+    _infer(cfg, on_cpu=not torch.cuda.is_available(), stock=stock, force_distributed=force_distributed)
+
+
+def _infer(cfg: Any, *, on_cpu: bool, stock: Callable[..., Any], force_distributed: bool = False) -> None:
     if cfg.distributed_init_method is not None or cfg.tpu or cfg.pipeline_model_parallel:
         stock(cfg, force_distributed)
     elif _from_torchrun(cfg) or _from_slurm(cfg):
-        if not torch.cuda.is_available():
+        if on_cpu:
             cfg.device_id = 0
         elif cfg.device_id > 0:
             torch.cuda.set_device(cfg.device_id)
-    elif torch.cuda.is_available() and cfg.distributed_world_size <= torch.cuda.device_count():
+    elif not on_cpu:
         stock(cfg, force_distributed)
     elif cfg.distributed_world_size > 1:
         port = cfg.distributed_port if cfg.distributed_port > 0 else _free_port()
@@ -133,42 +137,52 @@ def infer_init_method(stock: Callable[..., Any], cfg: Any, force_distributed: bo
 
 
 def _from_torchrun(cfg: Any) -> bool:
+    """One rank per process of torchrun; True if this process is one of several."""
     env = os.environ
     if not all(key in env for key in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")):
         return False
-    if int(env["WORLD_SIZE"]) == 1:
+    world_size = int(env["WORLD_SIZE"])
+    if world_size == 1:
         return False
+    _check_world_size(cfg, world_size, found=f"torchrun has started {world_size} processes")
     cfg.distributed_init_method = "env://"
-    cfg.distributed_world_size = int(env["WORLD_SIZE"])
+    cfg.distributed_world_size = world_size
     cfg.distributed_rank = int(env["RANK"])
     cfg.device_id = int(env.get("LOCAL_RANK", 0))
     cfg.distributed_no_spawn = True
     return True
 
 
+def _check_world_size(cfg: Any, started: int, *, found: str) -> None:
+    given = cfg.distributed_world_size
+    if given not in (started, max(1, torch.cuda.device_count())):  # the latter is the flag's default
+        raise ConfigError(
+            [
+                f"--distributed-world-size is {given} but {found}; leave the flag out or start as many "
+                f"processes "
+                "as ranks."
+            ]
+        )
+
+
 def _from_slurm(cfg: Any) -> bool:
-    """One rank per task of an srun step; True if this process is one of several tasks."""
+    """One rank per task of an srun step; True if this process is one of several tasks.
+
+    Only srun sets SLURM_STEP_NUM_TASKS: a command that a batch script runs without srun is alone.
+    """
     env = os.environ
-    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST"))
-    num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
-    if nodes is None or num_tasks == 1 or "SLURM_PROCID" not in env:
+    num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    if num_tasks == 1:
         return False
-    num_nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
+    nodes, num_nodes = env["SLURM_STEP_NODELIST"], int(env["SLURM_STEP_NUM_NODES"])
     num_gpus = torch.cuda.device_count()
     if num_tasks == num_nodes and num_gpus > 1:
         return _one_task_per_gpu_node(cfg, nodes, num_nodes, num_gpus)
-    given = cfg.distributed_world_size
-    if given not in (num_tasks, max(1, num_gpus)):
-        raise ConfigError(
-            [
-                f"--distributed-world-size is {given} but this SLURM step has {num_tasks} tasks; leave the flag out "
-                "or start as many tasks as ranks."
-            ]
-        )
+    _check_world_size(cfg, num_tasks, found=f"this SLURM step has {num_tasks} tasks")
     cfg.distributed_init_method = _slurm_address(cfg, nodes)
     cfg.distributed_world_size = num_tasks
     cfg.distributed_rank = int(env["SLURM_PROCID"])
-    cfg.device_id = int(env.get("SLURM_LOCALID", "0"))
+    cfg.device_id = int(env["SLURM_LOCALID"])
     cfg.distributed_no_spawn = True
     return True
 
@@ -183,18 +197,22 @@ def _one_task_per_gpu_node(cfg: Any, nodes: str, num_nodes: int, num_gpus: int) 
 
 def _slurm_address(cfg: Any, nodes: str) -> str:
     try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(
             [
                 f"cannot expand the SLURM node list {nodes!r} with scontrol ({error}); pass "
-                "--distributed-init-method tcp://HOST:PORT, --distributed-world-size and --distributed-rank instead."
+                "--distributed-init-method tcp://HOST:PORT, --distributed-world-size and --distributed-rank "
+                "instead."
             ]
         ) from error
     port = cfg.distributed_port
     if port <= 0:
-        # Every task must arrive at the same number without talking to the others.
-        port = random.Random(os.environ.get("SLURM_JOB_ID", nodes)).randint(10000, 60000)
+        # Every task must arrive at the same number without talking to the others; steps of one job differ.
+        step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
+        port = random.Random(step).randint(10000, 60000)
     return f"tcp://{listed.stdout.split()[0]}:{port}"
 
 

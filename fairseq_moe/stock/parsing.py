@@ -1,12 +1,13 @@
-"""Command lines and small library changes: what stock parses wrongly, and NumPy 2."""
+"""Command lines and small library changes: what stock parses wrongly, --user-dir, and NumPy 2."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from fairseq_moe.stock.proxy import ModuleProxy
-from fairseq_moe.stock.seam import seam
+from fairseq_moe.stock.seam import install_seams, seam
 
 
 @seam(
@@ -35,6 +36,33 @@ def parse_args_and_arch(
     if getattr(args, "bf16", False) and "--tpu" not in given:
         args.tpu = False
     return parsed
+
+
+@seam(
+    "fairseq.utils:import_user_module",
+    signature="(args)",
+    stock_does="accepts a package that is imported already only under the spelling of the path it was "
+    "imported by, and "
+    "looks for a plain name in the working directory and next to fairseq only",
+    breaks="--user-dir fairseq_moe fails after an import of the package, and in the directory that hydra "
+    "changes to",
+    we_do="take every spelling of this package's own directory, and its plain name, as imported; then change "
+    "the "
+    "command that is running, whose module may have been imported after this package",
+    test="tests/e2e/test_launch.py",
+)
+def import_user_module(stock: Callable[..., Any], args: Any) -> None:
+    user_dir = getattr(args, "user_dir", None)
+    if user_dir is None or not _is_this_package(user_dir):
+        stock(args)
+    install_seams()
+
+
+def _is_this_package(user_dir: str) -> bool:
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.exists(user_dir):
+        return os.path.samefile(user_dir, package)
+    return user_dir == os.path.basename(package)
 
 
 @seam(

@@ -7,6 +7,7 @@ test shows it; ``CONTRIBUTING.md`` prints these records as a table.
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
@@ -29,8 +30,8 @@ class Seam:
         breaks: why that is wrong here.
         we_do: what happens instead.
         test: the test that shows it.
-        replacement: called as ``replacement(stock, *args, **kwargs)``; where the target is a class or a module,
-            called once as ``replacement(stock)`` to make what stands in its place.
+        replacement: called as ``replacement(stock, *args, **kwargs)``; where the target is a class or a
+            module, called once as ``replacement(stock)`` to make what stands in its place.
     """
 
     target: str
@@ -68,32 +69,39 @@ def seam(
 
 
 def install_seams() -> None:
-    """Install every declared seam that is not in place yet.
+    """Install every declared seam that is not in place yet; those of a command once it is imported.
 
     Raises:
         StockSeamError: stock's signature is not the one that the seam was written for.
     """
     for entry in SEAMS:
         module_name, path = entry.target.split(":")
-        importlib.import_module(module_name)
         for module in _modules(module_name):
             _install(entry, module, path)
 
 
 def _modules(name: str) -> list[Any]:
-    """The module, and ``__main__`` where the same file runs as a script or under ``python -m``."""
-    module = sys.modules[name]
+    """The module of that name and, for a command, its twin.
+
+    A command's module sets logging up when it is imported, so it is changed only once somebody has imported
+    it. Every command calls fairseq's ``import_user_module`` first, which brings us back here in time. Where
+    the command runs as a script or under ``python -m``, its names live in ``__main__``.
+    """
+    if not name.startswith("fairseq_cli."):
+        return [importlib.import_module(name)]
     twins = [sys.modules.get("__main__"), sys.modules.get("__mp_main__")]
-    same = [twin for twin in twins if twin is not None and twin is not module and _is_twin(twin, module)]
-    return [module, *same]
+    same = [twin for twin in twins if twin is not None and _is_twin(twin, name)]
+    return [sys.modules[name], *same] if name in sys.modules else same
 
 
-def _is_twin(twin: Any, module: Any) -> bool:
-    spec = getattr(twin, "__spec__", None)
-    if spec is not None and spec.name == module.__name__:
-        return True
-    twin_file, file = getattr(twin, "__file__", None), getattr(module, "__file__", None)
-    return twin_file is not None and file is not None and _same_source(twin_file, file)
+def _is_twin(main: Any, name: str) -> bool:
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return bool(spec.name == name)
+    main_file, found = getattr(main, "__file__", None), importlib.util.find_spec(name)
+    if main_file is None or found is None or found.origin is None:
+        return False
+    return _same_source(main_file, found.origin)
 
 
 def _same_source(one: str, other: str) -> bool:
@@ -138,6 +146,7 @@ def _names_only(function: Callable[..., Any]) -> str:
 
 def _mismatch(entry: Seam, found: str) -> str:
     return (
-        f"fairseq_moe adapts {entry.target}, expected {entry.signature or 'it to exist'}, but this fairseq has {found}; "
+        f"fairseq_moe adapts {entry.target}, expected {entry.signature or 'it to exist'}, but this fairseq "
+        f"has {found}; "
         "install the fairseq named in fairseq_moe's README (the API of 0.12.3)."
     )
