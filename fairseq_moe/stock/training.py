@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fairseq_moe.criterions import MoECrossEntropyCriterion
 from fairseq_moe.load_record import LOAD_KEY, LoadRecord, append_record
 from fairseq_moe.models.decoder import MoEDecoder
+from fairseq_moe.stock.evaluate import dummy_batch
 from fairseq_moe.stock.models import moe_decoder
 from fairseq_moe.stock.seam import seam
 
@@ -114,7 +115,7 @@ def train_step(
     update_num: int,
     ignore_grad: bool = False,
 ) -> tuple[Any, Any, dict[str, Any]]:
-    is_dummy = sample["net_input"].get("all_padding", False)
+    is_dummy = _is_dummy(sample)
     loss, sample_size, logged = stock(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad or is_dummy
     )
@@ -124,18 +125,22 @@ def train_step(
 @seam(
     "fairseq.tasks.fairseq_task:FairseqTask.valid_step",
     signature="(self, sample, model, criterion)",
-    stock_does="as train_step",
-    breaks="as train_step",
-    we_do="as train_step",
+    stock_does="as train_step; fairseq-validate passes it an empty batch where a rank has none",
+    breaks="as train_step; the criterion fails on the empty batch",
+    we_do="as train_step; a dummy in the place of the empty batch",
     test="tests/distributed/test_uneven_batches.py",
 )
 def valid_step(
     stock: Callable[..., Any], self: Any, sample: Any, model: Any, criterion: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
+    if not sample and moe_decoder(model) is not None:
+        sample = dummy_batch(self.target_dictionary, add_bos_token=False)
     loss, sample_size, logged = stock(self, sample, model, criterion)
-    if sample["net_input"].get("all_padding", False):
-        return _without_dummy(loss, sample_size, logged)
-    return loss, sample_size, logged
+    return _without_dummy(loss, sample_size, logged) if _is_dummy(sample) else (loss, sample_size, logged)
+
+
+def _is_dummy(sample: dict[str, Any]) -> bool:
+    return bool(sample.get("net_input", {}).get("all_padding", False))  # some stock tasks have no net_input
 
 
 def _without_dummy(loss: Any, sample_size: Any, logged: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
