@@ -6,6 +6,7 @@ experts and a warning for dead and overloaded experts, and draws a picture with 
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0, or 1 after an error, which is one sentence on stderr. Wrong flags exit with 2.
     """
     args = _parser().parse_args(arguments)
+    logging.getLogger("matplotlib").setLevel(
+        logging.WARNING
+    )  # importing fairseq turns all loggers up to DEBUG
     try:
         records = list(read_records(args.path))
         record = select(records, split=args.split, update=args.update, where=str(args.path))

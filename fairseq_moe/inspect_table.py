@@ -48,8 +48,8 @@ def _level(ratio: float) -> tuple[str, str]:
 
 
 def _table(title: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=title, caption_justify="left")
-    table.add_column("layer", justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, caption=title, caption_justify="left")
+    table.add_column("layer", justify="right", no_wrap=True)
     return table
 
 
