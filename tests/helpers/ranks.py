@@ -6,6 +6,7 @@ runs plain stock fairseq. Nothing waits forever: a call that is not done at its 
 its processes, ends them and fails.
 """
 
+import atexit
 import datetime
 import faulthandler
 import functools
@@ -223,6 +224,9 @@ def _child_main(
     faulthandler.dump_traceback_later(timeout, exit=True)
     torch.set_num_threads(1)
     logging.getLogger().handlers.clear()  # the server's imports have left some
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # not the fork server: data workers start as they do elsewhere
     try:
         message = (True, body(*args))
     except BaseException:
@@ -231,7 +235,8 @@ def _child_main(
     sys.stderr.flush()
     connection.send_bytes(pickle.dumps(message))
     connection.close()
-    os._exit(0)  # no destructors that might wait for other ranks
+    os.killpg(0, signal.SIGKILL)  # ends itself and what it has started; no destructor waits for another rank
+    raise AssertionError("unreachable")
 
 
 def _rank_body(
@@ -268,6 +273,8 @@ def _command_body(module: str, function: str, argv: list[str], cwd: str, env: di
     except BaseException:
         traceback.print_exc()
         return 1
+    finally:
+        atexit._run_exitfuncs()  # data workers are ended and logs flushed, as at an interpreter's end
     return 0
 
 
