@@ -23,11 +23,13 @@ class GroupExchange:
         return self  # a process group cannot be copied, and a copy of the model talks to the same ranks
 
     def counts(self, send_counts_GL: Tensor) -> Tensor:
+        """All-to-all of one (L,) row per rank."""
         received = torch.empty_like(send_counts_GL)
         dist.all_to_all_single(received, send_counts_GL.contiguous(), group=self._group)
         return received
 
     def rows(self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int]) -> Tensor:
+        """All-to-all with uneven splits; its gradient travels the other way round."""
         return _AllToAll.apply(rows_RD, send_splits, recv_splits, self._group)
 
 

@@ -1,0 +1,36 @@
+"""Every module of the package imports, by itself and twice."""
+
+import importlib
+import pkgutil
+
+import pytest
+
+import fairseq_moe
+
+
+def module_names() -> list[str]:
+    found = pkgutil.walk_packages(fairseq_moe.__path__[:1], prefix="fairseq_moe.")
+    return sorted(module.name for module in found if not module.name.endswith("__main__"))
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_imports(name: str) -> None:
+    assert importlib.import_module(name).__doc__, f"{name} has no docstring"
+
+
+def test_importing_again_changes_nothing() -> None:
+    from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+    from fairseq.trainer import Trainer
+
+    before = dict(MODEL_REGISTRY), dict(ARCH_MODEL_REGISTRY), Trainer.__dict__["train_step"]
+    importlib.reload(fairseq_moe)
+    after = dict(MODEL_REGISTRY), dict(ARCH_MODEL_REGISTRY), Trainer.__dict__["train_step"]
+    assert before == after
+
+
+def test_all_transformer_lm_names_have_experts_to_offer() -> None:
+    from fairseq.models import ARCH_MODEL_INV_REGISTRY, ARCH_MODEL_REGISTRY
+
+    names = ARCH_MODEL_INV_REGISTRY["transformer_lm"]
+    assert "transformer_lm_gpt" in names
+    assert {ARCH_MODEL_REGISTRY[name].__name__ for name in names} == {"MoETransformerLanguageModel"}
