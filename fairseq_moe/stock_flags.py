@@ -111,6 +111,12 @@ STOCK_FLAGS = (
         reason="expert shards are always saved per owner and load on any number of ranks; leave it out",
     ),
     StockFlag(
+        flag="--not-fsdp-flatten-parameters",
+        group="distributed_training",
+        field="not_fsdp_flatten_parameters",
+        reason="fairscale frees parameters one by one while the backward pass still needs them; leave it out",
+    ),
+    StockFlag(
         flag="--quant-noise-pq",
         group="model",
         field="quant_noise_pq",
@@ -193,7 +199,7 @@ def stock_flag_problems(cfg: Any) -> list[str]:
         value = getattr(group, row.field, None) if group is not None else None
         if row.reason and row.refused(value):
             found.append(f"{row.flag} ({value}) does not work with an MoE model: {row.reason}.")
-    return found + _flat_fp16_problem(cfg)
+    return found + _flat_fp16_problem(cfg) + _sharded_precision_problems(cfg)
 
 
 def _flat_fp16_problem(cfg: Any) -> list[str]:
@@ -205,3 +211,21 @@ def _flat_fp16_problem(cfg: Any) -> list[str]:
         "--fp16 alone flattens all parameters into one tensor and loses the mark of the expert weights; add "
         "--fp16-no-flatten-grads or use --memory-efficient-fp16."
     ]
+
+
+def _sharded_precision_problems(cfg: Any) -> list[str]:
+    common, training = cfg.common, cfg.distributed_training
+    if str(training.ddp_backend) != "fully_sharded":
+        return []
+    found = []
+    if common.bf16 or common.memory_efficient_bf16:
+        found.append(
+            "--bf16 does not work with an MoE model under --ddp-backend fully_sharded, since fairscale knows "
+            "float16 only; use --fp16, or --ddp-backend legacy_ddp or pytorch_ddp."
+        )
+    if training.fp32_reduce_scatter and not (common.fp16 and not common.memory_efficient_fp16):
+        found.append(
+            "--fp32-reduce-scatter needs --fp16 without --memory-efficient-fp16; leave it out or change the "
+            "precision."
+        )
+    return found

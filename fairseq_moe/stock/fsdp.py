@@ -18,6 +18,16 @@ from fairseq_moe.stock.models import moe_decoder
 from fairseq_moe.stock.proxy import ModuleProxy
 from fairseq_moe.stock.seam import seam
 
+if has_FSDP:
+    from fairseq_moe.stock.fsdp_state import (
+        full_model_state,
+        load_full_model_state,
+        named_optimizer_state,
+        sharded_optimizer_state,
+    )
+
+__all__ = ["full_model_state", "load_full_model_state", "named_optimizer_state", "sharded_optimizer_state"]
+
 _TEST = "tests/distributed/test_fsdp.py"
 
 
@@ -67,6 +77,14 @@ class _AdaptedFSDP:
             param._saved_grad_shard = reduced_grad if saved is None else saved + reduced_grad
             param.grad = None  # fairscale puts the saved one there when backward is over
 
+    def load_state_dict(
+        self, state_dict: dict[str, Tensor], strict: bool = True, model_cfg: Any = None
+    ) -> Any:
+        if moe_decoder(self) is None:
+            return super().load_state_dict(state_dict, strict=strict, model_cfg=model_cfg)
+        load_full_model_state(self, state_dict)
+        return None
+
     def _gather_optim_state(self, sd_state: dict[int, dict[str, Any]]) -> tuple[Any, Any]:
         gathered: dict[int, dict[str, Any]] = {}
         singletons: dict[int, dict[str, Any]] = {}
@@ -94,11 +112,12 @@ class _AdaptedFSDP:
     "fairseq.distributed.fully_sharded_data_parallel:FullyShardedDataParallel",
     signature=None,
     stock_does="computes on a CUDA device, refuses --memory-efficient-fp16 with fairscale 0.4.13, keeps the "
-    "gradients of unsharded parameters in half precision, and gathers Adam's two moments into one buffer",
+    "gradients of unsharded parameters in half precision, gathers Adam's two moments into one buffer, and "
+    "loads rank 0's parameters on all ranks",
     breaks="nothing runs on CPU; loss scales are taken out of expert gradients in half precision; on CPU the "
-    "saved exp_avg is exp_avg_sq; a single process cannot save",
+    "saved exp_avg is exp_avg_sq; a single process cannot save; experts of other ranks are lost",
     we_do="compute where the parameters are, halve the module before it is wrapped, keep those gradients in "
-    "float32, gather each tensor by itself",
+    "float32, gather each tensor by itself, and load an MoE model by name from what each rank brings",
     test=_TEST,
 )
 def fully_sharded_data_parallel(stock: Any) -> Any:
