@@ -21,7 +21,9 @@ from fairseq_moe.errors import CheckpointError
 __all__ = ["BranchCheckpoint", "find_branch_checkpoint"]
 
 _FILE = re.compile(r"(?P<stem>.+?)-(shared|rank-\d+)(?P<shard>-shard\d+)?\.pt")
-_EXPERT = re.compile(r"(?P<prefix>.+\.moe_layer\.experts)\.(?P<local>\d+)\.(?P<matrix>fc1|fc2)\.(?P<kind>weight|bias)")
+_EXPERT = re.compile(
+    r"(?P<prefix>.+\.moe_layer\.experts)\.(?P<local>\d+)\.(?P<matrix>fc1|fc2)\.(?P<kind>weight|bias)"
+)
 
 
 def find_branch_checkpoint(path: Path) -> "BranchCheckpoint | None":
@@ -48,7 +50,9 @@ def _escaped(stem: str) -> str:
 def _in_order(files: dict[int, Path], shared: Path) -> list[Path]:
     missing = sorted(set(range(max(files, default=0) + 1)) - set(files))
     if missing:
-        raise CheckpointError(f"{shared} lacks its rank files {missing}; copy all NAME-rank-N.pt files beside it.")
+        raise CheckpointError(
+            f"{shared} lacks its rank files {missing}; copy all NAME-rank-N.pt files beside it."
+        )
     return [files[number] for number in range(len(files))]
 
 
@@ -92,17 +96,23 @@ class BranchCheckpoint:
             return (
                 {name: torch.stack([rows[expert] for expert in expert_ids]) for name, rows in model.items()},
                 {
-                    name: {key: _stacked([rows[expert] for expert in expert_ids]) for key, rows in values.items()}
+                    name: {
+                        key: _stacked([rows[expert] for expert in expert_ids]) for key, rows in values.items()
+                    }
                     for name, values in optimizer.items()
                 },
             )
         except KeyError as error:
-            raise CheckpointError(f"expert {error} is in none of the rank files beside {self.shared}.") from error
+            raise CheckpointError(
+                f"expert {error} is in none of the rank files beside {self.shared}."
+            ) from error
 
     def _place(self, name: str, first_expert: int) -> tuple[str, int]:
         match = _EXPERT.fullmatch(name)
         if match is None:
-            raise CheckpointError(f"the rank files of {self.shared} hold {name}, which is not an expert's matrix.")
+            raise CheckpointError(
+                f"the rank files of {self.shared} hold {name}, which is not an expert's matrix."
+            )
         return f"{match['prefix']}.{match['matrix']}_{match['kind']}", first_expert + int(match["local"])
 
     def _named(self, state: dict[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:

@@ -62,7 +62,9 @@ class Manifest:
                     "wrote it or a newer one."
                 )
             shards = [ShardEntry(**entry) for entry in values["shards"]]
-            manifest = cls(update=int(values["update"]), num_experts=int(values["num_experts"]), shards=shards)
+            manifest = cls(
+                update=int(values["update"]), num_experts=int(values["num_experts"]), shards=shards
+            )
             listed = sorted(int(expert) for shard in shards for expert in shard.expert_ids)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the list of expert shards in {source} is damaged ({error}).") from error
@@ -78,4 +80,6 @@ class Manifest:
 def _check_inside(file: str, source: Path) -> None:
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts or "\\" in file:
-        raise CheckpointError(f"{source} names the shard {file!r}, which is not a plain path below its directory.")
+        raise CheckpointError(
+            f"{source} names the shard {file!r}, which is not a plain path below its directory."
+        )

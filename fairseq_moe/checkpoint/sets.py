@@ -131,7 +131,9 @@ def _read_shard(
             metadata = file.metadata()
             ids = json.loads(metadata["expert_ids"])
             if ids != entry.expert_ids:
-                raise CheckpointError(f"{path} holds experts {ids}, its checkpoint expects {entry.expert_ids}.")
+                raise CheckpointError(
+                    f"{path} holds experts {ids}, its checkpoint expects {entry.expert_ids}."
+                )
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 if key.startswith("model/") or with_optimizer:
                     tensor = file.get_tensor(key)
@@ -141,7 +143,9 @@ def _read_shard(
                     for state_name, value in values.items():
                         whole.setdefault(name, {}).setdefault(state_name, []).append(value)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"cannot read expert shard {path} ({error}); restore it from a copy.") from error
+        raise CheckpointError(
+            f"cannot read expert shard {path} ({error}); restore it from a copy."
+        ) from error
 
 
 def _verify(path: Path, entry: ShardEntry) -> None:
@@ -152,10 +156,14 @@ def _verify(path: Path, entry: ShardEntry) -> None:
         )
     num_bytes = path.stat().st_size
     if num_bytes != entry.num_bytes:
-        raise CheckpointError(f"expert shard {path} has {num_bytes} bytes, expected {entry.num_bytes}; it is damaged.")
+        raise CheckpointError(
+            f"expert shard {path} has {num_bytes} bytes, expected {entry.num_bytes}; it is damaged."
+        )
     digest = sha256_of(path)
     if digest != entry.sha256:
-        raise CheckpointError(f"expert shard {path} has sha256 {digest}, expected {entry.sha256}; it is damaged.")
+        raise CheckpointError(
+            f"expert shard {path} has sha256 {digest}, expected {entry.sha256}; it is damaged."
+        )
 
 
 def _one_value(found: list[Any], name: str, state_name: str, directory: Path) -> Any:

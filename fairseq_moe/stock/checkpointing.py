@@ -62,8 +62,7 @@ def save_checkpoint(stock: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr
         return stock(cfg, trainer, epoch_itr, val_loss)
     if rank() > 0:
         stock(cfg, trainer, epoch_itr, val_loss)
-        while (request := broadcast_value(None)) is not None:
-            _write_set(trainer, decoder, *request)
+        _follow_rank_0(trainer, decoder)
         return None
     trainer.moe_saves_together = True
     try:
@@ -74,6 +73,30 @@ def save_checkpoint(stock: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr
     if saved is not None:
         prune_sets(Path(cfg.save_dir))
     return saved
+
+
+@seam(
+    "fairseq.trainer:Trainer.always_call_state_dict_during_save_checkpoint",
+    signature=None,
+    stock_does="makes the other ranks gather the sharded state that rank 0 is expected to gather",
+    breaks="rank 0 asks for the experts first, and two different collectives wait for each other",
+    we_do="an MoE model's state is gathered when rank 0 asks for it",
+    test="tests/distributed/test_checkpoint.py",
+)
+def always_call_state_dict(stock: Callable[..., Any], self: Any) -> bool:
+    return stock(self) and moe_decoder(self.get_model()) is None
+
+
+def _follow_rank_0(trainer: Any, decoder: MoEDecoder) -> None:
+    """Write this rank's experts each time rank 0 asks, until it says that it is done."""
+    failure = None
+    while (request := broadcast_value(None)) is not None:
+        try:
+            _write_set(trainer, decoder, *request)
+        except CheckpointError as error:  # agreed: rank 0 met it too and is about to say that it is done
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 @seam(
@@ -99,7 +122,9 @@ def trainer_save_checkpoint(
     request = (str(path.parent), f"{self.get_num_updates()}-{os.urandom(4).hex()}")
     broadcast_value(request)
     shards, dense, named = _write_set(self, decoder, *request)
-    manifest = Manifest(update=self.get_num_updates(), num_experts=decoder.moe.moe_expert_count, shards=shards)
+    manifest = Manifest(
+        update=self.get_num_updates(), num_experts=decoder.moe.moe_expert_count, shards=shards
+    )
     state = _main_state(self, dense, named)
     state["extra_state"].update(extra_state)
     state[MANIFEST_KEY] = manifest.to_dict()
@@ -146,7 +171,8 @@ def _main_state(trainer: Any, dense: dict[str, Any], named: dict[str, Any]) -> d
     if not trainer.cfg.checkpoint.no_save_optimizer_state:
         stock_form = trainer.optimizer.state_dict()
         groups = [
-            {key: value for key, value in group.items() if key != "params"} for group in stock_form["param_groups"]
+            {key: value for key, value in group.items() if key != "params"}
+            for group in stock_form["param_groups"]
         ]
         optimizer = {"named": named, "param_groups": groups}
         if "loss_scale" in stock_form:
@@ -226,7 +252,9 @@ def trainer_load_checkpoint(
     finally:
         _REQUEST.reset(token)
     if request.optimizer is not None:
-        load_optimizer(self, request.optimizer, overrides=optimizer_overrides, reset_lr_scheduler=reset_lr_scheduler)
+        load_optimizer(
+            self, request.optimizer, overrides=optimizer_overrides, reset_lr_scheduler=reset_lr_scheduler
+        )
         logger.info("Loaded optimizer state (%d updates)", self.get_num_updates())
     return extra_state
 
@@ -248,7 +276,9 @@ def checkpoint_filename(
 
 def _resolve(filename: str) -> str:
     branch = find_branch_checkpoint(Path(filename))
-    if branch is not None and (not Path(filename).is_file() or filename.endswith(".pt") and "-rank-" in filename):
+    if branch is not None and (
+        not Path(filename).is_file() or filename.endswith(".pt") and "-rank-" in filename
+    ):
         return str(branch.shared)
     return filename
 
@@ -280,7 +310,11 @@ def load_checkpoint_to_cpu(
 
 
 def _read(
-    stock: Callable[..., Any], path: str, arg_overrides: Any, load_on_all_ranks: bool, request: _TrainerRequest | None
+    stock: Callable[..., Any],
+    path: str,
+    arg_overrides: Any,
+    load_on_all_ranks: bool,
+    request: _TrainerRequest | None,
 ) -> dict[str, Any]:
     with_optimizer = request is not None and request.with_optimizer
     branch = find_branch_checkpoint(Path(path)) if "-shared" in Path(path).name else None
@@ -302,7 +336,10 @@ def _read(
     else:
         manifest = Manifest.from_dict(state.pop(MANIFEST_KEY), source=Path(path))
         experts = read_experts(
-            Path(path).parent, manifest, expert_ids=_local_ids(manifest.num_experts), with_optimizer=with_optimizer
+            Path(path).parent,
+            manifest,
+            expert_ids=_local_ids(manifest.num_experts),
+            with_optimizer=with_optimizer,
         )
     state["model"].update(experts[0])
     state["last_optimizer_state"] = None
@@ -323,7 +360,9 @@ def _read_branch(
     if not named:
         return experts, None
     saved = state["last_optimizer_state"]
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]
+    ]
     optimizer = {"named": named, "param_groups": groups}
     if "loss_scale" in saved:
         optimizer["loss_scale"] = saved["loss_scale"]

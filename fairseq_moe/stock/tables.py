@@ -20,7 +20,8 @@ def seams_table() -> str:
 def flags_table() -> str:
     """One row per stock flag that touches an MoE model."""
     rows = [
-        (f"`{row.flag}`", f"refused: {row.reason}" if row.reason else f"supported, `{row.test}`") for row in STOCK_FLAGS
+        (f"`{row.flag}`", f"refused: {row.reason}" if row.reason else f"supported, `{row.test}`")
+        for row in STOCK_FLAGS
     ]
     return _table(("stock flag", "with an MoE model"), rows)
 

@@ -30,9 +30,7 @@ def named_optimizer(trainer: Any) -> dict[str, dict[str, Any]]:
     return named_optimizer_state(trainer.get_model(), trainer.optimizer)
 
 
-def load_optimizer(
-    trainer: Any, saved: dict[str, Any], *, overrides: Any, reset_lr_scheduler: bool
-) -> None:
+def load_optimizer(trainer: Any, saved: dict[str, Any], *, overrides: Any, reset_lr_scheduler: bool) -> None:
     """Continue from saved optimizer state, learning-rate schedule and update count.
 
     Args:
