@@ -1,8 +1,6 @@
 """``python -m fairseq_moe.stock``: print the adapter's tables, as README.md and CONTRIBUTING.md show them."""
 
-from fairseq_moe.stock.tables import flags_table, seams_table
+from fairseq_moe.stock.tables import flags_table, own_flags_table, seams_table
 
 if __name__ == "__main__":
-    print(seams_table())
-    print()
-    print(flags_table())
+    print(seams_table(), own_flags_table(), flags_table(), sep="\n\n")

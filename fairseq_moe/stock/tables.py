@@ -1,11 +1,16 @@
 """The adapter's records as Markdown tables."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
+from fairseq.models.transformer_lm import TransformerLanguageModelConfig
+
+from fairseq_moe.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
+from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModelConfig
 from fairseq_moe.stock.seam import SEAMS
 from fairseq_moe.stock_flags import STOCK_FLAGS
 
-__all__ = ["flags_table", "seams_table"]
+__all__ = ["flags_table", "own_flags_table", "seams_table"]
 
 
 def seams_table() -> str:
@@ -15,6 +20,21 @@ def seams_table() -> str:
         for seam in sorted(SEAMS, key=lambda seam: seam.target)
     ]
     return _table(("seam", "stock", "why it breaks", "here", "test"), rows)
+
+
+def own_flags_table() -> str:
+    """One row per flag that the plugin adds: its default and help."""
+    stock = {field.name for field in fields(TransformerLanguageModelConfig)} | {"sentence_avg"}
+    added = [
+        field
+        for config in (MoETransformerLanguageModelConfig, MoECrossEntropyCriterionConfig)
+        for field in fields(config)
+        if field.name not in stock
+    ]
+    rows = [
+        (f"`--{field.name.replace('_', '-')}`", f"{field.default}", field.metadata["help"]) for field in added
+    ]
+    return _table(("flag", "default", "meaning"), rows)
 
 
 def flags_table() -> str:
