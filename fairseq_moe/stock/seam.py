@@ -136,6 +136,10 @@ def _install(entry: Seam, module: Any, path: str) -> None:
 
     bound.__fairseq_moe_seam__ = entry.target
     setattr(owner, name, property(bound) if isinstance(stock, property) else bound)
+    # The __main__ of a spawned process is a copy of the namespace in which its functions look names up.
+    namespace = getattr(stock_call, "__globals__", {})
+    if namespace.get(name) is stock_call:
+        namespace[name] = bound
 
 
 def _names_only(function: Callable[..., Any]) -> str:

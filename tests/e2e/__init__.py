@@ -1,0 +1,1 @@
+"""The fairseq commands themselves, with the plugin."""

@@ -1,0 +1,65 @@
+"""Other ways to start a command, as entry points for ``run_cli``: its first argument is the command's module.
+
+``run_cli`` starts ranks with torchrun's environment; some functions here trade it for another launcher's.
+"""
+
+import importlib
+import importlib.util
+import os
+import runpy
+import sys
+
+__all__ = ["as_main_module", "as_script", "by_init_method", "by_srun"]
+
+
+def as_main_module() -> None:
+    """``python -m MODULE``."""
+    runpy.run_module(_pop_module(), run_name="__main__", alter_sys=True)
+
+
+def as_script() -> None:
+    """``python /path/of/module.py``."""
+    found = importlib.util.find_spec(_pop_module())
+    assert found is not None
+    assert found.origin is not None
+    runpy.run_path(found.origin, run_name="__main__")
+
+
+def by_init_method() -> None:
+    """Every rank on its own, with an explicit address and rank."""
+    env = _pop_torchrun()
+    sys.argv += ["--distributed-init-method", f"tcp://127.0.0.1:{env['MASTER_PORT']}"]
+    sys.argv += ["--distributed-world-size", env["WORLD_SIZE"], "--distributed-rank", env["RANK"]]
+    sys.argv += ["--distributed-no-spawn"]
+    _call()
+
+
+def by_srun() -> None:
+    """A SLURM step of one task per rank on one node; the variables are those that srun sets."""
+    env = _pop_torchrun()
+    os.environ.update(
+        SLURM_JOB_ID=env["MASTER_PORT"],  # stock and we derive the port from it
+        SLURM_STEP_ID="0",
+        SLURM_STEP_NODELIST="node[1]",
+        SLURM_STEP_NUM_NODES="1",
+        SLURM_STEP_NUM_TASKS=env["WORLD_SIZE"],
+        SLURM_PROCID=env["RANK"],
+        SLURM_LOCALID=env["RANK"],
+        SLURM_NODEID="0",
+    )
+    _call()
+
+
+def _call() -> None:
+    importlib.import_module(_pop_module()).cli_main()
+
+
+def _pop_module() -> str:
+    module = sys.argv.pop(1)
+    sys.argv[0] = module
+    return module
+
+
+def _pop_torchrun() -> dict[str, str]:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: os.environ.pop(name) for name in names}
