@@ -6,6 +6,10 @@ from torch import Tensor
 
 __all__ = ["all_gather_flat", "gather_base", "is_nccl_group", "one_rank_group", "reduce_scatter_base"]
 
+# torch 2.13 has new names for these two.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def one_rank_group() -> dist.ProcessGroup:
     """The world of a process that was started alone; initialises torch.distributed without any address.
@@ -37,13 +41,13 @@ def all_gather_flat(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
         (ranks of the group * N,), on every rank.
     """
     full = shard.new_empty(dist.get_world_size(group) * shard.numel())
-    dist.all_gather_into_tensor(full, shard.contiguous(), group=group)
+    _all_gather(full, shard.contiguous(), group=group)
     return full
 
 
 def gather_base(output: Tensor, shard: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """``torch.distributed._all_gather_base`` under its public name."""
-    dist.all_gather_into_tensor(output, shard, group=group)
+    """``torch.distributed._all_gather_base`` under a public name."""
+    _all_gather(output, shard, group=group)
 
 
 def reduce_scatter_base(output: Tensor, stacked: Tensor, group: dist.ProcessGroup | None = None) -> None:
@@ -54,4 +58,4 @@ def reduce_scatter_base(output: Tensor, stacked: Tensor, group: dist.ProcessGrou
         stacked: (ranks, N) or (ranks * N,).
         group: the ranks that take part.
     """
-    dist.reduce_scatter_tensor(output, stacked.reshape(-1), group=group)
+    _reduce_scatter(output, stacked.reshape(-1), group=group)
