@@ -10,6 +10,7 @@ import atexit
 import datetime
 import faulthandler
 import functools
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -216,6 +217,7 @@ def _fork_context() -> Any:
 def _child_main(
     body: Callable[..., Any], args: tuple[Any, ...], connection: Any, log_file: str, timeout: float
 ) -> NoReturn:
+    gc.freeze()  # a collection would touch, and so copy, all that the server has imported
     os.setsid()  # so that its own children can be ended with it
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)

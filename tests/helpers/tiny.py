@@ -1,0 +1,150 @@
+"""Tiny models under fairseq's own Trainer, and what one update does to them. Imported by forked ranks only."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from fairseq import options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.distributed import fsdp_enable_wrap, fsdp_wrap
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
+from torch import Tensor
+
+import fairseq_moe  # noqa: F401
+from fairseq_moe.distributed import broadcast_value, gather_values, rank, world_size
+from fairseq_moe.stock.models import moe_decoder
+
+__all__ = ["TINY_FLAGS", "build_trainer", "gradients", "make_batch", "parameters", "update"]
+
+_VOCABULARY = 40
+_FIRST_WORD = 4  # after <s>, <pad>, </s> and <unk>
+_PAD = 1
+
+TINY_FLAGS = [
+    "--task", "dummy_lm", "--dict-size", str(_VOCABULARY), "--tokens-per-sample", "16", "--batch-size", "2",
+    "--arch", "transformer_lm_gpt", "--share-decoder-input-output-embed", "--decoder-layers", "2",
+    "--decoder-embed-dim", "8", "--decoder-ffn-embed-dim", "12", "--decoder-attention-heads", "2",
+    "--dropout", "0", "--attention-dropout", "0", "--seed", "3", "--cpu", "--distributed-backend", "gloo",
+    "--lr-scheduler", "fixed", "--lr", "0.5", "--optimizer", "sgd", "--clip-norm", "0",
+    "--moe-freq", "2", "--moe-expert-count", "4", "--moe-second-expert-policy", "all",
+    "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.1",
+]  # fmt: skip
+
+
+def build_trainer(flags: Sequence[Any] = (), *, dtype: torch.dtype = torch.float32) -> Trainer:
+    """fairseq's Trainer on this rank, as fairseq-train builds it.
+
+    Args:
+        flags: in addition to ``TINY_FLAGS``; the last one of a name counts.
+        dtype: float64 for exact comparisons; other precisions are asked for by flags.
+    """
+    # Composing takes most of a second, so one rank does it for all.
+    cfg = broadcast_value(_config(flags) if rank() == 0 else None)
+    cfg.distributed_training.distributed_rank = rank()
+    metrics.reset()
+    task = tasks.setup_task(cfg.task)
+    torch.manual_seed(cfg.common.seed)
+    if cfg.distributed_training.ddp_backend == "fully_sharded":
+        with fsdp_enable_wrap(cfg.distributed_training):
+            model = fsdp_wrap(task.build_model(cfg.model))
+    else:
+        model = task.build_model(cfg.model).to(dtype)
+    return Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
+
+
+def _config(flags: Sequence[Any]) -> Any:
+    argv = [*TINY_FLAGS, *map(str, flags), "--distributed-world-size", str(world_size())]
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), argv))
+
+
+def make_batch(seed: int, *, num_sequences: int = 2, length: int = 8, num_padded: int = 0) -> dict[str, Any]:
+    """A language-modelling batch of random words, in the form of fairseq's collater.
+
+    Args:
+        seed: of the words.
+        num_sequences: B.
+        length: S.
+        num_padded: padding tokens at the end of the last sequence.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(_FIRST_WORD, _VOCABULARY, (num_sequences, length + 1), generator=generator)
+    tokens, target = words[:, :-1].clone(), words[:, 1:].clone()
+    if num_padded:
+        tokens[-1, -num_padded:] = _PAD
+        target[-1, -num_padded:] = _PAD
+    return {
+        "id": torch.arange(num_sequences),
+        "nsentences": num_sequences,
+        "ntokens": int((target != _PAD).sum()),
+        "net_input": {"src_tokens": tokens, "src_lengths": (tokens != _PAD).sum(1)},
+        "target": target,
+    }
+
+
+def update(trainer: Trainer, micro_batches: Sequence[Any]) -> dict[str, float]:
+    """One ``train_step`` and the numbers that it logs for all ranks, not rounded; empty if it was skipped."""
+    metrics.reset()
+    if trainer.train_step(list(micro_batches)) is None:
+        return {}
+    meters = metrics.get_meters("train")
+    names = [name for name in meters if hasattr(meters[name], "avg")]
+    return {name: float(meters[name].avg) for name in names} | {
+        "sample_size": float(meters["loss"].count),
+    }
+
+
+def parameters(trainer: Trainer) -> dict[str, Tensor]:
+    """Every parameter of the whole model by its name; of an expert's, with the expert's global number.
+
+    Collective. Copies of the same tensor on different ranks must be equal to the bit.
+    """
+    return _merged(trainer, _local_state(trainer))
+
+
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """The gradients that the last update stepped with, in the form of ``parameters``."""
+    with _gradients_as_data(trainer):
+        state = _local_state(trainer)
+    return _merged(trainer, state)
+
+
+def _local_state(trainer: Trainer) -> dict[str, Tensor]:
+    model = trainer.get_model()
+    if trainer.is_fsdp:
+        from fairseq_moe.stock.fsdp_state import full_model_state
+
+        return full_model_state(model)
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@contextmanager
+def _gradients_as_data(trainer: Trainer) -> Any:
+    held = list(trainer.get_model().parameters())
+    values = [parameter.data for parameter in held]
+    for parameter in held:
+        assert parameter.grad is not None
+        parameter.data = parameter.grad
+    try:
+        yield
+    finally:
+        for parameter, value in zip(held, values, strict=True):
+            parameter.data = value
+
+
+def _merged(trainer: Trainer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    decoder = moe_decoder(trainer.get_model())
+    assert decoder is not None
+    ids = decoder.mesh.layout.local_ids(rank())
+    own: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if ".experts." in name:
+            own.update({f"{name}[{expert}]": tensor[local] for local, expert in enumerate(ids)})
+        else:
+            own[name] = tensor
+    whole: dict[str, Tensor] = {}
+    for other in gather_values(own):
+        for name, tensor in other.items():
+            assert torch.equal(whole.setdefault(name, tensor), tensor), f"ranks hold different {name}"
+    return whole
