@@ -11,6 +11,7 @@ from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
     fsdp,
     gradients,
     launch,
+    optim,
     parsing,
     training,
     wrappers,

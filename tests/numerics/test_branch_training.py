@@ -31,8 +31,13 @@ def train(folder: Path, flags: list[str], *, world_size: int = 2) -> list[dict[s
     ("name", "flags"),
     [
         ("continuation", ["--optimizer", "adam", "--adam-betas", "(0.9,0.98)", "--lr", 0.002]),
+        (
+            "continuation",
+            ["--optimizer", "adam", "--adam-betas", "(0.9,0.98)", "--lr", 0.002, "--fp16-adam-stats"],
+        ),
         ("continuation_sgd", ["--optimizer", "sgd", "--lr", 0.5, "--momentum", 0.0]),
     ],
+    ids=["adam", "adam-fp16-stats", "sgd"],
 )
 def test_every_update_equals_the_branch(name: str, flags: list[str], tmp_path: Path) -> None:
     theirs = expected()[name]

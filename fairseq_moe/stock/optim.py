@@ -1,0 +1,35 @@
+"""--fp16-adam-stats without NVIDIA apex."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from fairseq.optim import FairseqOptimizer
+from fairseq.optim.fused_adam import FusedAdamV1, get_fused_adam_class
+
+from fairseq_moe.optim import HalfAdam
+from fairseq_moe.stock.seam import seam
+
+
+@seam(
+    "fairseq.optim.adam:FairseqAdam.__init__",
+    signature="(self, cfg, params)",
+    stock_does="refuses --fp16-adam-stats unless an old CUDA extension of apex is there",
+    breaks="the branch's commands need that extension, which current apex no longer builds by default",
+    we_do="use our own Adam with half-precision state where stock refuses, and apex where stock uses it",
+    test="tests/unit/test_fp16_adam.py",
+)
+def adam_init(stock: Callable[..., Any], self: Any, cfg: Any, params: Iterable[Any]) -> None:
+    if not cfg.fp16_adam_stats or getattr(cfg, "tpu", False) or _stock_uses_apex(cfg):
+        stock(self, cfg, params)
+        return
+    FairseqOptimizer.__init__(self, cfg)
+    self._optimizer = HalfAdam(params, **self.optimizer_config)
+
+
+def _stock_uses_apex(cfg: Any) -> bool:
+    return (
+        not getattr(cfg, "use_old_adam", False)
+        and torch.cuda.is_available()
+        and get_fused_adam_class() is FusedAdamV1
+    )
