@@ -57,16 +57,19 @@ def train(data: Path, save_dir: Path, *flags: Any, world_size: int = 1, **kwargs
     return result
 
 
-def eval_lm_argv(data: Path, checkpoint: Path, *flags: Any) -> list[Any]:
+def eval_lm_argv(data: Path, checkpoint: Path, *flags: Any, plugin: bool = True) -> list[Any]:
     """Arguments of fairseq-eval-lm on the ``valid`` split, one block per batch."""
-    argv = [data, *PLUGIN, "--cpu", "--num-workers", "0", "--path", checkpoint, "--gen-subset", "valid"]
+    argv = [data, *(PLUGIN if plugin else []), "--cpu", "--num-workers", "0", "--path", checkpoint]
     argv += ["--task", "language_modeling", "--tokens-per-sample", "32", "--sample-break-mode", "none"]
-    return [*argv, "--batch-size", "1", *flags]
+    return [*argv, "--gen-subset", "valid", "--batch-size", "1", *flags]
 
 
-def eval_lm(data: Path, checkpoint: Path, *flags: Any, world_size: int = 1) -> CommandResult:
+def eval_lm(
+    data: Path, checkpoint: Path, *flags: Any, world_size: int = 1, plugin: bool = True
+) -> CommandResult:
     """Run fairseq-eval-lm in forked processes; the result's exit code is 0. Arguments as ``eval_lm_argv``."""
-    result = run_cli("fairseq_cli.eval_lm", eval_lm_argv(data, checkpoint, *flags), world_size=world_size)
+    argv = eval_lm_argv(data, checkpoint, *flags, plugin=plugin)
+    result = run_cli("fairseq_cli.eval_lm", argv, world_size=world_size)
     assert result.exit_code == 0, result.output[-3000:]
     return result
 

@@ -6,10 +6,14 @@
 import importlib
 import importlib.util
 import os
+import random
 import runpy
 import sys
 
-__all__ = ["as_main_module", "as_script", "by_init_method", "by_srun"]
+import numpy as np
+import torch
+
+__all__ = ["as_main_module", "as_script", "by_init_method", "by_srun", "then_draw"]
 
 
 def as_main_module() -> None:
@@ -48,6 +52,16 @@ def by_srun() -> None:
         SLURM_NODEID="0",
     )
     _call()
+
+
+def then_draw() -> None:
+    """The command in this process; then one number of each random generator shows what it has consumed."""
+    random.seed(0)  # fairseq seeds the other two
+    if "RANK" in os.environ:
+        by_init_method()
+    else:
+        _call()
+    print("then drawn:", torch.rand(()).item(), np.random.rand(), random.random())
 
 
 def _call() -> None:

@@ -4,6 +4,7 @@ Most commands run as forks that carry the environment of the launcher; three rea
 """
 
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -86,13 +87,13 @@ def _console_script(name: str) -> Path:
 def test_installed_package_is_found_by_its_name_from_any_directory(
     text_data: Path, moe_checkpoint: Path, tmp_path: Path, perplexity_alone: float
 ) -> None:
-    import fairseq
-
     # fairseq, its commands and the plugin side by side, as in site-packages; stock looks in fairseq/.. for a
     # plain name, so fairseq must be a directory there and not a link to one.
     site = tmp_path / "site"
     (site / "fairseq").mkdir(parents=True)
-    stock = Path(fairseq.__file__).resolve().parent
+    found = importlib.util.find_spec("fairseq")
+    assert found is not None
+    stock = Path(str(found.origin)).resolve().parent
     for source in (*stock.iterdir(), stock.parent / "fairseq_cli", REPOSITORY / "fairseq_moe"):
         (site / source.relative_to(stock.parent if source.parent == stock else source.parent)).symlink_to(
             source
