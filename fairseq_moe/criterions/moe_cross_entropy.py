@@ -88,7 +88,8 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         if self.gate_loss_combine_method == "average":
             gate_loss = gate_loss / len(terms)
         if self.gate_loss_transform == "neg_log":
-            gate_loss = -torch.log(gate_loss)
+            # A batch of padding only has gate loss 0; its logarithm would give NaN gradients, even times 0.
+            gate_loss = -torch.log(torch.where(gate_loss > 0, gate_loss, 1.0))
         return gate_loss
 
     @staticmethod
