@@ -147,6 +147,8 @@ def moe_problems(cfg: Any, *, world_size: int) -> list[str]:
     moe = MoEConfig.from_args(model if model is not None else {})
     num_layers = int(getattr(model, "decoder_layers", None) or 0)
     found = moe.problems(num_layers=num_layers, world_size=world_size)
+    if getattr(model, "use_stable_embedding", False):
+        found.append("--use-stable-embedding is not supported (it needs bitsandbytes); leave it out.")
     found += _criterion_problems(getattr(cfg, "criterion", None))
     if moe.enabled:
         found += stock_flag_problems(cfg)

@@ -44,7 +44,7 @@ def call_main(stock: Callable[..., Any], cfg: Any, main: Callable[..., Any], **k
         on_cpu = not cfg.common.tpu and (cfg.common.cpu or not torch.cuda.is_available())
         if on_cpu:
             dist_cfg.distributed_backend = "gloo"
-        if dist_cfg.distributed_init_method is None:
+        if dist_cfg.distributed_init_method is None and not dist_cfg.pipeline_model_parallel:
             _infer(dist_cfg, on_cpu=on_cpu, stock=distributed_utils.infer_init_method.__wrapped__)
         problems = moe_problems(cfg, world_size=dist_cfg.distributed_world_size)
         if problems:
