@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,9 +44,11 @@ class RouterConfig:
     generation_capacity_token_fraction: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class RouterOutput:
+class RouterOutput(NamedTuple):
     """What routing yields.
+
+    A tuple that starts with a tensor, because hooks of the kind that fairseq's search for NaNs puts on every
+    module look for the first tensor of its output.
 
     Args:
         gates_TE: gate probabilities, differentiable.

@@ -23,9 +23,8 @@ LAYOUTS = [  # (world size, experts, further flags)
     pytest.param(4, 2, (), id="4-ranks-2-experts-each-twice"),
     pytest.param(2, 1, ("--moe-top1-expert",), id="2-ranks-1-expert-held-twice"),
 ]
-LOSSES = ("loss", "inner_loss", "moe_gate_loss")
-# (seed, sequences, length) of one micro-batch after the other. Capacity depends on the micro-batch, so nothing
-# may be dropped: four experts drop nothing of these (found by trying, checked in each test), two never do.
+# (seed, sequences, length) of one micro-batch after the other. Capacity depends on the micro-batch: nothing
+# may be dropped: four experts drop nothing of these (found by trying, and checked), two never do.
 BATCHES = [(3, 1, 9), (19, 2, 3), (38, 3, 3), (54, 1, 5), (19, 1, 13), (38, 1, 6), (54, 2, 5), (3, 1, 10)]
 
 
@@ -46,16 +45,13 @@ def _micro_batches(world_size: int, flags: list[Any], *, even: bool) -> list[lis
 
 def _joined(micro_batches: list[Any]) -> Any:
     """One large batch of batches of one length."""
-    inputs = {
-        key: torch.cat([batch["net_input"][key] for batch in micro_batches])
-        for key in ("src_tokens", "src_lengths")
-    }
+    names = ("src_tokens", "src_lengths")
+    inputs = {name: torch.cat([batch["net_input"][name] for batch in micro_batches]) for name in names}
     target = torch.cat([batch["target"] for batch in micro_batches])
     size = len(target)
     ntokens = sum(batch["ntokens"] for batch in micro_batches)
-    return {
-        "id": torch.arange(size), "nsentences": size, "ntokens": ntokens, "net_input": inputs, "target": target
-    }  # fmt: skip
+    counts = {"id": torch.arange(size), "nsentences": size, "ntokens": ntokens}
+    return {**counts, "net_input": inputs, "target": target}
 
 
 def _report(flags: list[Any], micro_batches: list[Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -109,7 +105,7 @@ def _alone(
 def _assert_equal(
     found: dict[str, Any], expected: dict[str, Any], *, relative: float = 3e-6, of_norm: float = 1e-6
 ) -> None:
-    """Each difference is at most ``relative`` of the tensor's norm plus ``of_norm`` of that of all gradients."""
+    """Each difference is within ``relative`` of the tensor's norm plus ``of_norm`` of the global norm."""
     assert found["logged"]["drop_rate"] == 0
     gnorm = expected["logged"]["gnorm"]
     for name, value in expected["logged"].items():
@@ -120,6 +116,11 @@ def _assert_equal(
         for name, tensor in expected[kind].items():
             difference = _norm(found[kind][name] - tensor)
             assert difference <= relative * _norm(tensor) + of_norm * gnorm, (kind, name, difference)
+
+
+def _assert_all_equal(by_rank: list[dict[str, Any]], expected: dict[str, Any], **bounds: float) -> None:
+    for found in by_rank:
+        _assert_equal(found, expected, **bounds)
 
 
 def _norm(tensor: Tensor) -> float:
@@ -134,8 +135,7 @@ def test_ranks_equal_one_process_with_their_micro_batches(
     flags = ("--moe-expert-count", experts, *more)
     expected = _alone(flags, world_size)
     assert expected["logged"]["moe_gate_loss"] > 0
-    for found in _on_ranks((*flags, "--ddp-backend", backend), world_size):
-        _assert_equal(found, expected)
+    _assert_all_equal(_on_ranks((*flags, "--ddp-backend", backend), world_size), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -156,8 +156,7 @@ def test_update_freq_clipping_and_activation_checkpointing(backend: str) -> None
     flags = ("--moe-expert-count", 2, "--clip-norm", 0.1, "--update-freq", 2)
     expected = _alone(flags, 4)
     assert expected["logged"]["gnorm"] > 0.1
-    for found in _on_ranks((*flags, "--checkpoint-activations", "--ddp-backend", backend), 4):
-        _assert_equal(found, expected)
+    _assert_all_equal(_on_ranks((*flags, "--checkpoint-activations", "--ddp-backend", backend), 4), expected)
 
 
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])  # FSDP computes in float32
@@ -165,8 +164,8 @@ def test_double_precision_agrees_to_ten_digits(backend: str) -> None:
     flags = ("--moe-expert-count", 4)
     expected = _alone(flags, 4, dtype=torch.float64)
     assert expected["gradients"]["decoder.layers.1.moe_layer.router.weight"].dtype == torch.float64
-    for found in _on_ranks((*flags, "--ddp-backend", backend), 4, dtype=torch.float64):
-        _assert_equal(found, expected, relative=1e-10, of_norm=1e-12)
+    found = _on_ranks((*flags, "--ddp-backend", backend), 4, dtype=torch.float64)
+    _assert_all_equal(found, expected, relative=1e-10, of_norm=1e-12)
 
 
 def _no_division() -> None:
@@ -196,15 +195,15 @@ MUTATIONS: dict[str, Callable[[], None]] = {
 
 
 @pytest.mark.parametrize(
-    ("mutation", "complaint"),
+    ("mutation", "experts", "complaint"),
     [
-        ("no division", "gnorm"),
-        ("no sum over replicas", "ranks hold different"),
-        ("experts left out of the norm", "gnorm"),
+        ("no division", 4, "gnorm"),
+        ("no sum over replicas", 2, "ranks hold different"),
+        ("experts left out of the norm", 2, "gnorm"),
     ],
 )
-def test_these_tests_see_a_wrong_reduction(mutation: str, complaint: str) -> None:
-    flags = ("--moe-expert-count", 2)
+def test_these_tests_see_a_wrong_reduction(mutation: str, experts: int, complaint: str) -> None:
+    flags = ("--moe-expert-count", experts)
+    expected = _alone(flags, 4)
     with pytest.raises(AssertionError, match=complaint):
-        for found in _on_ranks((*flags, "--ddp-backend", "legacy_ddp"), 4, mutation=mutation):
-            _assert_equal(found, _alone(flags, 4))
+        _assert_all_equal(_on_ranks((*flags, "--ddp-backend", "legacy_ddp"), 4, mutation=mutation), expected)

@@ -1,4 +1,4 @@
-"""Tiny models under fairseq's own Trainer, and what one update does to them. Imported by forked ranks only."""
+"""Tiny models under fairseq's own Trainer, and what one update does to them. For forked ranks only."""
 
 from collections.abc import Sequence
 from contextlib import contextmanager
