@@ -1,4 +1,4 @@
-"""The scripts print the commands that they promise and take overrides; bench_layer and demo are right in small.
+"""The scripts print the commands they promise and take overrides; bench_layer and demo are right in small.
 
 The commands of the two GPU scripts are those of the README of fairseq's moe branch, flag by flag.
 """
@@ -134,8 +134,11 @@ def test_every_way_of_bench_layer_gives_gradients_and_the_table_has_a_row_per_si
     json.dumps(bench.environment(torch.device("cpu"), torch.float32))
 
 
-def test_the_demos_dense_model_does_as_much_work_per_token_as_its_experts() -> None:
+def test_the_demos_dense_model_does_as_much_work_per_token_as_its_experts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("sentencepiece")
+    monkeypatch.syspath_prepend(SCRIPTS)
     demo = load("demo.py")
 
     experts = demo.TOP_K * 2 * demo.EMBED_DIM * demo.FFN_DIM
@@ -145,14 +148,16 @@ def test_the_demos_dense_model_does_as_much_work_per_token_as_its_experts() -> N
 
 def test_the_demo_cuts_a_text_between_paragraphs_and_loses_nothing(tmp_path: Path) -> None:
     pytest.importorskip("sentencepiece")
-    demo = load("demo.py")
+    demo_text = load("demo_text.py")
     paragraphs = [f"paragraph {number}\n\tof two lines " + "word " * 200 for number in range(100)]
     text = "\n\n".join(paragraphs)
     (tmp_path / "text").write_text(text)
 
-    slices = list(demo._slices(tmp_path / "text"))
+    slices = list(demo_text._slices(tmp_path / "text"))
 
     assert "".join(slices) == text
     assert len(slices) > 5
-    found = [paragraph for each in slices for paragraph in demo._paragraphs(each)]
-    assert found == [paragraph.expandtabs(4).rstrip().replace("\n", demo.NEWLINE) for paragraph in paragraphs]
+    found = [paragraph for each in slices for paragraph in demo_text._paragraphs(each)]
+    assert found == [
+        paragraph.expandtabs(4).rstrip().replace("\n", demo_text.NEWLINE) for paragraph in paragraphs
+    ]
