@@ -64,18 +64,13 @@ class _AdaptedFSDP:
             self.compute_device = self.params[0].device
         return result
 
-    def _prep_grads_for_backward(self) -> None:
-        for p in self.params:
-            if self.mixed_precision and not p._is_sharded and p.grad is not None:
-                p._saved_grad_shard, p.grad = p.grad, None
-        super()._prep_grads_for_backward()
-
     def _post_reduction_hook(self, param: nn.Parameter, reduced_grad: Tensor) -> None:
         super()._post_reduction_hook(param, reduced_grad)
         if self.mixed_precision and not param._is_sharded:
-            saved = getattr(param, "_saved_grad_shard", None)
-            param._saved_grad_shard = reduced_grad if saved is None else saved + reduced_grad
-            param.grad = None  # fairscale puts the saved one there when backward is over
+            # reduced_grad is in float32 now. As with shards, the hook may run again before backward is over;
+            # then fairscale makes the saved sum the gradient.
+            saved = getattr(param, "_saved_grad_shard", 0.0)
+            param._saved_grad_shard, param.grad = saved + reduced_grad, None
 
     def load_state_dict(
         self, state_dict: dict[str, Tensor], strict: bool = True, model_cfg: Any = None

@@ -175,14 +175,13 @@ def sharded_optimizer_state(
     for flat in flats:
         keys = named[flat.names[0]]
         state[index_of[id(flat.parameter)]] = {key: _flat_value(flat, key, named) for key in keys}
-    own_groups = optimizer.optimizer.state_dict()["param_groups"]
+    own_groups = optimizer.optimizer.param_groups
     chosen = own_groups if groups is None else groups
-    return {
-        "state": state,
-        "param_groups": [
-            {**group, "params": own["params"]} for group, own in zip(chosen, own_groups, strict=True)
-        ],
-    }
+    first, numbered = 0, []
+    for group, own in zip(chosen, own_groups, strict=True):
+        numbered.append({**group, "params": list(range(first, first + len(own["params"])))})
+        first += len(own["params"])
+    return {"state": state, "param_groups": numbered}
 
 
 def _flat_value(flat: _FlatParameter, key: str, named: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -1,0 +1,286 @@
+"""--ddp-backend fully_sharded: the numbers of a single process on any number of ranks, and state by name.
+
+Run with ``pytest tests/distributed/test_fsdp.py``. Single updates under every backend are compared in
+``test_training_equality.py``; here are runs of several updates, whose optimizer state is sharded too.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.ranks import run_ranks
+
+SHARDED = ["--ddp-backend", "fully_sharded"]
+# A large epsilon: otherwise Adam turns the rounding of vanishing gradients into whole steps.
+ADAM = ["--optimizer", "adam", "--lr", "0.01", "--adam-eps", "1e-3"]
+WRAP_ALL = ["--min-params-to-wrap", "1"]
+MOMENTUM = ["--momentum", "0.9", "--clip-norm", "1", "--bucket-cap-mb", "0"]
+DENSE = ["--moe-freq", "0", "--moe-expert-count", "0"]
+NUM_UPDATES = 3
+
+
+def micro_batches(update: int, rank: int, *, may_be_missing: bool = True) -> list[Any]:
+    """Two batches, longer ones on higher ranks; rank 1 has only one for its last update."""
+    from tests.helpers.tiny import make_batch
+
+    batches = [make_batch(100 * update + 10 * micro + rank, length=7 + rank) for micro in range(2)]
+    is_missing = may_be_missing and rank == 1 and update == NUM_UPDATES - 1
+    return [batches[0], None] if is_missing else batches
+
+
+def run_updates(trainer: Any, ranks: list[int]) -> list[dict[str, float]]:
+    """What each update logs when this process takes the batches of ``ranks``."""
+    from tests.helpers.tiny import update
+
+    trainer.reset_dummy_batch(micro_batches(0, ranks[0])[0])
+    logged = []
+    for number in range(NUM_UPDATES):
+        batches = [batch for rank in ranks for batch in micro_batches(number, rank)]
+        if len(ranks) > 1:
+            batches = [batch for batch in batches if batch is not None]
+        logged.append(update(trainer, batches))
+    return logged
+
+
+def whole_optimizer_state(trainer: Any) -> dict[str, Tensor]:
+    """``name/kind`` -> state of the whole model, experts in their global order."""
+    from fairseq_moe.distributed import gather_values
+    from fairseq_moe.stock.models import moe_decoder
+    from fairseq_moe.stock.trainer_state import named_optimizer
+
+    layout = moe_decoder(trainer.get_model()).mesh.layout
+    own = {
+        f"{name}/{kind}": torch.as_tensor(value)
+        for name, state in named_optimizer(trainer).items()
+        for kind, value in state.items()
+    }
+    by_rank = gather_values(own)
+    whole = dict(by_rank[0])
+    for key in (key for key in whole if ".experts." in key and whole[key].dim() > 0):
+        for rank, state in enumerate(by_rank):
+            assert torch.equal(state[key], by_rank[rank % layout.ep_size][key]), f"replica of {key}"
+        whole[key] = torch.cat([state[key] for state in by_rank[: layout.ep_size]])
+    return whole
+
+
+def train(rank: int, flags: list[str], ranks: list[int] | None = None) -> Any:
+    from tests.helpers.tiny import build_trainer, parameters
+
+    trainer = build_trainer(flags)
+    logged = run_updates(trainer, [rank] if ranks is None else ranks)
+    return logged, parameters(trainer), whole_optimizer_state(trainer)
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Each difference is within 3e-6 of the tensor's norm, or within 1e-6 of the norm of all together."""
+    assert sorted(found) == sorted(expected)
+    total = torch.stack([tensor.double().norm() for tensor in expected.values()]).norm().item()
+    for name, tensor in expected.items():
+        difference = (found[name] - tensor).double().norm().item()
+        bound = 3e-6 * tensor.double().norm().item() + 1e-6 * total
+        assert difference <= bound, f"{name} differs by {difference:.3g}, allowed {bound:.3g}"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        pytest.param(1, [*ADAM, "--checkpoint-activations"], id="alone"),
+        pytest.param(
+            2,
+            [*ADAM, "--clip-norm", "0.5", "--checkpoint-activations", *WRAP_ALL],
+            id="two-ranks",
+        ),
+        pytest.param(
+            4,
+            [*MOMENTUM, *WRAP_ALL, "--moe-expert-count", "2", "--no-reshard-after-forward"],
+            id="four-ranks-two-experts",
+        ),
+    ],
+)
+def test_several_updates_equal_a_single_process(world_size: int, flags: list[str]) -> None:
+    [alone] = run_ranks(train, 1, flags, list(range(world_size)))
+    sharded = run_ranks(train, world_size, [*flags, *SHARDED])
+    logged, parameters, optimizer = alone
+    for rank, (rank_logged, _, _) in enumerate(sharded):
+        for found, expected in zip(rank_logged, logged, strict=True):
+            for name in ("loss", "moe_gate_loss", "gnorm", "sample_size"):
+                assert found[name] == pytest.approx(expected[name], rel=3e-6), (rank, name)
+    assert_close(sharded[0][1], parameters)
+    for kind in {key.rpartition("/")[2] for key in optimizer}:
+        found, expected = (
+            {key: value for key, value in state.items() if key.endswith(f"/{kind}")}
+            for state in (sharded[0][2], optimizer)
+        )
+        assert_close(found, expected)
+
+
+def save_and_load(rank: int, flags: list[str]) -> None:
+    """State taken out is complete, in memory of its own, and puts a fresh trainer where the old one was."""
+    from fairseq_moe.stock import fsdp
+    from fairseq_moe.stock.training import _true_size
+    from tests.helpers.tiny import build_trainer, update
+
+    plain = build_trainer([*flags, "--ddp-backend", "legacy_ddp"])
+    trainer = build_trainer([*flags, *SHARDED])
+    run_updates(trainer, [rank])
+    model = fsdp.full_model_state(trainer.model)
+    named = fsdp.named_optimizer_state(trainer.model, trainer.optimizer)
+
+    expected = {
+        name: tensor.shape
+        for name, tensor in plain.get_model().state_dict().items()
+        if rank == 0 or ".experts." in name
+    }
+    assert {name: tensor.shape for name, tensor in model.items()} == expected
+    trained = {name for name, _ in plain.get_model().named_parameters() if name in expected}
+    assert set(named) == trained
+    for name, state in named.items():
+        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == expected[name]
+        assert not torch.equal(state["exp_avg"], state["exp_avg_sq"])
+        assert state["exp_avg"].untyped_storage().nbytes() == state["exp_avg"].nbytes, name
+        assert model[name].untyped_storage().nbytes() == model[name].nbytes, name
+    for is_expert in (False, True):
+        sizes = [
+            sum(_true_size(p) for p in made.get_model().parameters() if hasattr(p, "expert") is is_expert)
+            for made in (plain, trainer)
+        ]
+        assert sizes[0] == sizes[1] > 0
+
+    from fairseq_moe.distributed import broadcast_value
+
+    model = broadcast_value(model) | model
+    named = broadcast_value(named) | named
+    other = build_trainer([*flags, *SHARDED, "--seed", "4"])
+    update(other, micro_batches(7, rank))  # so that copies of old weights could be lying about
+    other.model.eval()
+    other.valid_step(micro_batches(7, rank)[0])
+    other.model.load_state_dict(model, strict=True)
+    other.optimizer.load_state_dict(fsdp.sharded_optimizer_state(other.model, other.optimizer, named))
+    other.set_num_updates(trainer.get_num_updates())
+    next_batches = micro_batches(NUM_UPDATES, rank, may_be_missing=False)
+    logged = [update(made, next_batches) for made in (other, trainer)]
+    for name in ("loss", "gnorm"):
+        assert logged[0][name] == logged[1][name]
+    for one, same in zip(other.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(one, same)
+    check_refusals(other, model, named)
+
+
+def check_refusals(trainer: Any, model: dict[str, Tensor], named: dict[str, dict[str, Any]]) -> None:
+    from fairseq_moe.errors import CheckpointError
+    from fairseq_moe.stock import fsdp
+
+    name = "decoder.layers.1.moe_layer.experts.fc1_bias"
+    short = model[name][:, 1:]
+    for wrong, said in (
+        ({key: value for key, value in model.items() if key != name}, f"{name} is missing"),
+        ({**model, "extra": short}, "extra is unknown"),
+        ({**model, name: short}, f"{name} is {tuple(short.shape)} instead of {tuple(model[name].shape)}"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            fsdp.load_full_model_state(trainer.model, wrong)
+        assert said in str(error.value)
+    state = named[name]
+    for wrong, said in (
+        ({key: value for key, value in named.items() if key != name}, f"{name} has [] instead of"),
+        ({**named, "extra": state}, "extra is unknown"),
+        ({**named, name: {**state, "exp_avg": short}}, f"exp_avg of {name} is {tuple(short.shape)}"),
+        ({**named, name: {**state, "step": state["step"] + 1}}, f"step of {name} is {NUM_UPDATES + 1}"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            fsdp.sharded_optimizer_state(trainer.model, trainer.optimizer, wrong)
+        assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        pytest.param(1, [], id="alone"),
+        pytest.param(2, ["--memory-efficient-fp16", "--fp16-init-scale", "4"], id="two-ranks-pure-fp16"),
+        pytest.param(4, ["--moe-expert-count", "2", *WRAP_ALL], id="four-ranks-two-experts"),
+    ],
+)
+def test_state_by_name_makes_the_same_trainer(world_size: int, flags: list[str]) -> None:
+    run_ranks(save_and_load, world_size, [*ADAM, *flags])
+
+
+def train_in_half_precision(rank: int) -> None:
+    """Losses as with another backend; with float32 masters, the optimizer sees float32 gradients only."""
+    from tests.helpers.tiny import build_trainer
+
+    for flag, dtype in (("--fp16", torch.float32), ("--memory-efficient-fp16", torch.float16)):
+        flags = [*ADAM, flag, "--fp16-no-flatten-grads", "--fp16-init-scale", "4"]
+        plain = build_trainer([*flags, "--ddp-backend", "legacy_ddp"])
+        sharded = build_trainer([*flags, *SHARDED])
+        expected, found = (
+            [logged["loss"] for logged in run_updates(made, [rank])] for made in (plain, sharded)
+        )
+        assert found == pytest.approx(expected, rel=3e-3)
+        assert {(p.dtype, p.grad.dtype) for p in sharded.model.parameters()} == {(dtype, dtype)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_half_precision(world_size: int) -> None:
+    run_ranks(train_in_half_precision, world_size)
+
+
+def save_and_resume_dense(rank: int, folder: str) -> None:
+    """With stock's own checkpoint functions: the losses of another backend before and after loading."""
+    from fairseq import checkpoint_utils
+
+    from fairseq_moe.distributed import barrier
+    from tests.helpers.tiny import build_trainer, update
+
+    losses = []
+    for backend in ("legacy_ddp", "fully_sharded"):
+        flags = [*DENSE, *ADAM, "--ddp-backend", backend, "--save-dir", f"{folder}/{backend}"]
+        trainer = build_trainer(flags)
+        before = [update(trainer, micro_batches(number, rank))["loss"] for number in range(2)]
+        position = {"epoch": 1, "version": 2, "iterations_in_epoch": 2, "shuffle": True}
+        epoch_itr = SimpleNamespace(epoch=1, end_of_epoch=lambda: False, state_dict=lambda at=position: at)
+        checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, epoch_itr, None)
+        barrier()
+        resumed = build_trainer([*flags, "--seed", "4"])
+        resumed.load_checkpoint(f"{folder}/{backend}/checkpoint_last.pt")
+        batches = [micro_batches(number, rank, may_be_missing=False) for number in (2, 3)]
+        losses.append(before + [update(resumed, batch)["loss"] for batch in batches])
+    assert losses[1] == pytest.approx(losses[0], rel=3e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_dense_model_with_stock_checkpoints(world_size: int, tmp_path: Path) -> None:
+    """Saved and resumed as with another backend; Adam's two moments are not one buffer."""
+    run_ranks(save_and_resume_dense, world_size, str(tmp_path))
+    saved = torch.load(tmp_path / "fully_sharded" / "checkpoint_last.pt", weights_only=True)
+    states = saved["last_optimizer_state"]["state"].values()
+    assert states
+    for state in states:
+        assert not torch.equal(state["exp_avg"], state["exp_avg_sq"])
+
+
+def problems(rank: int, flags: list[str]) -> list[str]:
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    import fairseq_moe  # noqa: F401
+    from fairseq_moe.config import moe_problems
+    from tests.helpers.tiny import TINY_FLAGS
+
+    parser = options.get_training_parser()
+    args = options.parse_args_and_arch(parser, [*TINY_FLAGS, *SHARDED, *flags])
+    return moe_problems(convert_namespace_to_omegaconf(args), world_size=1)
+
+
+def test_refused_flags() -> None:
+    flags = ["--bf16", "--not-fsdp-flatten-parameters", "--fp32-reduce-scatter"]
+    [found] = run_ranks(problems, 1, flags)
+    assert sorted(problem.split()[0] for problem in found) == [
+        "--bf16",
+        "--fp32-reduce-scatter",
+        "--not-fsdp-flatten-parameters",
+    ]
+    assert run_ranks(problems, 1, ["--fp16", "--fp32-reduce-scatter"]) == [[]]
