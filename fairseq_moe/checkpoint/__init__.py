@@ -8,12 +8,13 @@ data-parallel backend reads what another wrote.
 """
 
 from fairseq_moe.checkpoint.branch import BranchCheckpoint, find_branch_checkpoint
-from fairseq_moe.checkpoint.files import load_plain, write_plain
+from fairseq_moe.checkpoint.files import UNREADABLE, load_plain, write_plain
 from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ShardEntry
 from fairseq_moe.checkpoint.sets import prune_sets, read_experts, write_shard
 
 __all__ = [
     "MANIFEST_KEY",
+    "UNREADABLE",
     "BranchCheckpoint",
     "Manifest",
     "ShardEntry",

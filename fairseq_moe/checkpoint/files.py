@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,20 @@ import torch
 
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["load_plain", "sha256_of", "write_atomically", "write_plain"]
+__all__ = ["UNREADABLE", "load_plain", "sha256_of", "write_atomically", "write_plain"]
 
+# What torch's reader raises for files that are damaged, cut off or no checkpoints at all.
+UNREADABLE = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+)
 _CHUNK_BYTES = 1 << 22
 
 
@@ -46,7 +59,7 @@ def load_plain(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if lazily else None)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         reason = str(error).split("\n")[0][:200]
         raise CheckpointError(
             f"cannot read checkpoint file {path} ({type(error).__name__}: {reason}); restore it from a copy or load "

@@ -9,7 +9,6 @@ Loading: every rank reads the main file and the experts of its own layout, which
 
 import logging
 import os
-import pickle
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +22,7 @@ from torch import nn
 
 from fairseq_moe.checkpoint import (
     MANIFEST_KEY,
+    UNREADABLE,
     Manifest,
     ShardEntry,
     find_branch_checkpoint,
@@ -320,9 +320,9 @@ def _read(
     branch = find_branch_checkpoint(Path(path)) if "-shared" in Path(path).name else None
     try:
         state = stock(path, arg_overrides, load_on_all_ranks)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(
-            f"cannot read checkpoint file {path} ({type(error).__name__}: {str(error).splitlines()[0][:200]}); restore it "
+            f"cannot read checkpoint file {path} ({type(error).__name__}: {_first_line(error)}); restore it "
             "from a copy or load another checkpoint."
         ) from error
     is_moe = MANIFEST_KEY in state or branch is not None
@@ -347,6 +347,10 @@ def _read(
         assert request is not None
         request.optimizer = {**optimizer, "named": {**optimizer["named"], **experts[1]}}
     return state
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:200]
 
 
 def _read_branch(

@@ -10,6 +10,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ from fairseq_moe.stock.seam import seam
 __all__ = ["USER_ERROR_EXIT_CODE", "one_sentence_errors", "run_rank"]
 
 USER_ERROR_EXIT_CODE = 2
+_RANK_0_SPEAKS_SEC = 10.0
 
 
 @seam(
@@ -97,7 +99,10 @@ def one_sentence_errors() -> Iterator[None]:
 def _exit_with(error: MoEError) -> NoReturn:
     # Before the process group exists, ranks of torchrun and srun know their number from the environment.
     number = rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    if number == 0 or not error.agreed:
+    if error.agreed and number > 0:
+        # Launchers end all ranks at the first exit; rank 0 must have said why by then, and then ends us.
+        time.sleep(_RANK_0_SPEAKS_SEC)
+    else:
         sentences = error.problems if isinstance(error, ConfigError) else [str(error)]
         for sentence in sentences:
             print(f"fairseq_moe: error: {sentence}", file=sys.stderr, flush=True)

@@ -3,14 +3,10 @@
 Most commands run as forks that carry the environment of the launcher; three real ones show that it holds.
 """
 
-import contextlib
 import importlib.util
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,28 +21,10 @@ from tests.e2e.commands import (
     train,
     train_argv,
 )
+from tests.e2e.processes import console_script, run_process, torchrun
 from tests.helpers.ranks import REPOSITORY, USER_DIR, CommandResult, run_cli, run_ranks
 
 _SHORT = ("--max-update", "2", "--disable-validation")
-
-
-def _run(*command: Any, cwd: Path, python_path: Path = REPOSITORY, timeout: float = 100.0) -> CommandResult:
-    """A real process; when it is not done after ``timeout`` seconds, it ends with all of its children."""
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(python_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return CommandResult(exit_codes=[process.returncode], outputs=[output])
 
 
 def _losses(result: CommandResult) -> list[str]:
@@ -65,22 +43,17 @@ def expected(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 @pytest.mark.slow
 def test_one_command_spawns_its_ranks(text_data: Path, tmp_path: Path, expected: list[str]) -> None:
     argv = train_argv(text_data, tmp_path / "save", *_SHORT, "--distributed-world-size", "2")
-    result = _run(_console_script("fairseq-train"), *argv, cwd=tmp_path)
+    result = run_process(console_script("fairseq-train"), *argv, cwd=tmp_path)
     assert result.exit_code == 0, result.output[-3000:]
     assert _losses(result) == expected
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_console_script(text_data: Path, tmp_path: Path, expected: list[str]) -> None:
+def test_torchrun_starts_theconsole_script(text_data: Path, tmp_path: Path, expected: list[str]) -> None:
     argv = train_argv(text_data, tmp_path / "save", *_SHORT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = _run(*torchrun, _console_script("fairseq-train"), *argv, cwd=tmp_path)
+    result = run_process(*torchrun(2), console_script("fairseq-train"), *argv, cwd=tmp_path)
     assert result.exit_code == 0, result.output[-3000:]
     assert _losses(result) == expected
-
-
-def _console_script(name: str) -> Path:
-    return Path(sys.executable).parent / name
 
 
 @pytest.mark.slow
@@ -100,7 +73,7 @@ def test_installed_package_is_found_by_its_name_from_any_directory(
         )
     argv = eval_lm_argv(text_data, moe_checkpoint, "--distributed-world-size", "2")
     argv[argv.index(USER_DIR)] = "fairseq_moe"
-    result = _run(sys.executable, "-m", "fairseq_cli.eval_lm", *argv, cwd=tmp_path, python_path=site)
+    result = run_process(sys.executable, "-m", "fairseq_cli.eval_lm", *argv, cwd=tmp_path, python_path=site)
     assert result.exit_code == 0, result.output[-3000:]
     assert perplexity(result) == perplexity_alone
 
@@ -140,19 +113,30 @@ def perplexity_alone(text_data: Path, moe_checkpoint: Path) -> float:
     return perplexity(eval_lm(text_data, moe_checkpoint))
 
 
-def test_conflict_with_the_launcher_is_refused(text_data: Path, tmp_path: Path) -> None:
-    argv = ["fairseq_cli.train", *train_argv(text_data, tmp_path / "save", "--distributed-world-size", "3")]
-    env = {"PATH": f"{_slurm_stubs(tmp_path)}:{os.environ['PATH']}"}
-    srun = run_cli("tests.e2e.starts", argv, world_size=2, function="by_srun", env=env)
-    torchrun = run_cli("fairseq_cli.train", argv[1:], world_size=2)
-    for result, found in (
-        (srun, "this SLURM step has 2 tasks"),
-        (torchrun, "torchrun has started 2 processes"),
-    ):
-        assert result.exit_codes == [2, 2]
-        assert f"--distributed-world-size is 3 but {found}" in result.outputs[0]
-        assert "Traceback" not in result.output
-        assert "error" not in result.outputs[1]
+@pytest.mark.parametrize(
+    ("launcher", "found"),
+    [
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "torchrun has started 2 processes",
+        ),
+        (
+            {
+                "SLURM_PROCID": "0",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_STEP_NUM_NODES": "1",
+                "SLURM_STEP_NODELIST": "node[1]",
+            },
+            "this SLURM step has 2 tasks",
+        ),
+    ],
+)
+def test_conflict_with_the_launcher_is_refused(launcher: dict[str, str], found: str, tmp_path: Path) -> None:
+    argv = train_argv(tmp_path / "no data", tmp_path / "save", "--distributed-world-size", "3")
+    result = run_cli("fairseq_cli.train", argv, env=launcher)
+    assert result.exit_code == 2
+    assert f"--distributed-world-size is 3 but {found}" in result.output
+    assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
@@ -173,7 +157,7 @@ def test_import_of_the_package_comes_first_or_second(tmp_path: Path) -> None:
         "assert fairseq.utils.clip_grad_norm_.__fairseq_moe_seam__; "
         "assert not any(name.startswith('fairseq_cli.') for name in sys.modules)"
     )
-    first = _run(sys.executable, "-c", f"import fairseq_moe; import fairseq; {check}", cwd=tmp_path)
+    first = run_process(sys.executable, "-c", f"import fairseq_moe; import fairseq; {check}", cwd=tmp_path)
     assert first.exit_code == 0, first.output[-3000:]
     run_ranks(_import_second, 1, check)
 

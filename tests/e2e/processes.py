@@ -1,0 +1,45 @@
+"""Real processes, for the few tests that need a new interpreter."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.ranks import REPOSITORY, CommandResult
+
+__all__ = ["console_script", "run_process", "torchrun"]
+
+
+def run_process(
+    *command: Any, cwd: Path, python_path: Path = REPOSITORY, timeout: float = 100.0
+) -> CommandResult:
+    """Run ``command``; when it is not done after ``timeout`` seconds, it ends with all of its children."""
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(python_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return CommandResult(exit_codes=[process.returncode], outputs=[output])
+
+
+def console_script(name: str) -> Path:
+    """The installed command."""
+    return Path(sys.executable).parent / name
+
+
+def torchrun(num_processes: int) -> list[str]:
+    """The start of a command line."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(num_processes)]
