@@ -163,7 +163,7 @@ def test_all_lists_names_that_exist(path: Path) -> None:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     ]
     defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-    for node in tree.body:
+    for node in ast.walk(tree):  # an import may stand under a condition
         if isinstance(node, ast.Assign):
             defined |= {ast.unparse(target) for target in node.targets}
         elif isinstance(node, ast.AnnAssign):
