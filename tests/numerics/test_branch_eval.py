@@ -2,6 +2,8 @@
 
 import re
 
+import torch
+
 from tests.helpers.ranks import run_cli
 from tests.numerics.branch import CHECKPOINT, DATA, EVAL_FLAGS, expected
 
@@ -33,3 +35,13 @@ def test_every_word_score_and_the_perplexity_equal_the_branch() -> None:
         assert [word for word, _ in ours[sample]] == [word for word, _ in expected_words]
         for (word, our), (_, their) in zip(ours[sample], expected_words, strict=True):
             assert abs(our - their) <= 2e-3, f"{word!r} in sample {sample}"
+
+
+def test_golden_files_are_small_safe_to_load_and_in_the_branch_layout() -> None:
+    size = sum(path.stat().st_size for path in CHECKPOINT.parent.rglob("*") if path.is_file())
+    assert size < 2.5e6
+    for name in ("shared", "rank-0", "rank-1"):
+        state = torch.load(CHECKPOINT.with_name(f"checkpoint_last-{name}.pt"), weights_only=True)
+        assert "last_optimizer_state" not in state
+        assert state["cfg"]["model"]["_name"] == "transformer_lm_gpt"
+        assert all(("expert" in key) is (name != "shared") for key in state["model"])
