@@ -10,6 +10,7 @@ from tests.helpers.ranks import USER_DIR, CommandResult, run_cli
 __all__ = [
     "BASE",
     "DENSE",
+    "EXPERTS",
     "MOE",
     "PLUGIN",
     "eval_lm",
@@ -31,10 +32,8 @@ DENSE = [
     *("--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "32", "--decoder-attention-heads", "2"),
     *("--optimizer", "adam", "--lr", "0.01", "--batch-size", "4", "--ddp-backend", "legacy_ddp"),
 ]
-MOE = [
-    *("--moe-freq", "2", "--moe-expert-count", "4", "--moe-gating-use-fp32"),
-    *("--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01"),
-]
+EXPERTS = ["--moe-freq", "2", "--moe-expert-count", "4", "--moe-gating-use-fp32"]
+MOE = [*EXPERTS, "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01"]
 
 
 def train_argv(data: Path, save_dir: Path, *flags: Any, model: list[str] = DENSE + MOE) -> list[Any]:

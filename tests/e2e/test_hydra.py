@@ -1,0 +1,69 @@
+"""fairseq-hydra-train with expert flags: the plugin in hydra_plugins imports us before hydra composes."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.ranks import CommandResult, run_cli, run_ranks
+
+_MODEL = [
+    *("model=transformer_lm", "model.decoder_layers=2", "model.decoder_embed_dim=16"),
+    *("model.decoder_input_dim=16", "model.decoder_output_dim=16", "model.decoder_ffn_embed_dim=32"),
+    *("model.decoder_attention_heads=2", "model.moe_freq=2", "model.moe_expert_count=4"),
+]
+_TRAINING = [
+    *("criterion=moe_cross_entropy", "criterion.moe_gate_loss_wt=0.01", "optimizer=adam"),
+    *("lr_scheduler=fixed", "optimization.lr=[0.01]", "optimization.max_update=3", "dataset.batch_size=4"),
+    *("dataset.num_workers=0", "dataset.disable_validation=true", "common.cpu=true"),
+    *("common.log_format=json", "common.log_interval=1", "common.user_dir=fairseq_moe"),
+]
+
+
+def _hydra_train(start: str, data: Path, folder: Path, *more: str, world_size: int = 1) -> CommandResult:
+    task = ["task=language_modeling", f"task.data={data}", "task.tokens_per_sample=32"]
+    paths = [f"hydra.run.dir={folder / 'run'}", f"checkpoint.save_dir={folder / 'save'}"]
+    argv = ["fairseq_cli.hydra_train", *task, "task.sample_break_mode=none", *paths, *_MODEL, *_TRAINING]
+    return run_cli("tests.e2e.starts", [*argv, *more], world_size=world_size, cwd=folder, function=start)
+
+
+@pytest.mark.parametrize(
+    ("start", "world_size", "size_of_experts"), [("as_script", 1, "4,288"), ("as_main_module", 2, "2,144")]
+)
+def test_composed_expert_flags_train(
+    start: str, world_size: int, size_of_experts: str, text_data: Path, tmp_path: Path
+) -> None:
+    result = _hydra_train(start, text_data, tmp_path, world_size=world_size)
+    assert result.exit_code == 0, result.output[-3000:]
+    losses = re.findall(r'\[train_inner\].*"loss": "([\d.]+)"', result.outputs[0])
+    assert len(losses) == 3
+    assert float(losses[-1]) < float(losses[0])
+    assert f"num. expert model params: {size_of_experts}" in result.outputs[0]
+    assert list((tmp_path / "save" / "experts").iterdir())
+
+
+def test_bad_flags_end_with_a_sentence(tmp_path: Path) -> None:
+    result = _hydra_train("as_script", tmp_path / "no data", tmp_path, "model.moe_freq=3")
+    assert result.exit_code == 2, result.output[-3000:]
+    assert "fairseq_moe: error: --moe-freq is 3" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_hydra_applications_other_than_fairseq_do_not_import_the_package() -> None:
+    run_ranks(_set_up_another_application, 1)
+
+
+def _set_up_another_application(rank: int) -> None:
+    from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    sys.argv = ["my_application.py"]
+    plugins = Plugins.instance().discover(SearchPathPlugin)
+    (ours,) = [plugin for plugin in plugins if plugin.__name__ == "FairseqMoEPlugin"]
+    ours().manipulate_search_path(ConfigSearchPathImpl())
+    assert "fairseq_moe" not in sys.modules
+    sys.argv = ["/usr/local/bin/fairseq-hydra-train"]
+    ours().manipulate_search_path(ConfigSearchPathImpl())
+    assert "fairseq_moe" in sys.modules
