@@ -174,7 +174,8 @@ def _largest(tensor: Tensor) -> Tensor:
     """Largest magnitude: float32 scalar."""
     if tensor.numel() == 0:
         return torch.zeros((), device=tensor.device)
-    return torch.linalg.vector_norm(tensor, float("inf")).float()
+    lowest, highest = torch.aminmax(tensor)
+    return torch.maximum(-lowest, highest).float()
 
 
 def _scale_for(largest: Tensor) -> Tensor:
