@@ -94,12 +94,18 @@ class Router(nn.Module):
         """
         logits_TE = F.linear(x_TD, self.weight)
         gates_TE = routing.gate_probabilities(logits_TE, use_fp32=self.config.gating_use_fp32)
-        if decision is None:
-            decision = self._decide(logits_TE.to(gates_TE.dtype), gates_TE, mode, padding_T)
+        if decision is None or self._draws_random_numbers(mode):
+            # A recomputed pass draws as well: the dropout that follows must see the same random numbers.
+            taken = self._decide(logits_TE.to(gates_TE.dtype), gates_TE, mode, padding_T)
+            decision = taken if decision is None else decision
         weights_TK = routing.combine_weights(
             gates_TE, decision, normalize_before_dropping=self.config.normalize_before_dropping
         )
         return RouterOutput(gates_TE=gates_TE, weights_TK=weights_TK.to(logits_TE.dtype), decision=decision)
+
+    def _draws_random_numbers(self, mode: RouterMode) -> bool:
+        draws = self.config.second_expert_policy is not SecondExpertPolicy.ALL
+        return draws and mode is RouterMode.TRAIN and self.config.top_k > 1
 
     def _decide(
         self, logits_TE: Tensor, gates_TE: Tensor, mode: RouterMode, padding_T: Tensor | None
