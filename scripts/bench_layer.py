@@ -9,8 +9,9 @@ Three ways to spend the same floating-point operations on T tokens, K experts ea
 - expert loop: the usual textbook code: for each expert, find its tokens, apply it, add its outputs up.
 
 The rounds of the three are interleaved and the median of each is taken, so that other work on the machine
-disturbs all alike. Memory is the peak during one forward and backward pass above what was there before it, so
-it holds activations and gradients. Run it with one thread on a machine whose cores are shared.
+disturbs all alike. Time on CPU is this process's CPU time while torch runs one thread: it equals wall time on
+an idle machine and leaves out the time that other processes take on a busy one. Memory is the peak during one
+forward and backward pass above what was there before it, so it holds activations and gradients.
 """
 
 import argparse
@@ -165,11 +166,16 @@ def _step(module: nn.Module, run: Callable[[Tensor], Tensor], x_TD: Tensor) -> C
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> float:
+    clock = _clock(device)
     _synchronize(device)
-    start_sec = time.perf_counter()
+    start_sec = clock()
     step()
     _synchronize(device)
-    return 1000 * (time.perf_counter() - start_sec)
+    return 1000 * (clock() - start_sec)
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _synchronize(device: torch.device) -> None:
@@ -206,6 +212,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "machine": _processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": _clock(device).__name__,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {

@@ -12,8 +12,8 @@ __all__ = ["NEWLINE", "DemoError", "prepare_text"]
 VOCABULARY = 2000
 TOKENIZER_SAMPLE_CHARS = 1_000_000
 MAX_TEXT_CHARS = 4_000_000
-# Every 20th document is held out. Documents of a --text FILE are slices of this size.
-HELD_OUT_EVERY = 20
+# Every 40th document is held out. Documents of a --text FILE are slices of this size.
+HELD_OUT_EVERY = 40
 SLICE_CHARS = 20_000
 # Packages of the standard library whose files are prose in Python, not tables.
 PACKAGES = (
