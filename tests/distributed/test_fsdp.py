@@ -262,6 +262,27 @@ def test_dense_model_with_stock_checkpoints(world_size: int, tmp_path: Path) -> 
         assert not torch.equal(state["exp_avg"], state["exp_avg_sq"])
 
 
+def compare_expert_grad_divisors(rank: int) -> None:
+    """Four ranks, each expert on two of them: an expert sees the tokens of two ranks, so n is 2."""
+    from tests.helpers.tiny import build_trainer, gradients, update
+
+    made = {}
+    for divisor in ("world_size", "sqrt_world_size"):
+        flags = ["--moe-expert-count", "2", "--moe-normalize-expert-grad", divisor, *SHARDED]
+        trainer = build_trainer(flags)
+        update(trainer, micro_batches(0, rank))
+        made[divisor] = gradients(trainer)
+    for name, grad in made["world_size"].items():
+        if name == "decoder.version":  # a buffer
+            continue
+        factor = 2**0.5 if ".experts." in name else 1.0
+        torch.testing.assert_close(made["sqrt_world_size"][name], factor * grad, rtol=1e-6, atol=0.0)
+
+
+def test_sqrt_world_size_leaves_expert_gradients_larger() -> None:
+    run_ranks(compare_expert_grad_divisors, 4)
+
+
 def problems(rank: int, flags: list[str]) -> list[str]:
     from fairseq import options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
