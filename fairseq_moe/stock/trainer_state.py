@@ -58,7 +58,9 @@ def load_optimizer(trainer: Any, saved: dict[str, Any], *, overrides: Any, reset
     if trainer.is_fsdp:
         from fairseq_moe.stock.fsdp import sharded_optimizer_state
 
-        state = sharded_optimizer_state(trainer.model, trainer.optimizer, saved["named"])
+        state = sharded_optimizer_state(
+            trainer.model, trainer.optimizer, saved["named"], saved["param_groups"]
+        )
     else:
         state = indexed_optimizer_state(
             trainer.get_model(), trainer.optimizer, saved["named"], saved["param_groups"]
