@@ -4,6 +4,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from tests.helpers.data import build_text_data
 from tests.helpers.ranks import run_ranks
 
 torch.set_num_threads(1)
+
+_CONFIGS = tempfile.TemporaryDirectory(prefix="fairseq-configs-")  # removed when pytest ends
+os.environ["FAIRSEQ_MOE_TEST_CONFIGS"] = _CONFIGS.name  # for tests.helpers.tiny
 
 
 @pytest.fixture(scope="session")

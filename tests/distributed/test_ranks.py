@@ -3,8 +3,10 @@
 Run with ``pytest tests/distributed/test_ranks.py``.
 """
 
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,3 +72,25 @@ def test_command_on_two_ranks_trains(text_data: Path, tmp_path: Path) -> None:
     result = run_cli("fairseq_cli.train", argv, world_size=2)
     assert result.exit_codes == [0, 0], result.output
     assert '"num_updates": "2"' in result.outputs[0]
+
+
+def _configs(rank: int, flags: list[Any]) -> tuple[Any, Any]:
+    from tests.helpers import tiny
+
+    tiny._config([])  # fills the cache
+    quick = tiny._config(flags)
+    del os.environ[tiny.CONFIG_CACHE_VARIABLE]
+    return quick, tiny._config(flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--moe-expert-count", 2, "--moe-top1-expert", "--update-freq", 2, "--clip-norm", 0.1, "--lr", 0.25],
+        ["--optimizer", "adam", "--fp16", "--checkpoint-activations", "--ddp-backend", "fully_sharded"],
+        ["--moe-gate-loss-wt", 0.5, "--memory-efficient-bf16", "--save-dir", "/nowhere", "--dropout", 0.3],
+    ],
+)
+def test_tiny_configurations_are_those_of_fairseq(flags: list[Any]) -> None:
+    [(quick, composed)] = run_ranks(_configs, 1, flags)
+    assert quick == composed

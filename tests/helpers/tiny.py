@@ -1,7 +1,11 @@
 """Tiny models under fairseq's own Trainer, and what one update does to them. For forked ranks only."""
 
+import os
+import pickle
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +14,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import fsdp_enable_wrap, fsdp_wrap
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
+from omegaconf import OmegaConf
 from torch import Tensor
 
 import fairseq_moe  # noqa: F401
@@ -21,6 +26,10 @@ __all__ = ["TINY_FLAGS", "build_trainer", "gradients", "make_batch", "parameters
 _VOCABULARY = 40
 _FIRST_WORD = 4  # after <s>, <pad>, </s> and <unk>
 _PAD = 1
+CONFIG_CACHE_VARIABLE = (
+    "FAIRSEQ_MOE_TEST_CONFIGS"  # set by conftest: a folder that lives as long as the session
+)
+_REGISTRIES = ("task", "arch", "criterion", "optimizer", "lr_scheduler")
 
 TINY_FLAGS = [
     "--task", "dummy_lm", "--dict-size", str(_VOCABULARY), "--tokens-per-sample", "16", "--batch-size", "2",
@@ -40,7 +49,6 @@ def build_trainer(flags: Sequence[Any] = (), *, dtype: torch.dtype = torch.float
         flags: in addition to ``TINY_FLAGS``; the last one of a name counts.
         dtype: float64 for exact comparisons; other precisions are asked for by flags.
     """
-    # Composing takes most of a second, so one rank does it for all.
     cfg = broadcast_value(_config(flags) if rank() == 0 else None)
     cfg.distributed_training.distributed_rank = rank()
     metrics.reset()
@@ -55,8 +63,39 @@ def build_trainer(flags: Sequence[Any] = (), *, dtype: torch.dtype = torch.float
 
 
 def _config(flags: Sequence[Any]) -> Any:
-    argv = [*TINY_FLAGS, *map(str, flags), "--distributed-world-size", str(world_size())]
-    return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), argv))
+    """The configuration that these flags give.
+
+    fairseq composes it with hydra, which takes most of a second. In a test session that is done once for each
+    set of registered classes; the values of further flags are put into a copy.
+    """
+    args = _parse([*TINY_FLAGS, *map(str, flags), "--distributed-world-size", str(world_size())])
+    folder = os.environ.get(CONFIG_CACHE_VARIABLE)
+    if folder is None:
+        return convert_namespace_to_omegaconf(args)
+    plain_args, cfg = _plain_config(Path(folder), {name: getattr(args, name) for name in _REGISTRIES})
+    changed = {name: value for name, value in vars(args).items() if value != plain_args.get(name)}
+    for group in cfg.values():
+        if isinstance(group, Namespace):
+            vars(group).update(vars(args))
+        elif OmegaConf.is_config(group):
+            group.update({name: value for name, value in changed.items() if name in group})
+    return cfg
+
+
+def _plain_config(folder: Path, choices: dict[str, str]) -> tuple[dict[str, Any], Any]:
+    """Arguments and configuration of ``TINY_FLAGS`` with these registered classes."""
+    cached = folder / "-".join(choices.values())
+    if not cached.exists():
+        argv = [part for name, value in choices.items() for part in (f"--{name.replace('_', '-')}", value)]
+        args = _parse([*TINY_FLAGS, *argv])
+        part = folder / str(os.getpid())
+        part.write_bytes(pickle.dumps((vars(args), convert_namespace_to_omegaconf(args))))
+        part.rename(cached)
+    return pickle.loads(cached.read_bytes())
+
+
+def _parse(argv: list[str]) -> Namespace:
+    return options.parse_args_and_arch(options.get_training_parser(), argv)
 
 
 def make_batch(seed: int, *, num_sequences: int = 2, length: int = 8, num_padded: int = 0) -> dict[str, Any]:
