@@ -1,7 +1,8 @@
 """Checkpoints of MoE models: files, digests and layouts. No fairseq, no collectives.
 
 A checkpoint is a main file ``checkpoint*.pt``, which stock fairseq names, copies and deletes, and a set of
-expert shards beside it, ``experts/<update>-<id>/shard-<i>-of-<n>.safetensors``. The shards are written first; the main
+expert shards beside it, ``experts/<update>-<id>/shard-<i>-of-<n>.safetensors``. The shards are written first;
+the main
 file, written last, names them with their sizes and digests, so a main file that exists is complete. Expert
 tensors are stored by global expert id and optimizer state by parameter name, so any number of ranks and any
 data-parallel backend reads what another wrote.

@@ -1,4 +1,5 @@
-"""Checkpoints of fairseq's moe branch: ``NAME-shared.pt`` and ``NAME-rank-<r>.pt``, both maybe with ``-shard<r>``.
+"""Checkpoints of fairseq's moe branch: ``NAME-shared.pt`` and ``NAME-rank-<r>.pt``, both maybe with
+``-shard<r>``.
 
 The shared file holds the dense part, each rank file the experts of one rank under local numbers. Names and
 numbers become ours here: the gate's matrix is the router's weight, expert j of file r is global expert
@@ -116,7 +117,7 @@ class BranchCheckpoint:
         return f"{match['prefix']}.{match['matrix']}_{match['kind']}", first_expert + int(match["local"])
 
     def _named(self, state: dict[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
-        """Optimizer state by name: the branch numbers parameters in the order of the model, skipping tied ones."""
+        """Optimizer state by name: the branch numbers parameters in model order, skipping tied ones."""
         saved = (state.get("last_optimizer_state") or {}).get("state", {})
         if not saved:
             return {}
@@ -133,8 +134,10 @@ class BranchCheckpoint:
         )
         if not fits:
             raise CheckpointError(
-                f"the optimizer state beside {self.shared} does not match its parameters one to one (it was sharded or "
-                "written by another optimizer) and cannot be read; pass --reset-optimizer to load the weights alone."
+                f"the optimizer state beside {self.shared} does not match its parameters one to one (it was "
+                "sharded or "
+                "written by another optimizer) and cannot be read; pass --reset-optimizer to load the "
+                "weights alone."
             )
         return numbered
 

@@ -1,4 +1,4 @@
-"""Whole files: written under a temporary name, flushed to disk and then renamed; read without executing anything."""
+"""Whole files: written under a temporary name, flushed and then renamed; read without executing anything."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ _CHUNK_BYTES = 1 << 22
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in place; a failure leaves ``path`` as it was."""
+    """Let ``write`` fill a temporary file, then put it in place; a failure leaves ``path`` as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -62,7 +62,8 @@ def load_plain(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     except UNREADABLE as error:
         reason = str(error).split("\n")[0][:200]
         raise CheckpointError(
-            f"cannot read checkpoint file {path} ({type(error).__name__}: {reason}); restore it from a copy or load "
+            f"cannot read checkpoint file {path} ({type(error).__name__}: {reason}); restore it from a copy "
+            "or load "
             "another checkpoint."
         ) from error
     if not isinstance(state, dict):

@@ -52,13 +52,15 @@ class Manifest:
         """Check and read what ``to_dict`` made.
 
         Raises:
-            CheckpointError: another version, missing fields, experts missing or twice, or a path that leaves the
+            CheckpointError: another version, missing fields, experts missing or twice, or a path that leaves
+            the
                 checkpoint's directory.
         """
         try:
             if values["version"] != _VERSION:
                 raise CheckpointError(
-                    f"{source} has checkpoint format {values['version']}, expected {_VERSION}; use the fairseq_moe that "
+                    f"{source} has checkpoint format {values['version']}, expected {_VERSION}; use the "
+                    "fairseq_moe that "
                     "wrote it or a newer one."
                 )
             shards = [ShardEntry(**entry) for entry in values["shards"]]

@@ -1,6 +1,7 @@
 """Sets of expert shards: safetensors files whose tensors have one row per expert.
 
-Keys are ``model/<parameter name>`` and ``optimizer/<parameter name>/<state name>``. Optimizer values that have no
+Keys are ``model/<parameter name>`` and ``optimizer/<parameter name>/<state name>``. Optimizer values that
+have no
 row per expert (Adam's step counter) lie in the file's metadata.
 """
 
@@ -151,7 +152,8 @@ def _read_shard(
 def _verify(path: Path, entry: ShardEntry) -> None:
     if not path.is_file():
         raise CheckpointError(
-            f"expert shard {path} (experts {entry.expert_ids}) is missing; copy the directory {SETS_DIR}/ along with "
+            f"expert shard {path} (experts {entry.expert_ids}) is missing; copy the directory {SETS_DIR}/ "
+            "along with "
             "the checkpoint file."
         )
     num_bytes = path.stat().st_size
@@ -169,7 +171,8 @@ def _verify(path: Path, entry: ShardEntry) -> None:
 def _one_value(found: list[Any], name: str, state_name: str, directory: Path) -> Any:
     if any(value != found[0] for value in found):
         raise CheckpointError(
-            f"the optimizer state {state_name} of {name} in {directory} differs between expert shards and cannot be "
+            f"the optimizer state {state_name} of {name} in {directory} differs between expert shards and "
+            "cannot be "
             "merged; resume with as many ranks as wrote it, or pass --reset-optimizer."
         )
     return found[0]

@@ -1,7 +1,9 @@
 """Saving and loading MoE models through stock's trainer and loaders.
 
-Saving: stock decides on rank 0 which files to write. While it does, the other ranks wait for its word; when it
-writes a main file, all ranks write their expert shards first. Stock's copies (``checkpoint_last.pt``, ``_best``) name
+Saving: stock decides on rank 0 which files to write. While it does, the other ranks wait for its word; when
+it
+writes a main file, all ranks write their expert shards first. Stock's copies (``checkpoint_last.pt``,
+``_best``) name
 the same shards.
 
 Loading: every rank reads the main file and the experts of its own layout, which may differ from the writer's.
@@ -44,7 +46,8 @@ from fairseq_moe.stock.trainer_state import load_optimizer, model_state, named_o
 logger = logging.getLogger(__name__)
 
 
-# --- saving ---------------------------------------------------------------------------------------------------
+# --- saving
+# ---------------------------------------------------------------------------------------------------
 
 
 @seam(
@@ -52,7 +55,8 @@ logger = logging.getLogger(__name__)
     signature="(cfg, trainer, epoch_itr, val_loss)",
     stock_does="lets rank 0 decide and write alone",
     breaks="the experts of other ranks are lost; old expert files are never deleted",
-    we_do="the other ranks write their experts when rank 0 writes a main file; then sets that no main file names "
+    we_do="the other ranks write their experts when rank 0 writes a main file; then sets that no main file "
+    "names "
     "are deleted",
     test="tests/distributed/test_checkpoint.py",
 )
@@ -136,7 +140,7 @@ def trainer_save_checkpoint(
 def _write_set(
     trainer: Any, decoder: MoEDecoder, directory: str, set_name: str
 ) -> tuple[list[ShardEntry], dict[str, Any], dict[str, Any]]:
-    """All ranks: write this rank's experts if it owns them; returns all entries, and the dense state on rank 0."""
+    """All ranks: write this rank's experts if it owns them; returns all entries and the dense state."""
     assert decoder.mesh is not None
     layout = decoder.mesh.layout
     model, optimizer = model_state(trainer), named_optimizer(trainer)
@@ -195,7 +199,8 @@ def _shadowed(module: nn.Module, name: str, value: Any) -> Any:
         del module.__dict__[name]
 
 
-# --- loading --------------------------------------------------------------------------------------------------
+# --- loading
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -215,7 +220,8 @@ _REQUEST: ContextVar[_TrainerRequest | None] = ContextVar("loading_trainer", def
 @seam(
     "fairseq.trainer:Trainer.load_checkpoint",
     signature="(self, filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters)",
-    stock_does="starts afresh when the file to restore does not exist, hides why a file does not fit, and loads "
+    stock_does="starts afresh when the file to restore does not exist, hides why a file does not fit, and "
+    "loads "
     "optimizer state by number",
     breaks="a mistyped --restore-file trains from scratch; numbers differ between backends",
     we_do="end with a sentence; read experts and optimizer state by name for this rank's layout",
@@ -239,7 +245,8 @@ def trainer_load_checkpoint(
         )
     if is_moe and not exists and self.cfg.checkpoint.restore_file != "checkpoint_last.pt":
         raise CheckpointError(
-            f"--restore-file {self.cfg.checkpoint.restore_file} does not exist (looked for {filename}); correct the path, "
+            f"--restore-file {self.cfg.checkpoint.restore_file} does not exist (looked for {filename}); "
+            "correct the path, "
             "or leave the flag out to start afresh.",
             agreed=True,
         )
@@ -263,7 +270,8 @@ def trainer_load_checkpoint(
     "fairseq.checkpoint_utils:get_maybe_sharded_checkpoint_filename",
     signature="(filename, suffix, shard_idx, num_shards)",
     stock_does="knows no files of the moe branch",
-    breaks="--path checkpoint_last.pt of the branch, whose files are checkpoint_last-shared.pt and -rank-N.pt, is "
+    breaks="--path checkpoint_last.pt of the branch, whose files are checkpoint_last-shared.pt and "
+    "-rank-N.pt, is "
     "'not found'",
     we_do="name the shared file instead",
     test="tests/numerics/test_branch_eval.py",
@@ -277,7 +285,7 @@ def checkpoint_filename(
 def _resolve(filename: str) -> str:
     branch = find_branch_checkpoint(Path(filename))
     if branch is not None and (
-        not Path(filename).is_file() or filename.endswith(".pt") and "-rank-" in filename
+        not Path(filename).is_file() or (filename.endswith(".pt") and "-rank-" in filename)
     ):
         return str(branch.shared)
     return filename

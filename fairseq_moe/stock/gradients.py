@@ -1,7 +1,8 @@
 """Gradients of experts: their scale, their replicas, and the norm over all of them.
 
 An expert has already seen the tokens of every rank of its exchange group, so the sum over its replicas is the
-whole gradient. Stock divides dense gradients by the world size and later multiplies all gradients by world size /
+whole gradient. Stock divides dense gradients by the world size and later multiplies all gradients by world
+size /
 sample size; experts must take part in that division or they come out world-size times too large.
 """
 
@@ -109,7 +110,8 @@ class GradNorm:
 
     @torch.no_grad()
     def clip(self, params: list[Tensor], max_norm: float) -> Tensor:
-        """Scale the gradients so that their norm is at most ``max_norm`` (0: leave them) and return the norm before.
+        """Scale the gradients so that their norm is at most ``max_norm`` (0: leave them) and return the norm
+        before.
 
         Every rank gets the same number, so that all skip a step with a non-finite gradient together.
 
@@ -140,7 +142,8 @@ class GradNorm:
         if bool(torch.isfinite(mean)) and bool(spread > 1e-6 * (mean + 1e-12)):
             raise FloatingPointError(
                 "gradients of the dense parameters differ between ranks (squared norm here "
-                f"{dense_sq.item():.9g}, mean over ranks {mean.item():.9g}); look for a rank with other code, other "
+                f"{dense_sq.item():.9g}, mean over ranks {mean.item():.9g}); look for a rank with other "
+                "code, other "
                 "hardware or its own random numbers."
             )
         return expert_total + mean

@@ -1,4 +1,4 @@
-"""Data-parallel wrappers: torch's DistributedDataParallel on CPU, and its list of parameters to leave alone."""
+"""Data-parallel wrappers: torch's DistributedDataParallel on CPU, and experts that it must leave alone."""
 
 from typing import Any
 
@@ -13,7 +13,8 @@ from fairseq_moe.stock.seam import seam
     "fairseq.models.distributed_fairseq_model:DistributedDataParallel",
     signature=None,
     stock_does="always names a CUDA device, broadcasts rank 0's parameters and averages all gradients",
-    breaks="--ddp-backend pytorch_ddp cannot run on CPU; experts of other ranks are overwritten and averaged away",
+    breaks="--ddp-backend pytorch_ddp cannot run on CPU; experts of other ranks are overwritten and "
+    "averaged away",
     we_do="no device on CPU; expert parameters are on torch's list of parameters to ignore",
     test="tests/distributed/test_training_equality.py",
 )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+
 from tests.helpers.ranks import USER_DIR, CommandResult, run_cli, run_ranks
 
 MODEL = [
@@ -22,9 +23,10 @@ MODEL = [
 ]  # fmt: skip
 TRAINING = [
     "--optimizer", "adam", "--adam-betas", "(0.9,0.98)", "--lr", "0.01", "--lr-scheduler", "inverse_sqrt",
-    "--warmup-updates", "4", "--dropout", "0.1", "--batch-size", "2", "--num-workers", "0", "--seed", "3", "--cpu",
-    "--required-batch-size-multiple", "1", "--disable-validation", "--log-format", "json", "--log-interval", "1",
-    "--no-epoch-checkpoints",
+    "--warmup-updates", "4", "--dropout", "0.1", "--batch-size", "2", "--num-workers", "0", "--seed", "3",
+    "--cpu",
+    "--required-batch-size-multiple", "1", "--disable-validation", "--log-format", "json", "--log-interval",
+    "1", "--no-epoch-checkpoints",
 ]  # fmt: skip
 
 
@@ -60,11 +62,12 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def load_and_save(rank: int, argv: list[str]) -> int:
     """Load a checkpoint into a trainer of this layout and save it again; returns the update count."""
-    import fairseq_moe  # noqa: F401
     from fairseq import checkpoint_utils, options, tasks
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from fairseq.distributed import fsdp_enable_wrap, fsdp_wrap
     from fairseq.trainer import Trainer
+
+    import fairseq_moe  # noqa: F401
 
     cfg = convert_namespace_to_omegaconf(
         options.parse_args_and_arch(options.get_training_parser(), input_args=argv)
@@ -287,8 +290,8 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(
     shutil.copytree(trained, tmp_path / "copy")
     before = contents(tmp_path / "copy" / "checkpoint_last.pt")
     argv = [
-        str(text_data), *MODEL, *TRAINING, "--save-dir", str(tmp_path / "copy"), "--ddp-backend", "legacy_ddp",
-        "--distributed-world-size", "2",
+        str(text_data), *MODEL, *TRAINING, "--save-dir", str(tmp_path / "copy"), "--ddp-backend",
+        "legacy_ddp", "--distributed-world-size", "2",
     ]  # fmt: skip
     said = run_ranks(save_with_a_full_disk, 2, argv)
     assert said[0] == said[1]

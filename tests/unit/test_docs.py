@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from tests.helpers.ranks import REPOSITORY, run_ranks
 
 PLACES = {"seams": "CONTRIBUTING.md", "flags": "README.md", "stock-flags": "README.md"}
