@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe.distributed import all_reduce_sum
+from fairseq_moe.distributed import all_reduce_sum, rank
 from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.stock.models import moe_decoder
 from fairseq_moe.stock.seam import seam
@@ -66,7 +66,8 @@ def _reduce_expert_grads(module: nn.Module, decoder: MoEDecoder) -> None:
     stock_does="takes the norm over dense gradients only, and sums it over FSDP shards on the GPU only",
     breaks="gnorm and clipping ignore experts; an inf in one rank's expert poisons the weights unseen; fully "
     "sharded CPU runs crash",
-    we_do="one norm over dense and expert gradients of all ranks, the same number on every rank",
+    we_do="one norm over dense and expert gradients of all ranks, the same number on every rank; name the "
+    "first gradient that is not finite, and its rank",
     test="tests/distributed/test_grad_norm.py",
 )
 def clip_grad_norm(stock: Callable[..., Any], self: Any, clip_norm: float) -> Tensor:
@@ -76,8 +77,21 @@ def clip_grad_norm(stock: Callable[..., Any], self: Any, clip_norm: float) -> Te
     num_replicas = 1
     if decoder is not None and decoder.mesh is not None and not self.is_fsdp:
         num_replicas = decoder.mesh.layout.num_replicas
-    norm = GradNorm(num_replicas=num_replicas, dense_is_sharded=self.is_fsdp)
-    return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=norm)
+    aggregate = GradNorm(num_replicas=num_replicas, dense_is_sharded=self.is_fsdp)
+    norm = self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)
+    if not bool(torch.isfinite(norm)):
+        _name_bad_gradient(self.get_model())
+    return norm
+
+
+def _name_bad_gradient(model: nn.Module) -> None:
+    """Say which parameter of which rank has stopped everybody; stock's own message names neither."""
+    for name, p in model.named_parameters():
+        if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+            logger.error(
+                "the gradient of %s on rank %d is not finite; no rank takes this step.", name, rank()
+            )
+            return
 
 
 @seam(

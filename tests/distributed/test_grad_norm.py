@@ -3,6 +3,7 @@
 Run with ``pytest tests/distributed/test_grad_norm.py``.
 """
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,21 @@ def _run_into_bad_gradient(
     if outcome == "skipped":
         found["scale"] = trainer.optimizer.scaler.loss_scale / scale
     return found
+
+
+def _log_of_bad_gradient(rank: int, save_dir: str) -> list[str]:
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("fairseq_moe.stock.gradients").addHandler(handler)
+    _run_into_bad_gradient(rank, ["--moe-expert-count", 2], save_dir, math.inf, True)
+    return messages
+
+
+def test_the_bad_gradient_is_named_by_its_rank_alone(tmp_path: Path) -> None:
+    name = "decoder.layers.1.moe_layer.experts.fc1_weight"
+    sentence = f"the gradient of {name} on rank 1 is not finite; no rank takes this step."
+    assert run_ranks(_log_of_bad_gradient, 2, str(tmp_path)) == [[], [sentence]]
 
 
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp", "fully_sharded"])
