@@ -98,7 +98,10 @@ def _demo(text: Path | None, updates: int) -> None:
     heading("a sampled continuation: fairseq-interactive")
     sample(prompt)
     heading("the load of the experts: fairseq_moe.inspect")
-    run(f"python -W ignore -m fairseq_moe.inspect {WORK}/moe --png {WORK}/load.png", show=lambda line: line)
+    run(
+        f"python -W ignore -m fairseq_moe.inspect {WORK}/moe --png {WORK}/load.png",
+        show=lambda line: "" if line.startswith("INFO:") else line,  # what importing fairseq says
+    )
     compare(moe, dense)
     print(f"\nEverything is in {WORK}/. Wall time: {time.monotonic() - start_sec:.0f} s.")
 
