@@ -12,7 +12,7 @@ import torch
 
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["UNREADABLE", "load_plain", "sha256_of", "write_atomically", "write_plain"]
+__all__ = ["UNREADABLE", "load_plain", "sha256_of", "unreadable", "write_atomically", "write_plain"]
 
 # What torch's reader raises for files that are damaged, cut off or no checkpoints at all.
 UNREADABLE = (
@@ -47,6 +47,15 @@ def write_plain(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
+def unreadable(path: Path | str, error: Exception) -> CheckpointError:
+    """The sentence about a file whose reading has ended in ``error``, one of ``UNREADABLE``."""
+    reason = str(error).split("\n")[0][:200]
+    return CheckpointError(
+        f"cannot read checkpoint file {path} ({type(error).__name__}: {reason}); restore it from a copy or "
+        "load another checkpoint."
+    )
+
+
 def load_plain(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     """Load a file of tensors and plain Python values.
 
@@ -60,12 +69,7 @@ def load_plain(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if lazily else None)
     except UNREADABLE as error:
-        reason = str(error).split("\n")[0][:200]
-        raise CheckpointError(
-            f"cannot read checkpoint file {path} ({type(error).__name__}: {reason}); restore it from a copy "
-            "or load "
-            "another checkpoint."
-        ) from error
+        raise unreadable(path, error) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a checkpoint (a dictionary).")
     return state

@@ -30,6 +30,7 @@ from fairseq_moe.checkpoint import (
     find_branch_checkpoint,
     prune_sets,
     read_experts,
+    unreadable,
     write_plain,
     write_shard,
 )
@@ -38,7 +39,7 @@ from fairseq_moe.distributed import agree, broadcast_value, gather_values, rank,
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.layout import ExpertLayout
 from fairseq_moe.models.decoder import MoEDecoder
-from fairseq_moe.stock.mismatch import model_problems
+from fairseq_moe.stock.mismatch import model_problems, override_new_flags
 from fairseq_moe.stock.models import moe_decoder
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.trainer_state import load_optimizer, model_state, named_optimizer
@@ -329,15 +330,13 @@ def _read(
     try:
         state = stock(path, arg_overrides, load_on_all_ranks)
     except UNREADABLE as error:
-        raise CheckpointError(
-            f"cannot read checkpoint file {path} ({type(error).__name__}: {_first_line(error)}); restore it "
-            "from a copy or load another checkpoint."
-        ) from error
+        raise unreadable(path, error) from error
     is_moe = MANIFEST_KEY in state or branch is not None
     if request is not None and (is_moe or moe_decoder(request.model) is not None):
         _check_fits(path, state, request)
     if not is_moe:
         return state
+    override_new_flags(state["cfg"]["model"], arg_overrides or {})
     optimizer = state.get("last_optimizer_state")
     if branch is not None:
         experts, optimizer = _read_branch(branch, state, with_optimizer=with_optimizer)
@@ -355,10 +354,6 @@ def _read(
         assert request is not None
         request.optimizer = {**optimizer, "named": {**optimizer["named"], **experts[1]}}
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]
 
 
 def _read_branch(

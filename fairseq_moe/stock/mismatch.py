@@ -1,13 +1,15 @@
-"""Why a checkpoint does not fit a model, with both values named."""
+"""The configuration in a checkpoint: why it does not fit a model, and flags that it does not know yet."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+from omegaconf import open_dict
 from torch import Tensor, nn
 
 from fairseq_moe.config import MoEConfig
 
-__all__ = ["model_problems"]
+__all__ = ["model_problems", "override_new_flags"]
 
 _SHAPE_FLAGS = (
     "decoder_layers",
@@ -60,3 +62,11 @@ def _shape_problems(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     return problems[:_MAX_LISTED]
+
+
+def override_new_flags(model_cfg: Any, overrides: dict[str, Any]) -> None:
+    """Stock overrides what the file names; a file of the branch or of an older version lacks newer flags."""
+    with open_dict(model_cfg):
+        for flag in fields(MoEConfig):
+            if flag.name in overrides:
+                model_cfg[flag.name] = overrides[flag.name]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.commands import DENSE, PLUGIN, eval_lm, json_lines, perplexity, train
-from tests.helpers.ranks import run_cli, run_ranks
+from tests.helpers.ranks import REPOSITORY, run_cli, run_ranks
 
 
 def test_eval_lm_on_two_ranks_reports_the_perplexity_of_the_whole_text(
@@ -173,6 +173,25 @@ def _compare_incremental_with_full(rank: int, checkpoint: str, data: str) -> Non
         alone, _ = model(tokens[:1])
     torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(alone, full[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_overrides_reach_flags_that_the_branch_does_not_have() -> None:
+    (config,) = run_ranks(_config_of_the_branch_with_overrides, 1)
+    assert "moe_generation_capacity_token_fraction=0.5" in config
+    assert "moe_eval_capacity_token_fraction=0.7" in config
+
+
+def _config_of_the_branch_with_overrides(rank: int) -> str:
+    from fairseq import checkpoint_utils
+
+    import fairseq_moe  # noqa: F401
+
+    folder = REPOSITORY / "tests" / "golden" / "moe_branch"
+    overrides = {"data": str(folder / "bin"), "moe_generation_capacity_token_fraction": 0.5}
+    overrides["moe_eval_capacity_token_fraction"] = 0.7
+    path = str(folder / "checkpoint_last.pt")
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([path], overrides)
+    return str(model.decoder.moe)
 
 
 def test_generation_capacity_can_be_limited(text_data: Path, moe_checkpoint: Path) -> None:

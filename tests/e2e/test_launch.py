@@ -139,9 +139,8 @@ def test_conflict_with_the_launcher_is_refused(launcher: dict[str, str], found: 
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
-def test_dense_run_on_two_ranks_resumes(backend: str, text_data: Path, tmp_path: Path) -> None:
-    flags = ("--ddp-backend", backend, "--disable-validation")
+def test_dense_run_on_two_ranks_resumes(text_data: Path, tmp_path: Path) -> None:
+    flags = ("--ddp-backend", "pytorch_ddp", "--disable-validation")
     whole = train(text_data, tmp_path / "whole", *flags, world_size=2, model=DENSE)
     train(text_data, tmp_path / "parts", *flags, "--max-update", "2", world_size=2, model=DENSE)
     rest = train(text_data, tmp_path / "parts", *flags, world_size=2, model=DENSE)
