@@ -49,7 +49,7 @@ def test_one_command_spawns_its_ranks(text_data: Path, tmp_path: Path, expected:
 
 
 @pytest.mark.slow
-def test_torchrun_starts_theconsole_script(text_data: Path, tmp_path: Path, expected: list[str]) -> None:
+def test_torchrun_starts_the_console_script(text_data: Path, tmp_path: Path, expected: list[str]) -> None:
     argv = train_argv(text_data, tmp_path / "save", *_SHORT)
     result = run_process(*torchrun(2), console_script("fairseq-train"), *argv, cwd=tmp_path)
     assert result.exit_code == 0, result.output[-3000:]
@@ -113,29 +113,32 @@ def perplexity_alone(text_data: Path, moe_checkpoint: Path) -> float:
     return perplexity(eval_lm(text_data, moe_checkpoint))
 
 
+_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+_SRUN = {
+    "SLURM_PROCID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NODELIST": "node[1]",
+}
+
+
 @pytest.mark.parametrize(
-    ("launcher", "found"),
+    ("launcher", "flags", "sentence"),
     [
-        (
-            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
-            "torchrun has started 2 processes",
-        ),
-        (
-            {
-                "SLURM_PROCID": "0",
-                "SLURM_STEP_NUM_TASKS": "2",
-                "SLURM_STEP_NUM_NODES": "1",
-                "SLURM_STEP_NODELIST": "node[1]",
-            },
-            "this SLURM step has 2 tasks",
-        ),
+        (_TORCHRUN, ("--distributed-world-size", "3"), "is 3 but torchrun has started 2 processes"),
+        (_SRUN, ("--distributed-world-size", "3"), "is 3 but this SLURM step has 2 tasks"),
+        (_SRUN | {"PATH": "/nowhere"}, (), "cannot expand the SLURM node list 'node[1]' with scontrol"),
+        ({}, ("--distributed-init-method", "tcp://a:1", "--distributed-rank", "1"), "--distributed-no-spawn"),
     ],
+    ids=["torchrun", "srun", "no scontrol", "one rank of CPU ranks"],
 )
-def test_conflict_with_the_launcher_is_refused(launcher: dict[str, str], found: str, tmp_path: Path) -> None:
-    argv = train_argv(tmp_path / "no data", tmp_path / "save", "--distributed-world-size", "3")
+def test_launch_that_cannot_work_is_refused(
+    launcher: dict[str, str], flags: tuple[str, ...], sentence: str, tmp_path: Path
+) -> None:
+    argv = train_argv(tmp_path / "no data", tmp_path / "save", *flags)
     result = run_cli("fairseq_cli.train", argv, env=launcher)
     assert result.exit_code == 2
-    assert f"--distributed-world-size is 3 but {found}" in result.output
+    assert sentence in result.output
     assert "Traceback" not in result.output
 
 
