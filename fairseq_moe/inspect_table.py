@@ -72,8 +72,8 @@ def _cells(loads: Sequence[LayerLoad]) -> Table:
 def _strips(loads: Sequence[LayerLoad]) -> Table:
     """A character per expert."""
     table = _table(
-        "load over mean load, one character per expert: . none, - up to 0.5, = up to 0.8, + up to 1.25, "
-        "* up to 2, # above"
+        "load over mean load, one character per expert: . none, - up to 0.5, = up to 0.8, + up to 1.25, * "
+        "up to 2, # above"
     )
     table.add_column("experts 0, 1, 2, ...", overflow="fold")
     _add_summary_columns(table)

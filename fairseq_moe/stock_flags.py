@@ -68,8 +68,8 @@ STOCK_FLAGS = (
         flag="--store-ema",
         group="ema",
         field="store_ema",
-        reason="its copy of the model loses the mark of the expert weights; average checkpoints "
-        "afterwards instead",
+        reason="its copy of the model loses the mark of the expert weights; average checkpoints afterwards "
+        "instead",
     ),
     StockFlag(
         flag="--amp",
@@ -89,8 +89,8 @@ STOCK_FLAGS = (
         group="distributed_training",
         field="zero_sharding",
         refused=_is_not("none"),
-        reason="it shards expert optimizer state over ranks that do not own it; use "
-        "--ddp-backend fully_sharded",
+        reason="it shards expert optimizer state over ranks that do not own it; use --ddp-backend "
+        "fully_sharded",
     ),
     StockFlag(
         flag="--cpu-offload",
@@ -220,8 +220,8 @@ def _sharded_precision_problems(cfg: Any) -> list[str]:
     found = []
     if common.bf16 or common.memory_efficient_bf16:
         found.append(
-            "--bf16 does not work with an MoE model under --ddp-backend fully_sharded, since fairscale knows "
-            "float16 only; use --fp16, or --ddp-backend legacy_ddp or pytorch_ddp."
+            "--bf16 does not work with an MoE model under --ddp-backend fully_sharded, since fairscale "
+            "knows float16 only; use --fp16, or --ddp-backend legacy_ddp or pytorch_ddp."
         )
     if training.fp32_reduce_scatter and not (common.fp16 and not common.memory_efficient_fp16):
         found.append(

@@ -89,8 +89,8 @@ def _demo(text: Path | None, updates: int) -> None:
     dense = train("dense", DENSE, updates)
     heading("evaluation: fairseq-eval-lm, one process that loads the experts of both ranks")
     run(
-        f"fairseq-eval-lm {WORK}/bin --user-dir fairseq_moe --cpu --gen-subset valid "
-        f"--path {WORK}/moe/checkpoint_last.pt --batch-size 16 --tokens-per-sample 128",
+        f"fairseq-eval-lm {WORK}/bin --user-dir fairseq_moe --cpu --gen-subset valid --path "
+        f"{WORK}/moe/checkpoint_last.pt --batch-size 16 --tokens-per-sample 128",
         show=lambda line: (
             line.partition("fairseq_cli.eval_lm")[2].lstrip(" |:INFO") if "Perplexity" in line else ""
         ),
@@ -169,8 +169,8 @@ def sample(prompt: str) -> None:
         return ""
 
     run(
-        f"fairseq-interactive {WORK}/bin --user-dir fairseq_moe --cpu --task language_modeling "
-        f"--path {WORK}/moe/checkpoint_last.pt --bpe sentencepiece --sentencepiece-model {WORK}/spm.model "
+        f"fairseq-interactive {WORK}/bin --user-dir fairseq_moe --cpu --task language_modeling --path "
+        f"{WORK}/moe/checkpoint_last.pt --bpe sentencepiece --sentencepiece-model {WORK}/spm.model "
         "--sampling --sampling-topp 0.8 --beam 1 --max-len-b 120 --seed 3",
         show=show,
         given=prompt,

@@ -135,9 +135,8 @@ class BranchCheckpoint:
         if not fits:
             raise CheckpointError(
                 f"the optimizer state beside {self.shared} does not match its parameters one to one (it was "
-                "sharded or "
-                "written by another optimizer) and cannot be read; pass --reset-optimizer to load the "
-                "weights alone."
+                "sharded or written by another optimizer) and cannot be read; pass --reset-optimizer to "
+                "load the weights alone."
             )
         return numbered
 

@@ -60,8 +60,7 @@ class Manifest:
             if values["version"] != _VERSION:
                 raise CheckpointError(
                     f"{source} has checkpoint format {values['version']}, expected {_VERSION}; use the "
-                    "fairseq_moe that "
-                    "wrote it or a newer one."
+                    "fairseq_moe that wrote it or a newer one."
                 )
             shards = [ShardEntry(**entry) for entry in values["shards"]]
             manifest = cls(

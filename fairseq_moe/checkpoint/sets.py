@@ -153,8 +153,7 @@ def _verify(path: Path, entry: ShardEntry) -> None:
     if not path.is_file():
         raise CheckpointError(
             f"expert shard {path} (experts {entry.expert_ids}) is missing; copy the directory {SETS_DIR}/ "
-            "along with "
-            "the checkpoint file."
+            "along with the checkpoint file."
         )
     num_bytes = path.stat().st_size
     if num_bytes != entry.num_bytes:
@@ -172,8 +171,7 @@ def _one_value(found: list[Any], name: str, state_name: str, directory: Path) ->
     if any(value != found[0] for value in found):
         raise CheckpointError(
             f"the optimizer state {state_name} of {name} in {directory} differs between expert shards and "
-            "cannot be "
-            "merged; resume with as many ranks as wrote it, or pass --reset-optimizer."
+            "cannot be merged; resume with as many ranks as wrote it, or pass --reset-optimizer."
         )
     return found[0]
 

@@ -57,8 +57,7 @@ logger = logging.getLogger(__name__)
     stock_does="lets rank 0 decide and write alone",
     breaks="the experts of other ranks are lost; old expert files are never deleted",
     we_do="the other ranks write their experts when rank 0 writes a main file; then sets that no main file "
-    "names "
-    "are deleted",
+    "names are deleted",
     test="tests/distributed/test_checkpoint.py",
 )
 def save_checkpoint(stock: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
@@ -222,8 +221,7 @@ _REQUEST: ContextVar[_TrainerRequest | None] = ContextVar("loading_trainer", def
     "fairseq.trainer:Trainer.load_checkpoint",
     signature="(self, filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters)",
     stock_does="starts afresh when the file to restore does not exist, hides why a file does not fit, and "
-    "loads "
-    "optimizer state by number",
+    "loads optimizer state by number",
     breaks="a mistyped --restore-file trains from scratch; numbers differ between backends",
     we_do="end with a sentence; read experts and optimizer state by name for this rank's layout",
     test="tests/distributed/test_checkpoint.py",
@@ -247,8 +245,7 @@ def trainer_load_checkpoint(
     if is_moe and not exists and self.cfg.checkpoint.restore_file != "checkpoint_last.pt":
         raise CheckpointError(
             f"--restore-file {self.cfg.checkpoint.restore_file} does not exist (looked for {filename}); "
-            "correct the path, "
-            "or leave the flag out to start afresh.",
+            "correct the path, or leave the flag out to start afresh.",
             agreed=True,
         )
     request = _TrainerRequest(self.cfg, self.get_model(), with_optimizer=not reset_optimizer)
@@ -272,8 +269,7 @@ def trainer_load_checkpoint(
     signature="(filename, suffix, shard_idx, num_shards)",
     stock_does="knows no files of the moe branch",
     breaks="--path checkpoint_last.pt of the branch, whose files are checkpoint_last-shared.pt and "
-    "-rank-N.pt, is "
-    "'not found'",
+    "-rank-N.pt, is 'not found'",
     we_do="name the shared file instead",
     test="tests/numerics/test_branch_eval.py",
 )

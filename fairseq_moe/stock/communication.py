@@ -31,8 +31,7 @@ def broadcast_object_slow(
     signature="(data, group, max_size)",
     stock_does="gathers objects in a CUDA buffer of a size given beforehand",
     breaks="fairseq-validate and criterions whose outputs cannot be summed need CUDA; the statistics of an "
-    "MoE model "
-    "are larger than the buffer",
+    "MoE model are larger than the buffer",
     we_do="gather them with torch.distributed, whatever their size",
     test="tests/e2e/test_commands.py",
 )

@@ -86,14 +86,12 @@ _TALLY: ContextVar[_Tally | None] = ContextVar("evaluation_tally", default=None)
 @seam(
     "fairseq_cli.eval_lm:eval_lm",
     signature="(models, source_dictionary, batch_iterator, post_process, output_word_probs, "
-    "output_word_stats, "
-    "target_dictionary, softmax_batch, remove_bos_token, device)",
+    "output_word_stats, target_dictionary, softmax_batch, remove_bos_token, device)",
     stock_does="reports the loss of rank 0's share of the data, and skips a batch where a rank has none",
     breaks="the perplexity of several ranks is that of a part of the text; the ranks that have a batch wait "
-    "for ever "
-    "for the experts of one that has none",
-    we_do="sum over all ranks (dense models too); a rank without a batch scores a dummy. One process is left "
-    "alone",
+    "for ever for the experts of one that has none",
+    we_do="sum over all ranks (dense models too); a rank without a batch scores a dummy. One process is "
+    "left alone",
     test="tests/e2e/test_commands.py",
 )
 def eval_lm(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -190,8 +188,7 @@ def load_model_ensemble_and_task(stock: Callable[..., Any], *args: Any, **kwargs
     "data_buffer_size, context_window)",
     stock_does="leaves blocks at their own length",
     breaks="the capacity of an expert is a share of a batch's tokens, so a short last block drops other "
-    "tokens than "
-    "in the branch, which pads all blocks to --tokens-per-sample",
+    "tokens than in the branch, which pads all blocks to --tokens-per-sample",
     we_do="pad them too when the model has experts",
     test="tests/numerics/test_branch_eval.py",
 )

@@ -109,8 +109,8 @@ class _AdaptedFSDP:
     stock_does="computes on a CUDA device, refuses --memory-efficient-fp16 with fairscale 0.4.13, keeps the "
     "gradients of unsharded parameters in half precision, gathers Adam's two moments into one buffer, and "
     "loads rank 0's parameters on all ranks",
-    breaks="nothing runs on CPU; loss scales are taken out of expert gradients in half precision; on CPU the "
-    "saved exp_avg is exp_avg_sq; a single process cannot save; experts of other ranks are lost",
+    breaks="nothing runs on CPU; loss scales are taken out of expert gradients in half precision; on CPU "
+    "the saved exp_avg is exp_avg_sq; a single process cannot save; experts of other ranks are lost",
     we_do="compute where the parameters are, halve the module before it is wrapped, keep those gradients in "
     "float32, gather each tensor by itself, and load an MoE model by name from what each rank brings",
     test=_TEST,

@@ -64,8 +64,8 @@ def _reduce_expert_grads(module: nn.Module, decoder: MoEDecoder) -> None:
     "fairseq.trainer:Trainer.clip_grad_norm",
     signature="(self, clip_norm)",
     stock_does="takes the norm over dense gradients only, and sums it over FSDP shards on the GPU only",
-    breaks="gnorm and clipping ignore experts; an inf in one rank's expert poisons the weights unseen; fully "
-    "sharded CPU runs crash",
+    breaks="gnorm and clipping ignore experts; an inf in one rank's expert poisons the weights unseen; "
+    "fully sharded CPU runs crash",
     we_do="one norm over dense and expert gradients of all ranks, the same number on every rank; name the "
     "first gradient that is not finite, and its rank",
     test="tests/distributed/test_grad_norm.py",
@@ -157,8 +157,7 @@ class GradNorm:
             raise FloatingPointError(
                 "gradients of the dense parameters differ between ranks (squared norm here "
                 f"{dense_sq.item():.9g}, mean over ranks {mean.item():.9g}); look for a rank with other "
-                "code, other "
-                "hardware or its own random numbers."
+                "code, other hardware or its own random numbers."
             )
         return expert_total + mean
 

@@ -113,8 +113,7 @@ def _exit_with(error: MoEError) -> NoReturn:
     "fairseq.distributed.utils:infer_init_method",
     signature="(cfg, force_distributed)",
     stock_does="divides by the number of GPUs under torchrun, ignores torchrun and srun when no world size "
-    "is "
-    "given, and refuses a world size above the number of GPUs",
+    "is given, and refuses a world size above the number of GPUs",
     breaks="on a CPU machine torchrun ends in ZeroDivisionError or in independent runs that overwrite each "
     "other",
     we_do="take rank and world size from torchrun or SLURM, and pick a free port for ranks of our own on CPU",
@@ -164,22 +163,19 @@ def _check_world_size(cfg: Any, started: int, *, found: str) -> None:
         raise ConfigError(
             [
                 f"--distributed-world-size is {given} but {found}; leave the flag out or start as many "
-                f"processes "
-                "as ranks."
+                "processes as ranks."
             ]
         )
 
 
 def _from_slurm(cfg: Any) -> bool:
-    """One rank per task of an srun step; True if this process is one of several tasks.
-
-    Only srun sets SLURM_STEP_NUM_TASKS: a command that a batch script runs without srun is alone.
-    """
+    """One rank per task of an srun step; True if this process is one of several tasks."""
     env = os.environ
-    num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    num_tasks = _tasks_of_slurm_step()
     if num_tasks == 1:
         return False
-    nodes, num_nodes = env["SLURM_STEP_NODELIST"], int(env["SLURM_STEP_NUM_NODES"])
+    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
+    num_nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
     num_gpus = torch.cuda.device_count()
     if num_tasks == num_nodes and num_gpus > 1:
         return _one_task_per_gpu_node(cfg, nodes, num_nodes, num_gpus)
@@ -187,9 +183,24 @@ def _from_slurm(cfg: Any) -> bool:
     cfg.distributed_init_method = _slurm_address(cfg, nodes)
     cfg.distributed_world_size = num_tasks
     cfg.distributed_rank = int(env["SLURM_PROCID"])
-    cfg.device_id = int(env["SLURM_LOCALID"])
+    cfg.device_id = int(env.get("SLURM_LOCALID", "0"))
     cfg.distributed_no_spawn = True
     return True
+
+
+def _tasks_of_slurm_step() -> int:
+    """Tasks started together with this process; 1 for a command that a batch script runs without srun.
+
+    srun describes its step. Where only the job is described (launchers that set stock's variables), a process
+    of a batch script is told by ENVIRONMENT=BATCH: it has a SLURM_PROCID too, but nobody else was started.
+    """
+    env = os.environ
+    if "SLURM_STEP_NUM_TASKS" in env:
+        return int(env["SLURM_STEP_NUM_TASKS"])
+    if "SLURM_PROCID" not in env or env.get("ENVIRONMENT") == "BATCH":
+        return 1
+    per_node, num_nodes = env.get("SLURM_NTASKS_PER_NODE", "1"), env.get("SLURM_NNODES", "1")
+    return int(env.get("SLURM_NTASKS", int(per_node) * int(num_nodes)))
 
 
 def _one_task_per_gpu_node(cfg: Any, nodes: str, num_nodes: int, num_gpus: int) -> bool:

@@ -42,13 +42,11 @@ def parse_args_and_arch(
     "fairseq.utils:import_user_module",
     signature="(args)",
     stock_does="accepts a package that is imported already only under the spelling of the path it was "
-    "imported by, and "
-    "looks for a plain name in the working directory and next to fairseq only",
+    "imported by, and looks for a plain name in the working directory and next to fairseq only",
     breaks="--user-dir fairseq_moe fails after an import of the package, and in the directory that hydra "
     "changes to",
-    we_do="take every spelling of this package's own directory, and its plain name, as imported; then change "
-    "the "
-    "command that is running, whose module may have been imported after this package",
+    we_do="take every spelling of this package's own directory, and its plain name, as imported; then "
+    "change the command that is running, whose module may have been imported after this package",
     test="tests/e2e/test_launch.py",
 )
 def import_user_module(stock: Callable[..., Any], args: Any) -> None:

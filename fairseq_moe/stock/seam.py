@@ -151,6 +151,5 @@ def _names_only(function: Callable[..., Any]) -> str:
 def _mismatch(entry: Seam, found: str) -> str:
     return (
         f"fairseq_moe adapts {entry.target}, expected {entry.signature or 'it to exist'}, but this fairseq "
-        f"has {found}; "
-        "install the fairseq named in fairseq_moe's README (the API of 0.12.3)."
+        f"has {found}; install the fairseq named in fairseq_moe's README (the API of 0.12.3)."
     )

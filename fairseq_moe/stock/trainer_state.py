@@ -51,8 +51,7 @@ def load_optimizer(trainer: Any, saved: dict[str, Any], *, overrides: Any, reset
         if last[what] != found:
             raise CheckpointError(
                 f"the checkpoint was trained with {last[what]} and this run has {found}; give the same "
-                f"{flag} and "
-                "precision, or pass --reset-optimizer."
+                f"{flag} and precision, or pass --reset-optimizer."
             )
     if not reset_lr_scheduler:
         trainer.lr_scheduler.load_state_dict(last["lr_scheduler_state"])

@@ -25,12 +25,18 @@ logger = logging.getLogger(__name__)
     signature="(self, cfg, task, model, criterion, quantizer)",
     stock_does="counts the parameters of FSDP shards, and loads checkpoints on rank 0 only",
     breaks="the logged sizes are those of a shard; other ranks need other experts",
-    we_do="log true sizes in the branch's words, load on all ranks, warn of a criterion without gate loss, and "
-    "write the load of the experts after each validation",
+    we_do="log true sizes in the branch's words, load on all ranks, warn of a criterion without gate loss, "
+    "and write the load of the experts after each validation",
     test="tests/e2e/test_training.py",
 )
 def trainer_init(
-    stock: Callable[..., Any], self: Any, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None
+    stock: Callable[..., Any],
+    self: Any,
+    cfg: Any,
+    task: Any,
+    model: nn.Module,
+    criterion: nn.Module,
+    quantizer: Any = None,
 ) -> None:
     decoder = moe_decoder(model)
     if decoder is not None:
@@ -44,7 +50,9 @@ def trainer_init(
 
 def _log_sizes(model: nn.Module) -> None:
     for label, is_expert in (("non-expert", False), ("expert", True)):
-        sized = [(_true_size(p), p.requires_grad) for p in model.parameters() if hasattr(p, "expert") is is_expert]
+        sized = [
+            (_true_size(p), p.requires_grad) for p in model.parameters() if hasattr(p, "expert") is is_expert
+        ]
         logger.info(
             "num. %s model params: %s (num. trained: %s)",
             label,
@@ -69,8 +77,8 @@ def _warn_once(cfg: Any, decoder: MoEDecoder, criterion: nn.Module) -> None:
     backend = str(cfg.distributed_training.ddp_backend)
     if decoder.moe.moe_normalize_expert_grad == "sqrt_world_size" and backend != "fully_sharded":
         logger.warning(
-            "--moe-normalize-expert-grad sqrt_world_size takes effect under --ddp-backend fully_sharded only; with %s "
-            "expert gradients are divided by the world size.",
+            "--moe-normalize-expert-grad sqrt_world_size takes effect under --ddp-backend fully_sharded "
+            "only; with %s expert gradients are divided by the world size.",
             backend,
         )
 
@@ -83,7 +91,9 @@ def _warn_once(cfg: Any, decoder: MoEDecoder, criterion: nn.Module) -> None:
     we_do="mark the batch, so that the router leaves all of its tokens out",
     test="tests/distributed/test_uneven_batches.py",
 )
-def prepare_sample(stock: Callable[..., Any], self: Any, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
+def prepare_sample(
+    stock: Callable[..., Any], self: Any, sample: Any, is_dummy: bool = False
+) -> tuple[Any, bool]:
     prepared, is_dummy_batch = stock(self, sample, is_dummy)
     if not is_dummy_batch or moe_decoder(self.get_model()) is None:
         return prepared, is_dummy_batch
@@ -155,7 +165,9 @@ def _without_dummy(loss: Any, sample_size: Any, logged: dict[str, Any]) -> tuple
     we_do="log them right after the optimizer's step, on GPUs",
     test="none on CPU; logged on GPUs only",
 )
-def optimizer_step(stock: Callable[..., Any], self: Any, optimizer: Any, model: nn.Module, update_num: int) -> None:
+def optimizer_step(
+    stock: Callable[..., Any], self: Any, optimizer: Any, model: nn.Module, update_num: int
+) -> None:
     stock(self, optimizer, model, update_num)
     if torch.cuda.is_available() and next(model.parameters()).is_cuda and moe_decoder(model) is not None:
         gb = 1024.0**3

@@ -188,3 +188,28 @@ def _parse_with_spellings(rank: int, folder: str, data: str) -> None:
         sys.argv = ["fairseq-train", data, "--user-dir", spelling, *BASE, *DENSE, *MOE]
         args = options.parse_args_and_arch(options.get_training_parser())
         assert args.moe_expert_count == 4
+
+
+def _tasks(rank: int, variables: dict[str, str]) -> int:
+    """How many tasks the launcher sees with these SLURM variables and no others."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        del os.environ[name]
+    os.environ.update(variables)
+    import fairseq_moe.stock.launch as launch
+
+    return launch._tasks_of_slurm_step()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 2),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_JOB_NODELIST": "n[1-2]"}, 4),
+        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2", "SLURM_PROCID": "1"}, 4),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}, 1),
+        ({"SLURM_NTASKS": "4"}, 1),
+        ({}, 1),
+    ],
+)
+def test_slurm_step_is_told_from_a_batch_script(variables: dict[str, str], expected: int) -> None:
+    assert run_ranks(_tasks, 1, variables) == [expected]
