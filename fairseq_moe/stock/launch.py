@@ -28,7 +28,7 @@ from fairseq_moe.stock.seam import seam
 __all__ = ["USER_ERROR_EXIT_CODE", "one_sentence_errors", "run_rank"]
 
 USER_ERROR_EXIT_CODE = 2
-_RANK_0_SPEAKS_SEC = 10.0
+_RANK_0_SPEAKS_SEC = 5.0
 
 
 @seam(
