@@ -26,7 +26,7 @@ from demo_text import NEWLINE, DemoError, prepare_text
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path("demo")  # under ROOT, where every command runs
 
-UPDATES = 440
+UPDATES = 200
 RANKS = 2
 EMBED_DIM, FFN_DIM, EXPERTS, TOP_K = 128, 512, 8, 2
 # A token passes TOP_K experts and the router, whose E x D products are those of E / 2 more hidden units.
@@ -39,13 +39,14 @@ TRAINING = f"""
     --task language_modeling --tokens-per-sample 128 --sample-break-mode none
     --arch transformer_lm_gpt --share-decoder-input-output-embed --decoder-layers 4
     --decoder-embed-dim {EMBED_DIM} --decoder-ffn-embed-dim {FFN_DIM} --decoder-attention-heads 4
-    --dropout 0.0 --attention-dropout 0.0 --batch-size 4
+    --dropout 0.0 --attention-dropout 0.0 --batch-size 8
     --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --seed 1
     --lr 0.004 --lr-scheduler polynomial_decay --warmup-updates 40
     --no-epoch-checkpoints --num-workers 0 --log-format json
 """
 MOE = f"""
     --moe-freq 2 --moe-expert-count {EXPERTS} --moe-gating-use-fp32 --moe-second-expert-policy all
+    --moe-eval-capacity-token-fraction 1.0
     --criterion moe_cross_entropy --moe-gate-loss-wt 0.01 --moe-gate-loss-combine-method sum
 """
 DENSE = f"""
