@@ -56,12 +56,18 @@ class RoutingDecision:
             policy.
         kept_TK: bool, wanted assignments that found a place within the capacity.
         capacity: rows that each expert takes from this rank; None: unlimited.
+        num_places: rows that each expert has room for where shapes are fixed, at least the capacity, the same on
+            all ranks; None: as many as are kept.
+        balance_counts_2E: int64, choices that a balance loss goes by where those differ from the ones above: of
+            this micro-batch, and of all ranks and micro-batches of the update so far; None otherwise.
     """
 
     expert_ids_TK: Tensor
     wanted_TK: Tensor
     kept_TK: Tensor
     capacity: int | None
+    num_places: int | None = None
+    balance_counts_2E: Tensor | None = None
 
 
 def gate_probabilities(logits_TE: Tensor, *, use_fp32: bool) -> Tensor:

@@ -1,0 +1,67 @@
+"""Balancing without a loss: a bias per expert that moves choices and never weights. Pure update rules.
+
+``sign`` moves each bias by a fixed step towards equal load (Wang et al. 2024, arXiv 2408.15664). ``quantile``
+puts it where the load of this micro-batch would be equal (Megatron-Core's quantile balancing).
+"""
+
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+__all__ = ["BiasRule", "quantile_thresholds", "sign_step"]
+
+
+class BiasRule(StrEnum):
+    """How the bias follows the load."""
+
+    SIGN = "sign"
+    QUANTILE = "quantile"
+
+
+def sign_step(counts_E: Tensor, *, rate: float) -> Tensor:
+    """rate * sign(mean load - load): what is added to the bias after an update.
+
+    Args:
+        counts_E: choices of each expert on all ranks in the update, before drops.
+        rate: the step.
+
+    Returns:
+        float (E,).
+    """
+    counts_E = counts_E.to(torch.float32)
+    return rate * torch.sign(counts_E.mean() - counts_E)
+
+
+@torch.no_grad()
+def quantile_thresholds(
+    scores_TE: Tensor, bias_E: Tensor, *, top_k: int, padding_T: Tensor | None = None
+) -> Tensor:
+    """What must be taken from each expert's scores so that T * K / E tokens choose it.
+
+    Expert e is chosen by a token when its score exceeds the token's (K+1)-th best biased score by more than
+    its threshold; the threshold is the (T * K / E + 1)-th largest of these margins, T * K / E rounded down.
+
+    Args:
+        scores_TE: float scores that experts are chosen by, without bias.
+        bias_E: float, today's bias.
+        top_k: K.
+        padding_T: bool, True where a token is padding; T counts the others.
+
+    Returns:
+        float (E,); the next bias is minus its mean over micro-batches and ranks, shifted to mean 0. Zeros
+        without tokens, and where every token chooses every expert or an expert's share is all of them.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    if top_k >= num_experts or num_tokens == 0:
+        return torch.zeros_like(bias_E)
+    next_best_T1 = (scores_TE + bias_E).topk(top_k + 1, dim=-1).values[:, -1:]
+    margins_TE = scores_TE - next_best_T1
+    num_valid = torch.tensor(num_tokens, device=scores_TE.device)
+    if padding_T is not None:
+        margins_TE = margins_TE.masked_fill(padding_T.unsqueeze(-1), float("-inf"))
+        num_valid = (~padding_T).sum()
+    share = num_valid * top_k // num_experts
+    sorted_TE = margins_TE.sort(dim=0, descending=True).values
+    found_E = sorted_TE.index_select(0, share.clamp(max=num_tokens - 1).view(1)).view(-1)
+    return torch.where(share < num_valid, found_E, torch.zeros_like(found_E)).to(bias_E.dtype)

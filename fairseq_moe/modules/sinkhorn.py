@@ -1,0 +1,46 @@
+"""Sinkhorn balancing (S-BASE, arXiv 2202.01169): an optimal-transport plan between tokens and experts."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["sinkhorn_plan"]
+
+_EPS = 1e-8
+_TOLERANCE = 1e-4
+_MAX_ITERATIONS = 20
+
+
+@torch.no_grad()
+def sinkhorn_plan(logits_TE: Tensor, *, padding_T: Tensor | None = None) -> Tensor:
+    """Scale exp(logits) until columns sum to 1/E and rows to about 1/T.
+
+    Each row is shifted by its maximum first, which leaves the plan as it is and exp() in range. Iterations
+    stop when the column factors move by less than 1e-4 on average, and after 20 at the latest. The stopped
+    iterations are masked rather than left out, so the function compiles as a whole and does not wait for the
+    device.
+
+    Args:
+        logits_TE: float router logits of this rank's tokens.
+        padding_T: bool, True where a token is padding: its row is 0, and T counts the others.
+
+    Returns:
+        float32 (T, E), or float64 for float64 logits.
+    """
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    num_experts = logits_TE.shape[1]
+    num_tokens = logits_TE.new_tensor(float(len(logits_TE)))
+    cost_TE = torch.exp(logits_TE - logits_TE.amax(-1, keepdim=True))
+    if padding_T is not None:
+        cost_TE = cost_TE.masked_fill(padding_T.unsqueeze(-1), 0.0)
+        num_tokens = (~padding_T).sum().clamp(min=1).to(logits_TE.dtype)
+    rows_T = cost_TE.new_ones(len(cost_TE))
+    columns_E = cost_TE.new_ones(num_experts)
+    moving = torch.ones((), dtype=torch.bool, device=logits_TE.device)
+    for _ in range(_MAX_ITERATIONS):
+        new_rows_T = 1 / (num_tokens * (cost_TE @ columns_E + _EPS))
+        new_columns_E = 1 / (num_experts * (new_rows_T @ cost_TE + _EPS))
+        moved = (new_columns_E - columns_E).abs().mean()
+        rows_T = torch.where(moving, new_rows_T, rows_T)
+        columns_E = torch.where(moving, new_columns_E, columns_E)
+        moving = moving & (moved > _TOLERANCE)
+    return rows_T.unsqueeze(-1) * cost_TE * columns_E
