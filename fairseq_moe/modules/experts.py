@@ -1,5 +1,6 @@
 """The experts of one rank: L feed-forward networks whose weights are stacked, one tensor per matrix."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from fairseq_moe.modules.kernels import Kernel, Stacks, choose_kernel, run_experts, under_autocast
+from fairseq_moe.modules.recompute import recomputed
 
 __all__ = ["Experts"]
 
@@ -24,11 +27,12 @@ class Experts(nn.Module):
         first_expert_id: global id of the first local expert.
         model_dim: D.
         hidden_dim: F.
-        activation: elementwise function.
+        activation: elementwise function, not in place, without parameters.
         activation_dropout: probability, after the activation.
         dropout: probability, on each expert's output.
         seed: expert e starts from the generator seeded with ``seed + e``, so that any spread of the experts
             over ranks starts from the same weights; no other generator is touched.
+        recompute: compute the networks again in the backward pass.
     """
 
     fc1_weight: nn.Parameter
@@ -47,12 +51,14 @@ class Experts(nn.Module):
         activation_dropout: float = 0.0,
         dropout: float = 0.0,
         seed: int = 0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.num_local_experts = num_local_experts
         self.activation = activation
         self.activation_dropout = activation_dropout
         self.dropout = dropout
+        self.recompute = recompute
         shapes = {
             "fc1_weight": (hidden_dim, model_dim),
             "fc1_bias": (hidden_dim,),
@@ -97,55 +103,45 @@ class Experts(nn.Module):
                 bound = 1 / math.sqrt(weight.shape[-1])
                 nn.init.uniform_(bias[local], -bound, bound, generator=generator)
 
-    def forward(self, rows_RD: Tensor, counts_L: Sequence[int]) -> Tensor:
+    def forward(
+        self,
+        rows_RD: Tensor,
+        counts_L: Sequence[int],
+        *,
+        rows_per_expert: int | None = None,
+        kernel: Kernel | None = None,
+    ) -> Tensor:
         """Apply expert l to its rows.
 
         Args:
             rows_RD: float, rows sorted by local expert.
             counts_L: rows of each local expert; zeros are fine and give zero (not missing) gradients.
+            rows_per_expert: every count, where the shape of the batch fixes it; None: routing decides.
+            kernel: compute so, instead of as the table in ``kernels`` says.
 
         Returns:
             (R, D).
         """
-        hidden_RF = self.activation(
-            _GroupedLinear.apply(rows_RD, self.fc1_weight, self.fc1_bias, tuple(counts_L))
-        )
-        hidden_RF = F.dropout(hidden_RF, self.activation_dropout, self.training)
-        out_RD = _GroupedLinear.apply(hidden_RF, self.fc2_weight, self.fc2_bias, tuple(counts_L))
-        return F.dropout(out_RD, self.dropout, self.training)
+        run = functools.partial(self._run, counts_L=counts_L, rows_per_expert=rows_per_expert, kernel=kernel)
+        output: Tensor = recomputed(run, rows_RD) if self.recompute else run(rows_RD)
+        return output
 
-
-class _GroupedLinear(torch.autograd.Function):
-    """y[group l] = x[group l] W[l]^T + b[l]; weight gradients are written straight into the stack."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor, counts_L: tuple[int, ...]
+    def _run(
+        self, rows_RD: Tensor, *, counts_L: Sequence[int], rows_per_expert: int | None, kernel: Kernel | None
     ) -> Tensor:
-        ctx.save_for_backward(x_RI, weight_LOI)
-        ctx.counts_L = counts_L
-        y_RO = x_RI.new_empty((x_RI.shape[0], weight_LOI.shape[1]))
-        for expert, (x, y) in enumerate(zip(x_RI.split(counts_L), y_RO.split(counts_L), strict=True)):
-            torch.addmm(bias_LO[expert], x, weight_LOI[expert].t(), out=y)
-        return y_RO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x_RI, weight_LOI = ctx.saved_tensors
-        grad_RO = grads[0].contiguous()
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        grad_x_RI = torch.empty_like(x_RI) if wants_x else None
-        grad_weight_LOI = torch.empty_like(weight_LOI) if wants_weight else None
-        grad_bias_LO = weight_LOI.new_empty(weight_LOI.shape[:2]) if wants_bias else None
-        start = 0
-        for expert, count in enumerate(ctx.counts_L):
-            rows = slice(start, start + count)
-            start += count
-            if grad_weight_LOI is not None:
-                torch.mm(grad_RO[rows].t(), x_RI[rows], out=grad_weight_LOI[expert])
-            if grad_bias_LO is not None:
-                torch.sum(grad_RO[rows], dim=0, out=grad_bias_LO[expert])
-            if grad_x_RI is not None:
-                torch.mm(grad_RO[rows], weight_LOI[expert], out=grad_x_RI[rows])
-        return grad_x_RI, grad_weight_LOI, grad_bias_LO, None
+        stacks = Stacks(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        rows_RD, stacks = under_autocast(rows_RD, stacks)
+        activation_dropout = self.activation_dropout if self.training else 0.0
+        if kernel is None:
+            kernel = choose_kernel(
+                stacks, rows_per_expert=rows_per_expert, activation_dropout=activation_dropout
+            )
+        out_RD = run_experts(
+            kernel,
+            rows_RD,
+            stacks,
+            counts_L,
+            activation=self.activation,
+            activation_dropout=activation_dropout,
+        )
+        return F.dropout(out_RD, self.dropout, self.training)

@@ -3,16 +3,25 @@
 tokens      t0 t1 t2              t0 -> experts 2, 0;  t1 -> 0, 1;  t2 -> 2, (dropped)
 rows        t0 t1 | t1 | t0 t2    expert 0 | expert 1 | expert 2, tokens in order within an expert
 token_of_R   0  1    1    0  2
+by_token_R   3  0 |  1  2 |  4    the same rows, token by token, choices in order
+
+Both directions only read by index and never add to one place from several: rows are sums over ``by_token_R``,
+which ``embedding_bag`` computes in one pass and in the same order every time.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fairseq_moe.modules.routing import RoutingDecision, count_ids
 
 __all__ = ["RowPlan", "combine_rows", "count_rows", "plan_rows", "take_rows"]
+
+_CPU_CHUNK = 512  # rows that a CPU handles at once, so that they stay in its cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +31,14 @@ class RowPlan:
     Args:
         assignment_R: int64, index into the flattened (T, K) assignments.
         token_R: int64, the token of each row.
+        by_token_R: int64, the rows sorted by (token, choice).
+        starts_T: int64, where each token's rows start in ``by_token_R``.
     """
 
     assignment_R: Tensor
     token_R: Tensor
+    by_token_R: Tensor
+    starts_T: Tensor
 
 
 def count_rows(decision: RoutingDecision, *, num_experts: int) -> Tensor:
@@ -41,9 +54,19 @@ def plan_rows(decision: RoutingDecision, *, num_experts: int, num_rows: int) -> 
         num_experts: E.
         num_rows: R, the sum of ``count_rows``; the caller has it on the host, where sizes are needed.
     """
+    top_k = decision.expert_ids_TK.shape[1]
     by_expert = torch.argsort(_kept_ids(decision, dropped_id=num_experts), stable=True)
     assignment_R = by_expert[:num_rows]
-    return RowPlan(assignment_R=assignment_R, token_R=assignment_R // decision.expert_ids_TK.shape[1])
+    # Kept assignments up to and with each one, in (token, choice) order: a row's place among them, plus 1.
+    kept_so_far = decision.kept_TK.reshape(-1).cumsum(0)
+    place_R = kept_so_far.index_select(0, assignment_R) - 1
+    rows = torch.arange(num_rows, device=place_R.device)
+    return RowPlan(
+        assignment_R=assignment_R,
+        token_R=assignment_R // top_k,
+        by_token_R=torch.empty_like(place_R).scatter_(0, place_R, rows),
+        starts_T=kept_so_far[top_k - 1 :: top_k] - decision.kept_TK.sum(1),
+    )
 
 
 def _kept_ids(decision: RoutingDecision, *, dropped_id: int) -> Tensor:
@@ -52,12 +75,50 @@ def _kept_ids(decision: RoutingDecision, *, dropped_id: int) -> Tensor:
 
 def take_rows(x_TD: Tensor, plan: RowPlan) -> Tensor:
     """(T, D) -> (R, D): each kept assignment's token."""
-    return x_TD.index_select(0, plan.token_R)
+    return _TakeRows.apply(x_TD, plan)
 
 
 def combine_rows(y_RD: Tensor, weights_TK: Tensor, plan: RowPlan) -> Tensor:
     """(R, D) -> (T, D): sum of each token's rows times their weights; zero for a token without rows."""
     weights_R = weights_TK.reshape(-1).index_select(0, plan.assignment_R).to(y_RD.dtype)
-    # With at most two rows per token the sum does not depend on the order in which a GPU adds them.
-    out_TD = y_RD.new_zeros((weights_TK.shape[0], y_RD.shape[1]))
-    return out_TD.index_add(0, plan.token_R, y_RD * weights_R.unsqueeze(-1))
+    return _CombineRows.apply(y_RD, weights_R, plan)
+
+
+def _add_by_token(rows_RD: Tensor, plan: RowPlan, weights_R: Tensor | None = None) -> Tensor:
+    if weights_R is not None:
+        weights_R = weights_R.index_select(0, plan.by_token_R)
+    return F.embedding_bag(plan.by_token_R, rows_RD, plan.starts_T, mode="sum", per_sample_weights=weights_R)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, plan: RowPlan) -> Tensor:
+        ctx.plan = plan
+        return x_TD.index_select(0, plan.token_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _add_by_token(grads[0].contiguous(), ctx.plan), None
+
+
+class _CombineRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, weights_R: Tensor, plan: RowPlan) -> Tensor:
+        ctx.save_for_backward(y_RD, weights_R)
+        ctx.plan = plan
+        return _add_by_token(y_RD.contiguous(), plan, weights_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_RD, weights_R = ctx.saved_tensors
+        grad_TD, num_rows = grads[0], len(y_RD)
+        grad_y_RD, grad_weights_R = torch.empty_like(y_RD), torch.empty_like(weights_R)
+        step = _CPU_CHUNK if y_RD.device.type == "cpu" else max(num_rows, 1)
+        for start in range(0, num_rows, step):
+            rows = slice(start, start + step)
+            grad = grad_TD.index_select(0, ctx.plan.token_R[rows])
+            torch.mul(grad, weights_R[rows].unsqueeze(1), out=grad_y_RD[rows])
+            torch.sum(grad.mul_(y_RD[rows]), dim=1, out=grad_weights_R[rows])
+        return grad_y_RD, grad_weights_R, None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairseq_moe.modules.experts import Experts, _GroupedLinear
+from fairseq_moe.modules.experts import Experts
 
 SHAPES = {"fc1_weight": (3, 8, 4), "fc1_bias": (3, 8), "fc2_weight": (3, 4, 8), "fc2_bias": (3, 4)}
 
@@ -84,6 +84,27 @@ class TestForward:
         with pytest.raises(RuntimeError):
             make()(torch.randn(5, 4), [1, 1, 1])
 
+    def test_rows_of_another_dtype_are_an_error(self) -> None:
+        with pytest.raises(TypeError, match=r"float32 were given rows of dtype torch\.bfloat16"):
+            make()(torch.randn(3, 4).bfloat16(), [1, 1, 1])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_autocast(self, dtype: torch.dtype) -> None:
+        experts, x = make(), torch.randn(3, 4, requires_grad=True)
+        half = copy.deepcopy(experts).to(dtype)
+        half_x = x.detach().to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype=dtype):
+            y = experts(x, [1, 0, 2])
+            y.float().sum().backward()
+        half_y = half(half_x, [1, 0, 2])
+        half_y.float().sum().backward()
+        assert torch.equal(y, half_y) and y.dtype is dtype
+        assert x.grad is not None and half_x.grad is not None
+        assert torch.equal(x.grad, half_x.grad.float()) and x.grad.dtype is torch.float32
+        for p, half_p in zip(experts.parameters(), half.parameters(), strict=True):
+            assert p.grad is not None and half_p.grad is not None
+            assert torch.equal(p.grad, half_p.grad.float())
+
 
 class TestGradients:
     def test_experts_without_rows_get_zeros(self) -> None:
@@ -103,31 +124,6 @@ class TestGradients:
         for name, shape in SHAPES.items():
             grad = getattr(experts, name).grad
             assert grad is not None and grad.shape == shape and not grad.any()
-
-    @pytest.mark.parametrize("frozen", [[], ["x"], ["weight"], ["bias"], ["x", "bias"]], ids=str)
-    def test_grouped_linear(self, frozen: list[str]) -> None:
-        inputs = {
-            "x": torch.randn(5, 3, dtype=torch.float64),
-            "weight": torch.randn(4, 2, 3, dtype=torch.float64),
-            "bias": torch.randn(4, 2, dtype=torch.float64),
-        }
-        for name, value in inputs.items():
-            value.requires_grad_(name not in frozen)
-        assert torch.autograd.gradcheck(
-            lambda *tensors: _GroupedLinear.apply(*tensors, (2, 0, 1, 2)), tuple(inputs.values())
-        )
-
-    def test_gradients_of_strides_that_are_not_contiguous(self) -> None:
-        x = torch.randn(4, 3, dtype=torch.float64)
-        weight = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
-        bias = torch.randn(2, 5, dtype=torch.float64)
-        y = _GroupedLinear.apply(x.t().contiguous().t(), weight, bias, (1, 3))
-        expected = torch.cat([x[:1] @ weight[0].t() + bias[0], x[1:] @ weight[1].t() + bias[1]])
-        torch.testing.assert_close(y, expected)
-        cotangent = torch.randn(5, 4, dtype=torch.float64).t()
-        (grad,) = torch.autograd.grad(y, weight, cotangent)
-        (grad_expected,) = torch.autograd.grad(expected, weight, cotangent)
-        torch.testing.assert_close(grad, grad_expected)
 
 
 def assert_marked(experts: Experts) -> None:

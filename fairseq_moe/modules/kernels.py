@@ -1,0 +1,166 @@
+"""Which code computes the experts: one table, from the device, the dtype and sizes, never from anyone's data.
+
+========= =======================================================================================
+kernel    how
+========= =======================================================================================
+sliced    expert after expert, fc1, activation and fc2 in one go, so that a slice stays in the cache
+loop      expert after expert, but all of fc1 before all of fc2: leaves room for activation dropout
+bmm       one batched product per matrix; rows padded to the busiest expert unless all have as many
+grouped   one ``torch.nn.functional.grouped_mm`` per matrix
+========= =======================================================================================
+
+All compute the same function and the same gradients, so a checkpoint knows nothing of them. An expert without
+rows gets zero gradients, not missing ones: optimizers and reductions see the same tensors on every rank.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairseq_moe.modules.kernels_linear import batched_linear, grouped_linear, loop_linear
+from fairseq_moe.modules.kernels_sliced import sliced_network
+
+__all__ = ["Kernel", "Stacks", "arithmetic_dtype", "choose_kernel", "run_experts", "under_autocast"]
+
+_GROUPED_ALIGNMENT_BYTES = 16  # of every row, or grouped_mm refuses
+_GROUPED_CAPABILITY = (9, 0)  # below it grouped_mm is itself a loop, with a host synchronisation per call
+# One batched product spares the calls of a loop, and pays with slices that have left the cache.
+_SMALL_EXPERT_FLOPS = 4_000_000
+
+
+class Kernel(StrEnum):
+    """See the table of this module."""
+
+    SLICED = "sliced"
+    LOOP = "loop"
+    BMM = "bmm"
+    GROUPED = "grouped"
+
+
+class Stacks(NamedTuple):
+    """Parameters of L experts: (L, F, D), (L, F), (L, D, F), (L, D)."""
+
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
+
+def under_autocast(rows_RD: Tensor, stacks: Stacks) -> tuple[Tensor, Stacks]:
+    """Rows and parameters in autocast's dtype where it is on; no kernel is converted by torch itself."""
+    device = rows_RD.device.type
+    if not torch.is_autocast_enabled(device):
+        return rows_RD, stacks
+    dtype = torch.get_autocast_dtype(device)
+    return rows_RD.to(dtype), Stacks(*(tensor.to(dtype) for tensor in stacks))
+
+
+def choose_kernel(
+    stacks: Stacks, *, rows_per_expert: int | None = None, activation_dropout: float = 0.0
+) -> Kernel:
+    """The table.
+
+    Args:
+        stacks: parameters as they will be used, for their device, dtype and sizes.
+        rows_per_expert: what every expert gets where the shape of the batch fixes it (padded dispatch);
+            None: it depends on the routing.
+        activation_dropout: the probability in force; 0 outside training.
+    """
+    weight = stacks.fc1_weight
+    _, hidden_dim, model_dim = weight.shape
+    if weight.device.type == "cuda":
+        if rows_per_expert is not None:
+            return Kernel.BMM
+        aligned = all(dim * weight.element_size() % _GROUPED_ALIGNMENT_BYTES == 0 for dim in weight.shape[1:])
+        if (
+            aligned
+            and weight.dtype is torch.bfloat16
+            and _cuda_capability(weight.device) >= _GROUPED_CAPABILITY
+        ):
+            return Kernel.GROUPED
+        return Kernel.LOOP
+    is_small = rows_per_expert is not None and (
+        4 * rows_per_expert * hidden_dim * model_dim <= _SMALL_EXPERT_FLOPS
+    )
+    if is_small and arithmetic_dtype(weight) is weight.dtype:
+        return Kernel.BMM
+    return Kernel.LOOP if activation_dropout > 0 else Kernel.SLICED
+
+
+@cache
+def _cuda_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def arithmetic_dtype(like: Tensor) -> torch.dtype:
+    """What ``sliced`` and ``loop`` multiply in: float32 where a CPU has no units for narrower numbers.
+
+    There torch's own half-precision product is 4 to 90 times slower than float32 (AVX2), and a slice of the
+    weights is converted in a fiftieth of the time that it takes to multiply with it.
+    """
+    if like.device.type == "cpu" and like.dtype in (torch.bfloat16, torch.float16):
+        return like.dtype if _cpu_multiplies(like.dtype) else torch.float32
+    return like.dtype
+
+
+@cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    """The question that torch asks itself before it calls oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def run_experts(
+    kernel: Kernel,
+    rows_RD: Tensor,
+    stacks: Stacks,
+    counts_L: Sequence[int],
+    *,
+    activation: Callable[[Tensor], Tensor],
+    activation_dropout: float = 0.0,
+) -> Tensor:
+    """W2 dropout(act(W1 x + b1)) + b2 of each row's expert.
+
+    Args:
+        kernel: how.
+        rows_RD: float, sorted by expert.
+        stacks: parameters, in the dtype of the rows.
+        counts_L: rows of each expert.
+        activation: elementwise, not in place, without parameters.
+        activation_dropout: probability, 0 outside training; ``sliced`` cannot do it.
+
+    Returns:
+        (R, D).
+
+    Raises:
+        TypeError: rows and parameters differ in dtype.
+    """
+    if rows_RD.dtype != stacks.fc1_weight.dtype:
+        raise TypeError(
+            f"experts of dtype {stacks.fc1_weight.dtype} were given rows of dtype {rows_RD.dtype}; "
+            "convert one of them, or use torch.autocast"
+        )
+    counts = tuple(counts_L)
+    wide = arithmetic_dtype(rows_RD)
+    with torch.autocast(rows_RD.device.type, enabled=False):
+        if kernel == Kernel.SLICED:
+            return sliced_network(rows_RD, stacks, counts, activation=activation, wide=wide)
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            if kernel == Kernel.BMM:
+                return batched_linear(x, weight, bias, counts)
+            if kernel == Kernel.GROUPED:
+                return grouped_linear(x, weight, bias, counts)
+            return loop_linear(x, weight, bias, counts, wide=wide)
+
+        hidden_RF = activation(linear(rows_RD, stacks.fc1_weight, stacks.fc1_bias))
+        hidden_RF = F.dropout(hidden_RF, activation_dropout, training=activation_dropout > 0)
+        return linear(hidden_RF, stacks.fc2_weight, stacks.fc2_bias)
