@@ -6,10 +6,15 @@ looks at a whole fairseq configuration and returns one sentence per problem, all
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fairseq_moe.layout import layout_problem
+from fairseq_moe.megatron import MegatronConfig, moe_layer_pattern
+from fairseq_moe.megatron_args import argument_problems
+from fairseq_moe.megatron_checks import megatron_problems, unused_arguments
+from fairseq_moe.modules import ScorerConfig, TopKConfig
+from fairseq_moe.modules.recompute import RECOMPUTABLE
 from fairseq_moe.modules.router import RouterConfig
 from fairseq_moe.modules.routing import SecondExpertPolicy
 from fairseq_moe.stock_flags import stock_flag_problems
@@ -38,18 +43,43 @@ class MoEConfig:
     record_a2a_perf_stats: bool = False
     dummy_a2a: bool = False
     alternate_decoder_ffn_embed_dim: int = 0
+    moe_per_layer_logging: bool = False
+    moe_layer_recompute: bool = False
+    moe_recompute_modules: str | None = None
+    fused_attention: bool = False
+    checkpoint_activations: bool = False
+    decoder_layers: int = 0
+    batch_size: int | None = None
+    tokens_per_sample: int = 0
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     @classmethod
     def from_args(cls, args: Any) -> "MoEConfig":
         """Read the fields that ``args`` (namespace, config, mapping) has; the others keep their defaults."""
         get = args.get if isinstance(args, Mapping) else lambda name: getattr(args, name, None)
-        found = {field.name: get(field.name) for field in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if value is not None})
+        found = {entry.name: get(entry.name) for entry in fields(cls) if entry.name != "megatron"}
+        given = {name: value for name, value in found.items() if value is not None}
+        return cls(**given, megatron=MegatronConfig.from_args(args))
 
     @property
     def enabled(self) -> bool:
         """Whether any layer has experts."""
-        return self.moe_freq > 0 and not self.is_pseudo_moe
+        return (self.moe_freq > 0 or self.megatron.selected) and not self.is_pseudo_moe
+
+    @property
+    def num_experts(self) -> int:
+        """E, experts of each MoE layer."""
+        return self.megatron.num_experts or self.moe_expert_count
+
+    @property
+    def expert_dim(self) -> int | None:
+        """F, if it is not that of the dense layers."""
+        return self.megatron.moe_ffn_hidden_size or self.moe_expert_ffn_dim
+
+    @property
+    def loss_coefficients(self) -> dict[str, float]:
+        """Weights of the losses by the model's flags; the criterion's weighs the branch's balance loss."""
+        return self.megatron.loss_coefficients() if self.megatron.selected else {}
 
     @property
     def is_pseudo_moe(self) -> bool:
@@ -59,14 +89,20 @@ class MoEConfig:
     @property
     def top_k(self) -> int:
         """Experts per token."""
+        if self.megatron.selected:
+            return self.megatron.top_k
         return 1 if self.moe_top1_expert else 2
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether layer ``index`` (from 0) is an MoE position."""
+        if self.megatron.selected:
+            return moe_layer_pattern(self.megatron.moe_layer_freq or "1", self.decoder_layers)[index]
         return self.moe_freq > 0 and (index + 1) % self.moe_freq == 0
 
-    def router_config(self) -> RouterConfig:
+    def router_config(self) -> RouterConfig | TopKConfig:
         """The routing rule these flags ask for."""
+        if self.megatron.selected:
+            return self.megatron.topk_config(max_tokens=self._max_tokens())
         return RouterConfig(
             top_k=self.top_k,
             gating_use_fp32=self.moe_gating_use_fp32,
@@ -77,21 +113,102 @@ class MoEConfig:
             generation_capacity_token_fraction=self.moe_generation_capacity_token_fraction,
         )
 
+    def _max_tokens(self) -> int | None:
+        """Tokens of the largest training batch of a rank; --max-tokens by itself does not fix it."""
+        if self.batch_size is None:
+            return None
+        return self.batch_size * (self.tokens_per_sample + 1)  # one more: --add-bos-token
+
+    def scorer_config(self) -> ScorerConfig:
+        """How router logits are computed."""
+        return self.megatron.scorer_config()
+
+    @property
+    def recompute_modules(self) -> frozenset[str]:
+        """Which of ``modules.recompute.RECOMPUTABLE`` are computed again in the backward pass."""
+        words = (self.moe_recompute_modules or "").replace(",", " ").split()
+        return frozenset(words) | (frozenset({"moe"}) if self.moe_layer_recompute else frozenset())
+
     def problems(self, *, num_layers: int, world_size: int) -> list[str]:
         """One sentence per value that cannot be honoured, whatever the other flags of fairseq say."""
         found = self._range_problems(num_layers)
+        found += megatron_problems(self.megatron, num_layers=num_layers)
+        found += self._conflicts()
+        found += self._recompute_problems()
         if not self.enabled:
-            return found
-        minimum = self.top_k
-        if self.moe_expert_count < minimum:
+            return found + unused_arguments(self.megatron)
+        if not self.megatron.selected and self.moe_expert_count < self.top_k:
             found.append(
-                f"--moe-expert-count is {self.moe_expert_count}, but top-{minimum} routing needs at least "
-                f"{minimum} experts; raise it" + (" or pass --moe-top1-expert." if minimum == 2 else ".")
+                f"--moe-expert-count is {self.moe_expert_count}, but top-{self.top_k} routing needs at least "
+                f"{self.top_k} experts; raise it"
+                + (" or pass --moe-top1-expert." if self.top_k == 2 else ".")
             )
-        else:
-            problem = layout_problem(num_experts=self.moe_expert_count, world_size=world_size)
-            if problem is not None:
-                found.append(problem)
+        elif self.num_experts >= 1:
+            problem = layout_problem(
+                num_experts=self.num_experts,
+                world_size=world_size,
+                ep_size=self.megatron.expert_model_parallel_size,
+            )
+            found += [] if problem is None else [problem]
+        return found
+
+    def _conflicts(self) -> list[str]:
+        """Flags that say something else than Megatron's."""
+        if self.dummy_a2a and self.megatron.dispatcher != "alltoall":
+            return [
+                "--dummy-a2a leaves out the exchange of the alltoall dispatcher; leave out the other "
+                "dispatcher."
+            ]
+        if not self.megatron.selected:
+            return []
+        default = MoEConfig()
+        rivals = {
+            "moe_expert_count": "--num-experts",
+            "moe_freq": "--moe-layer-freq",
+            "moe_expert_ffn_dim": "--moe-ffn-hidden-size",
+            "moe_top1_expert": "--moe-router-topk 1",
+            "moe_second_expert_policy": "--moe-router-topk",
+            "moe_normalize_gate_prob_before_dropping": "--moe-router-pre-softmax",
+            "moe_batch_prioritized_routing": "--moe-token-drop-policy prioritized",
+            "moe_eval_capacity_token_fraction": "--moe-expert-capacity-factor",
+            "moe_generation_capacity_token_fraction": "--moe-expert-capacity-factor",
+            "alternate_decoder_ffn_embed_dim": "--decoder-ffn-embed-dim of a dense model",
+        }
+        return [
+            f"--{name.replace('_', '-')} belongs to the moe branch's gates and --num-experts selects "
+            f"Megatron's routing; use {rival} instead."
+            for name, rival in rivals.items()
+            if getattr(self, name) != getattr(default, name)
+        ]
+
+    def _recompute_problems(self) -> list[str]:
+        wanted = self.recompute_modules
+        if not wanted:
+            return []
+        unknown = sorted(wanted - set(RECOMPUTABLE))
+        if unknown:
+            return [
+                f"--moe-recompute-modules is {self.moe_recompute_modules!r}, expected one or several of "
+                f"{', '.join(RECOMPUTABLE)}."
+            ]
+        flag = "--moe-recompute-modules" if self.moe_recompute_modules else "--moe-layer-recompute"
+        found = []
+        if not self.enabled:
+            found.append(f"{flag} needs layers with experts; leave it out, or use --checkpoint-activations.")
+        if self.checkpoint_activations:
+            found.append(
+                f"--checkpoint-activations computes MoE layers again already, so {flag} would do it twice; "
+                "choose one."
+            )
+        if "moe" in wanted and len(wanted) > 1:
+            found.append(
+                f"--moe-recompute-modules {' '.join(sorted(wanted))}: moe is the whole layer; leave out its "
+                "parts."
+            )
+        if "shared_experts" in wanted and self.megatron.moe_shared_expert_intermediate_size is None:
+            found.append(
+                "--moe-recompute-modules shared_experts needs --moe-shared-expert-intermediate-size; add it."
+            )
         return found
 
     def _range_problems(self, num_layers: int) -> list[str]:
@@ -121,8 +238,8 @@ class MoEConfig:
             found.append(f"--moe-expert-ffn-dim is {self.moe_expert_ffn_dim}, expected a positive width.")
         if self.alternate_decoder_ffn_embed_dim < 0:
             found.append(
-                f"--alternate-decoder-ffn-embed-dim is {self.alternate_decoder_ffn_embed_dim}, expected 0 or "
-                "a width."
+                f"--alternate-decoder-ffn-embed-dim is {self.alternate_decoder_ffn_embed_dim}, expected 0 "
+                "or a width."
             )
         for flag, fraction in (
             ("--moe-eval-capacity-token-fraction", self.moe_eval_capacity_token_fraction),
@@ -149,14 +266,29 @@ def moe_problems(cfg: Any, *, world_size: int) -> list[str]:
     found = moe.problems(num_layers=num_layers, world_size=world_size)
     if getattr(model, "use_stable_embedding", False):
         found.append("--use-stable-embedding is not supported (it needs bitsandbytes); leave it out.")
-    found += _criterion_problems(getattr(cfg, "criterion", None))
+    if moe.fused_attention and getattr(model, "decoder_xformers_att_config", None) is not None:
+        found.append("--fused-attention and --decoder-xformers-att-config replace the same code; choose one.")
+    found += _criterion_problems(getattr(cfg, "criterion", None), moe)
+    found += argument_problems(model if model is not None else {})
     if moe.enabled:
         found += stock_flag_problems(cfg)
     return found
 
 
-def _criterion_problems(criterion: Any) -> list[str]:
+def _criterion_problems(criterion: Any, moe: MoEConfig) -> list[str]:
     weight = getattr(criterion, "moe_gate_loss_wt", None)
     if weight is not None and not (math.isfinite(weight) and weight >= 0):
         return [f"--moe-gate-loss-wt is {weight}, expected a finite weight of at least 0."]
-    return []
+    if not moe.megatron.selected:
+        return []
+    defaults = {
+        "moe_gate_loss_wt": 1.0,
+        "moe_gate_loss_combine_method": "average",
+        "moe_gate_loss_transform": "none",
+    }
+    return [
+        f"--{name.replace('_', '-')} is about the moe branch's balance loss, which --num-experts does not "
+        "have; use --moe-aux-loss-coeff instead."
+        for name, default in defaults.items()
+        if getattr(criterion, name, None) not in (None, default)
+    ]

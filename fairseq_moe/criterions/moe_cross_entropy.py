@@ -17,10 +17,15 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from torch import Tensor
 
+from fairseq_moe.criterions.nll import summed_nll
+from fairseq_moe.criterions.per_layer import log_per_layer, per_layer_sums
 from fairseq_moe.load_record import LOAD_KEY
+from fairseq_moe.modules.rules import LOSSES
 from fairseq_moe.modules.stats import LAYER_STATS
 
 __all__ = ["MoECrossEntropyCriterion", "MoECrossEntropyCriterionConfig"]
+
+_LOGGED_LOSSES = tuple(name for name in LOSSES if name != "balance")
 
 
 @dataclass
@@ -68,16 +73,35 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             "batch_count": 1,
         }
         auxes = [aux for aux in net_output[1].get("moe_aux", []) if aux is not None]
-        gate_loss = self._gate_loss([aux.balance_loss for aux in auxes], inner_loss)
+        # Only the moe branch's rules have the balance loss; the others say nothing for the gate loss to weigh.
+        is_branch = not net_output[1].get("moe_loss_coefficients")
+        gate_loss = self._gate_loss([aux.balance_loss for aux in auxes if is_branch], inner_loss)
         loss = inner_loss
         if auxes:
-            # Unreduced losses share the gate loss out, so that their sum is the same.
-            weight = self.gate_loss_weight * sample_size / inner_loss.numel()
-            loss = inner_loss + weight * gate_loss
+            coefficients = net_output[1]["moe_loss_coefficients"]
+            weighted = self.gate_loss_weight * gate_loss + _weighted_losses(auxes, coefficients)
+            # Unreduced losses share the auxiliary ones out, so that their sum is the same.
+            loss = inner_loss + sample_size / inner_loss.numel() * weighted
         logging_output["loss"] = loss.data
         logging_output["moe_gate_loss"] = (sample_size * gate_loss).data
+        logging_output.update(_layer_mean_losses(auxes, sample_size, inner_loss))
         logging_output.update(_layer_means(auxes, inner_loss))
+        if net_output[1].get("moe_per_layer_logging"):
+            logging_output.update(per_layer_sums(net_output[1]["moe_aux"], sample_size))
         return loss, sample_size, logging_output
+
+    def compute_loss(
+        self, model: Any, net_output: Any, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Stock's, twice; with experts and on CPU the same number from less memory traffic."""
+        logits, extra = net_output[0], net_output[1]
+        has_experts = any(aux is not None for aux in extra.get("moe_aux", []))
+        if not (reduce and has_experts and logits.device.type == "cpu"):
+            loss: tuple[Tensor, Tensor] = super().compute_loss(model, net_output, sample, reduce=reduce)
+            return loss
+        target_T = model.get_targets(sample, net_output).view(-1)
+        nll = summed_nll(logits.reshape(-1, logits.shape[-1]), target_T, ignore_index=self.padding_idx)
+        return nll, nll
 
     def _gate_loss(self, layer_losses: list[Tensor], inner_loss: Tensor) -> Tensor:
         if not layer_losses:
@@ -102,11 +126,16 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         sample_size, ntokens, batches = total("sample_size"), total("ntokens"), total("batch_count")
         metrics.log_scalar("loss", total("loss") / sample_size / math.log(2), sample_size, round=3)
         metrics.log_scalar("moe_gate_loss", total("moe_gate_loss") / sample_size, sample_size, round=8)
+        for name in _LOGGED_LOSSES:
+            metrics.log_scalar(
+                f"moe_{name}_loss", total(f"moe_{name}_loss") / sample_size, sample_size, round=8
+            )
         for name in LAYER_STATS:
             metrics.log_scalar(name, total(name) / batches, batches, round=3)
         loads = [log[LOAD_KEY] for log in logging_outputs if LOAD_KEY in log]
         if loads:
             metrics.log_scalar_sum(LOAD_KEY, sum(loads))
+        log_per_layer(logging_outputs, sample_size=sample_size, batches=batches)
         metrics.log_scalar(
             "inner_loss", total("inner_loss") / sample_size / math.log(2), sample_size, round=3
         )
@@ -120,6 +149,22 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
     def logging_outputs_can_be_summed() -> bool:
         """All outputs are sums, with the same keys on every rank."""
         return True
+
+
+def _weighted_losses(auxes: list[Any], coefficients: dict[str, float]) -> Tensor:
+    """Sum over layers and losses of coefficient * loss, for the losses that the model's flags weigh."""
+    total = torch.stack([aux.losses for aux in auxes]).sum(0)
+    weights = total.new_tensor([coefficients.get(name, 0.0) for name in LOSSES])
+    return (total * weights).sum()
+
+
+def _layer_mean_losses(auxes: list[Any], sample_size: Any, inner_loss: Tensor) -> dict[str, Tensor]:
+    """Each loss averaged over the MoE layers, unscaled, times the sample size."""
+    means = torch.zeros(len(LOSSES), device=inner_loss.device)
+    if auxes:
+        means = torch.stack([aux.losses.detach() for aux in auxes]).mean(0)
+    by_name = dict(zip(LOSSES, (sample_size * means).unbind(), strict=True))
+    return {f"moe_{name}_loss": by_name[name] for name in _LOGGED_LOSSES}
 
 
 def _layer_means(auxes: list[Any], inner_loss: Tensor) -> dict[str, Tensor]:

@@ -74,21 +74,21 @@ class ParallelMesh:
         return GroupExchange(self.sparse.get_group("expert"))
 
 
-_MESHES: dict[tuple[dist.ProcessGroup, int], ParallelMesh] = {}
+_MESHES: dict[tuple[dist.ProcessGroup, ExpertLayout], ParallelMesh] = {}
 
 
-def parallel_mesh(num_experts: int) -> ParallelMesh:
+def parallel_mesh(num_experts: int, ep_size: int | None = None) -> ParallelMesh:
     """The mesh for ``num_experts`` over the current ranks; the first call in a process group is collective.
 
     Raises:
         ConfigError: the experts do not divide over the ranks.
     """
-    layout = ExpertLayout(num_experts=num_experts, world_size=world_size())
+    layout = ExpertLayout(num_experts=num_experts, world_size=world_size(), given_ep_size=ep_size)
     if world_size() == 1:
         return ParallelMesh(layout=layout, rank=0, dense=None, sparse=None)
     world = dist.group.WORLD
     assert world is not None
-    key = (world, num_experts)
+    key = (world, layout)
     if key not in _MESHES:
         for stale in [k for k in _MESHES if k[0] is not world]:
             del _MESHES[stale]

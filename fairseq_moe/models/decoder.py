@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerConfig, TransformerDecoder
-from fairseq.modules import transformer_layer
 from fairseq.modules.checkpoint_activations import _checkpointed_forward
 from torch import Tensor, nn
 
 from fairseq_moe.config import MoEConfig
-from fairseq_moe.distributed import ParallelMesh, parallel_mesh
-from fairseq_moe.modules import Dispatcher, Experts, MoEAux, MoELayer, Router, RouterMode
+from fairseq_moe.distributed import ParallelMesh, parallel_mesh, world_size
+from fairseq_moe.models.decoder_layer import MoEDecoderLayer
+from fairseq_moe.modules import MoEAux, Router, RouterMode, TokenInfo
 from fairseq_moe.modules.moe_layer import RoutingMemo
 
-__all__ = ["MoEDecoder", "MoEDecoderLayer"]
+__all__ = ["MoEDecoder"]
 
 
 class MoEDecoder(TransformerDecoder):
@@ -38,9 +38,14 @@ class MoEDecoder(TransformerDecoder):
         self, args: Any, dictionary: Any, embed_tokens: nn.Module, no_encoder_attn: bool = False
     ) -> None:
         self.moe = MoEConfig.from_args(args)
-        self.mesh = parallel_mesh(self.moe.moe_expert_count) if self.moe.enabled else None
+        self.mesh = self._build_mesh() if self.moe.enabled else None
         self._num_built = 0
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
+
+    def _build_mesh(self) -> ParallelMesh:
+        # The size of a group is a property of the run: a model that is loaded elsewhere may not fit it.
+        ep_size = None if world_size() == 1 else self.moe.megatron.expert_model_parallel_size
+        return parallel_mesh(self.moe.num_experts, ep_size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoEDecoder":
         mesh, self.mesh = self.mesh, None  # process groups cannot be copied; the copy talks to the same ranks
@@ -73,6 +78,10 @@ class MoEDecoder(TransformerDecoder):
             min_params = 0
         return fsdp_wrap(layer, min_num_params=min_params)
 
+    def routers(self) -> list[Router]:
+        """The routers of the MoE layers, in order."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
     def forward(
         self, prev_output_tokens: Tensor, *args: Any, all_padding: bool = False, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -87,32 +96,33 @@ class MoEDecoder(TransformerDecoder):
         """
         incremental_state = kwargs.get("incremental_state", args[1] if len(args) > 1 else None)
         if incremental_state is not None:
-            mode, tokens = RouterMode.GENERATE, prev_output_tokens[:, -1:]
+            mode, ids = RouterMode.GENERATE, prev_output_tokens[:, -1:]
         else:
-            mode, tokens = RouterMode.TRAIN if self.training else RouterMode.EVAL, prev_output_tokens
+            mode, ids = RouterMode.TRAIN if self.training else RouterMode.EVAL, prev_output_tokens
         padding_T = None
         if all_padding:
-            padding_T = torch.ones_like(tokens, dtype=torch.bool).reshape(-1)
+            padding_T = torch.ones_like(ids, dtype=torch.bool).reshape(-1)
         elif self.moe.use_moe_pad_mask:
-            padding_T = tokens.eq(self.padding_idx).reshape(-1)
-        with self._talk_to_moe_layers(mode, padding_T) as auxes:
+            padding_T = ids.eq(self.padding_idx).reshape(-1)
+        tokens = TokenInfo(mode=mode, padding_T=padding_T, ids_T=ids.reshape(-1), num_sequences=len(ids))
+        with self._talk_to_moe_layers(tokens) as auxes:
             x, extra = super().forward(prev_output_tokens, *args, **kwargs)
         extra["moe_aux"] = auxes
+        extra["moe_loss_coefficients"] = self.moe.loss_coefficients
+        extra["moe_per_layer_logging"] = self.moe.moe_per_layer_logging
         extra["l_aux"] = [None if aux is None else aux.balance_loss for aux in auxes]
         return x, extra
 
     @contextmanager
-    def _talk_to_moe_layers(
-        self, mode: RouterMode, padding_T: Tensor | None
-    ) -> Iterator[list[MoEAux | None]]:
+    def _talk_to_moe_layers(self, tokens: TokenInfo) -> Iterator[list[MoEAux | None]]:
         auxes: list[MoEAux | None] = [None] * len(self.layers)
 
         def hand_in(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "mode": mode, "padding_T": padding_T}
+            return args, {**kwargs, "tokens": tokens}
 
         def take_out(module: nn.Module, args: Any, output: Any, *, index: int) -> Any:
             x, attn, none, *aux = output
-            auxes[index] = MoEAux(balance_loss=aux[0], stats=aux[1], load_2E=aux[2])
+            auxes[index] = MoEAux(losses=aux[0], stats=aux[1], load_2E=aux[2])
             return x, attn, none
 
         handles = []
@@ -125,147 +135,6 @@ class MoEDecoder(TransformerDecoder):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-class MoEDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
-    """Self-attention, then experts in the place of the feed-forward network.
-
-    Args:
-        cfg: fairseq's structured transformer configuration.
-        moe: the expert flags.
-        mesh: process groups.
-    """
-
-    def __init__(self, cfg: TransformerConfig, moe: MoEConfig, mesh: ParallelMesh) -> None:
-        super().__init__(cfg, no_encoder_attn=True)
-        self.moe_layer = build_moe_layer(
-            moe,
-            mesh,
-            model_dim=self.embed_dim,
-            hidden_dim=moe.moe_expert_ffn_dim or cfg.decoder.ffn_embed_dim,
-            activation=self.activation_fn,
-            activation_dropout=self.activation_dropout_module.p,
-            dropout=self.dropout_module.p,
-        )
-
-    def build_fc1(self, *args: Any) -> None:
-        """No dense feed-forward network: it would only take memory."""
-
-    def build_fc2(self, *args: Any) -> None:
-        """No dense feed-forward network: it would only take memory."""
-
-    def forward(
-        self,
-        x: Tensor,
-        encoder_out: Tensor | None = None,
-        encoder_padding_mask: Tensor | None = None,
-        incremental_state: dict[str, dict[str, Tensor | None]] | None = None,
-        *,
-        self_attn_mask: Tensor | None = None,
-        self_attn_padding_mask: Tensor | None = None,
-        need_attn: bool = False,
-        need_head_weights: bool = False,
-        mode: RouterMode,
-        padding_T: Tensor | None = None,
-        memo: RoutingMemo | None = None,
-    ) -> tuple[Tensor | None, ...]:
-        """One layer.
-
-        Args:
-            x: float (S, B, D).
-            encoder_out: unused, as are the encoder mask and the attention-weight switches; stock passes them.
-            encoder_padding_mask: see above.
-            incremental_state: keys and values of earlier tokens.
-            self_attn_mask: float (S, S), added to attention scores.
-            self_attn_padding_mask: bool (B, S), True = padding.
-            need_attn: see above.
-            need_head_weights: see above.
-            mode: training, evaluation or generation.
-            padding_T: bool (B * S,), tokens that the router leaves out.
-            memo: routing of an earlier pass over the same input.
-
-        Returns:
-            output (S, B, D), two Nones as stock's layer, then the three tensors of ``MoEAux``.
-        """
-        x = self._attend(x, incremental_state, self_attn_mask, self_attn_padding_mask)
-        residual = x
-        if self.normalize_before:
-            x = self.final_layer_norm(x)
-        seq_len, batch, dim = x.shape
-        x_TD = x.transpose(0, 1).reshape(-1, dim)  # batch-major: a sequence's tokens queue together
-        y_TD, aux = self.moe_layer(x_TD, mode=mode, padding_T=padding_T, memo=memo)
-        x = y_TD.view(batch, seq_len, dim).transpose(0, 1)
-        if self.w_resid is not None:
-            residual = torch.mul(self.w_resid, residual)
-        x = self.residual_connection(x, residual)
-        if not self.normalize_before:
-            x = self.final_layer_norm(x)
-        return x, None, None, aux.balance_loss, aux.stats, aux.load_2E
-
-    def _attend(
-        self,
-        x: Tensor,
-        incremental_state: dict[str, dict[str, Tensor | None]] | None,
-        mask: Tensor | None,
-        padding_mask: Tensor | None,
-    ) -> Tensor:
-        residual = x
-        if self.normalize_before:
-            x = self.self_attn_layer_norm(x)
-        x, _ = self.self_attn(
-            query=x,
-            key=x,
-            value=x,
-            key_padding_mask=padding_mask,
-            incremental_state=incremental_state,
-            need_weights=False,
-            attn_mask=mask,
-        )
-        if self.c_attn is not None:  # NormFormer's scale per head
-            seq_len, batch, _ = x.shape
-            x = (x.view(seq_len, batch, self.nh, -1) * self.c_attn.view(-1, 1)).reshape(seq_len, batch, -1)
-        if self.attn_ln is not None:
-            x = self.attn_ln(x)
-        x = self.residual_connection(self.dropout_module(x), residual)
-        return x if self.normalize_before else self.self_attn_layer_norm(x)
-
-
-def build_moe_layer(
-    moe: MoEConfig,
-    mesh: ParallelMesh,
-    *,
-    model_dim: int,
-    hidden_dim: int,
-    activation: Any,
-    activation_dropout: float,
-    dropout: float,
-) -> MoELayer:
-    """Router, this rank's experts (wrapped by FSDP over their replicas where fairseq wraps), dispatcher."""
-    router = Router(model_dim=model_dim, num_experts=moe.moe_expert_count, config=moe.router_config())
-    local_ids = mesh.layout.local_ids(mesh.rank)
-    experts = Experts(
-        num_local_experts=len(local_ids),
-        first_expert_id=local_ids[0],
-        model_dim=model_dim,
-        hidden_dim=hidden_dim,
-        activation=activation,
-        activation_dropout=activation_dropout,
-        dropout=dropout,
-        # Drawn from the common generator: the same on every rank, whatever the number of ranks.
-        seed=int(torch.randint(1_000_000, (1,), device="cpu")),
-    )
-    # In a single process the wrapper takes the model's own group, which has one rank.
-    replicas = mesh.replica_group
-    groups = {} if replicas is None else {"process_group": replicas, "process_group_reduce_scatter": replicas}
-    experts = fsdp_wrap(experts, **groups)
-    for parameter in experts.parameters():  # flattening has lost the mark
-        parameter.expert = True
-    return MoELayer(
-        router=router,
-        experts=experts,
-        dispatcher=Dispatcher(mesh.exchange(), num_experts=moe.moe_expert_count, skip_exchange=moe.dummy_a2a),
-        record_exchange_times=moe.record_a2a_perf_stats,
-    )
 
 
 def _checkpoint_keeping_routes(forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,9 +15,12 @@ from fairseq.models import (
 )
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 from hydra.core.config_store import ConfigStore
+from omegaconf import II
 
 from fairseq_moe.config import MoEConfig
+from fairseq_moe.models.attention import fuse_attention
 from fairseq_moe.models.decoder import MoEDecoder
+from fairseq_moe.models.megatron_flags import MegatronFlags, add_list_arguments
 
 __all__ = ["MoETransformerLanguageModel", "MoETransformerLanguageModelConfig", "adopt_architectures"]
 
@@ -25,7 +28,7 @@ _NAME = "transformer_lm"
 
 
 @dataclass
-class MoETransformerLanguageModelConfig(TransformerLanguageModelConfig):
+class MoETransformerLanguageModelConfig(TransformerLanguageModelConfig, MegatronFlags):
     """Stock's flags and the expert flags, with the moe branch's names and defaults."""
 
     moe_freq: int = field(default=0, metadata={"help": "every N-th decoder layer has experts; 0: none"})
@@ -77,6 +80,21 @@ class MoETransformerLanguageModelConfig(TransformerLanguageModelConfig):
             "argparse_alias": "--stable-emb",
         },
     )
+    moe_per_layer_logging: bool = field(
+        default=False, metadata={"help": "log losses, loads and statistics of every MoE layer"}
+    )
+    moe_layer_recompute: bool = field(
+        default=False, metadata={"help": "compute MoE layers again in the backward pass, to save memory"}
+    )
+    moe_recompute_modules: Optional[str] = field(
+        default=None,
+        metadata={"help": "the same for parts of MoE layers: moe (all), experts, shared_experts, or several"},
+    )
+    fused_attention: bool = field(
+        default=False,
+        metadata={"help": "self-attention by torch's fused causal kernel; equal to stock's within rounding"},
+    )
+    batch_size: Optional[int] = II("dataset.batch_size")
     num_workers_valid: Optional[int] = field(
         default=None, metadata={"help": "data loading workers in validation (default: --num-workers)"}
     )
@@ -86,14 +104,25 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
     """A transformer language model with experts; dense if no flag asks for any."""
 
     @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """Add the model's flags."""
+        add_list_arguments(parser)
+        super().add_args(parser)
+
+    @classmethod
     def build_model(cls, args: Any, task: Any) -> TransformerLanguageModel:
-        """Build the model that ``args`` describes; stock's own when --moe-freq is 0."""
-        if not MoEConfig.from_args(args).moe_freq:
-            return TransformerLanguageModel.build_model(args, task)
-        if args.max_target_positions is None:
-            args.max_target_positions = args.tokens_per_sample
-        embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
-        return cls(MoEDecoder(args, task.target_dictionary, embed_tokens, no_encoder_attn=True))
+        """Build the model that ``args`` describes; stock's own when no layer has experts."""
+        moe = MoEConfig.from_args(args)
+        if moe.enabled or moe.is_pseudo_moe:
+            if args.max_target_positions is None:
+                args.max_target_positions = args.tokens_per_sample
+            embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
+            model = cls(MoEDecoder(args, task.target_dictionary, embed_tokens, no_encoder_attn=True))
+        else:
+            model = TransformerLanguageModel.build_model(args, task)
+        if moe.fused_attention:
+            fuse_attention(model)
+        return model
 
 
 def adopt_architectures() -> None:

@@ -23,10 +23,14 @@ from fairseq_moe.modules.dispatch import Dispatcher, DispatchRecord
 from fairseq_moe.modules.experts import Experts
 from fairseq_moe.modules.losses import balance_loss
 from fairseq_moe.modules.moe_layer import MoEAux, MoELayer
-from fairseq_moe.modules.router import Router, RouterConfig, RouterMode
+from fairseq_moe.modules.router import Router, RouterConfig, RouterMode, ScorerConfig
 from fairseq_moe.modules.routing import RoutingDecision
+from fairseq_moe.modules.rules import LOSSES, TokenInfo
+from fairseq_moe.modules.shared_experts import SharedExperts
+from fairseq_moe.modules.topk_rule import TopKConfig
 
 __all__ = [
+    "LOSSES",
     "DispatchRecord",
     "Dispatcher",
     "Experts",
@@ -36,5 +40,9 @@ __all__ = [
     "RouterConfig",
     "RouterMode",
     "RoutingDecision",
+    "ScorerConfig",
+    "SharedExperts",
+    "TokenInfo",
+    "TopKConfig",
     "balance_loss",
 ]

@@ -1,5 +1,6 @@
 """The mixture-of-experts layer: route, dispatch, apply the experts, combine."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,11 @@ from fairseq_moe.modules import stats
 from fairseq_moe.modules.dispatch import Dispatcher
 from fairseq_moe.modules.exchange import ExchangeTimes
 from fairseq_moe.modules.experts import Experts
-from fairseq_moe.modules.losses import balance_loss
-from fairseq_moe.modules.router import Router, RouterMode, RouterOutput
+from fairseq_moe.modules.recompute import recomputed
+from fairseq_moe.modules.router import Router, RouterOutput
 from fairseq_moe.modules.routing import RoutingDecision
+from fairseq_moe.modules.rules import LOSSES, TokenInfo
+from fairseq_moe.modules.shared_experts import SharedExperts
 
 __all__ = ["MoEAux", "MoELayer", "RoutingMemo"]
 
@@ -21,14 +24,19 @@ class MoEAux:
     """What a layer says besides its output; all tensors, so that activation checkpointing carries them.
 
     Args:
-        balance_loss: float scalar, unscaled, differentiable.
+        losses: float (len(rules.LOSSES),), unscaled, differentiable; 0 for losses that the rule does not have.
         stats: float (len(stats.LAYER_STATS),), no gradient.
         load_2E: float, tokens per expert before (row 0) and after (row 1) the capacity cut, no gradient.
     """
 
-    balance_loss: Tensor
+    losses: Tensor
     stats: Tensor
     load_2E: Tensor
+
+    @property
+    def balance_loss(self) -> Tensor:
+        """The moe branch's loss: float scalar."""
+        return self.losses[LOSSES.index("balance")]
 
 
 class RoutingMemo:
@@ -49,45 +57,61 @@ class MoELayer(nn.Module):
         router: chooses experts for tokens.
         experts: the local ones.
         dispatcher: brings rows to experts and back.
+        shared_experts: a network that every token passes besides its experts.
         record_exchange_times: measure the exchanges of each forward pass (synchronises the device).
+        recompute: compute the layer again in the backward pass, all but the choice of experts.
     """
 
     def __init__(
-        self, *, router: Router, experts: Experts, dispatcher: Dispatcher, record_exchange_times: bool = False
+        self,
+        *,
+        router: Router,
+        experts: Experts,
+        dispatcher: Dispatcher,
+        shared_experts: SharedExperts | None = None,
+        record_exchange_times: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
         self.dispatcher = dispatcher
+        self.shared_experts = shared_experts
         self.record_exchange_times = record_exchange_times
+        self.recompute = recompute
 
     def forward(
-        self,
-        x_TD: Tensor,
-        *,
-        mode: RouterMode,
-        padding_T: Tensor | None = None,
-        memo: RoutingMemo | None = None,
+        self, x_TD: Tensor, *, tokens: TokenInfo, memo: RoutingMemo | None = None
     ) -> tuple[Tensor, MoEAux]:
         """Mix the experts' outputs for each token.
 
         Args:
             x_TD: float tokens.
-            mode: training, evaluation or generation.
-            padding_T: bool, True where a token is padding: it takes no capacity and its output is 0.
-            memo: filled by the first pass, obeyed by the second.
+            tokens: what they are for; padding takes no capacity and its output is that of the shared experts.
+            memo: filled by the first pass, obeyed by the second, where the caller recomputes the layer; then
+                the layer itself does not.
 
         Returns:
             (T, D) and the auxiliary outputs.
         """
+        if not self.recompute or memo is not None:
+            return self._mix(x_TD, tokens, memo)
+        output: tuple[Tensor, MoEAux] = recomputed(
+            functools.partial(self._mix, tokens=tokens, memo=RoutingMemo()), x_TD
+        )
+        return output
+
+    def _mix(self, x_TD: Tensor, tokens: TokenInfo, memo: RoutingMemo | None) -> tuple[Tensor, MoEAux]:
         remembered = None if memo is None else memo.decision
-        routed = self.router(x_TD, mode=mode, padding_T=padding_T, decision=remembered)
+        routed = self.router(x_TD, tokens=tokens, decision=remembered)
         if memo is not None:
             memo.decision = routed.decision
         times = ExchangeTimes(enabled=self.record_exchange_times)
         rows, record = self.dispatcher.dispatch(x_TD, routed.decision, times)
         y_RD = self.experts(rows, record.local_counts_L)
         y_TD = self.dispatcher.combine(y_RD, routed.weights_TK, record, times)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
         return y_TD, self._aux(routed, times)
 
     def _aux(self, routed: RouterOutput, times: ExchangeTimes) -> MoEAux:
@@ -97,8 +121,12 @@ class MoELayer(nn.Module):
                 routed.decision,
                 all_to_all_cpu_time_ms=times.cpu_ms,
                 all_to_all_cuda_time_ms=times.cuda_ms,
+                bias_E=self.router.expert_bias,
             )
             load_2E = stats.expert_load(routed.decision, num_experts=self.router.num_experts)
+        zero = torch.zeros((), device=layer_stats.device)
         return MoEAux(
-            balance_loss=balance_loss(routed.gates_TE, routed.decision), stats=layer_stats, load_2E=load_2E
+            losses=torch.stack([routed.losses.get(name, zero) for name in LOSSES]),
+            stats=layer_stats,
+            load_2E=load_2E,
         )

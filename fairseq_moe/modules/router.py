@@ -1,137 +1,200 @@
-"""The router: a linear map from tokens to expert logits, and the choice of a routing rule."""
+"""The router: from tokens to expert logits, and on to a routing rule.
 
+Two scorers: a linear map, and X-MoE's cosine between a projected token and expert embeddings (Chi et al.
+2022, arXiv 2204.09179). The expert bias of auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664)
+lives here.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from typing import NamedTuple
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_moe.modules import routing
-from fairseq_moe.modules.routing import RoutingDecision, SecondExpertPolicy
+from fairseq_moe.modules.branch_rule import BranchRule, RouterConfig
+from fairseq_moe.modules.expert_bias import BiasRule, quantile_thresholds, sign_step
+from fairseq_moe.modules.routing import RoutingDecision, count_ids
+from fairseq_moe.modules.rules import RouterMode, RouterOutput, RoutingRule, TokenInfo
+from fairseq_moe.modules.scores import choice_scores
+from fairseq_moe.modules.topk_rule import TopKConfig, TopKRule
 
-__all__ = ["Router", "RouterConfig", "RouterMode", "RouterOutput"]
+__all__ = ["Router", "RouterConfig", "RouterMode", "RouterOutput", "ScorerConfig"]
 
-
-class RouterMode(Enum):
-    """What the tokens are for; it selects the capacity rule."""
-
-    TRAIN = "train"
-    EVAL = "eval"
-    GENERATE = "generate"
+_FLOAT32_BUFFERS = ("expert_bias", "thresholds")
+_COSINE_DIM = 16
+_COSINE_NORM = 1.5  # of expert embeddings at the start; only their direction matters
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """How tokens are routed.
+class ScorerConfig:
+    """How logits are computed.
 
     Args:
-        top_k: experts per token, 1 or 2.
-        gating_use_fp32: softmax and everything after it in float32.
-        second_expert_policy: see ``SecondExpertPolicy``; two experts only.
-        normalize_before_dropping: weights are normalised before the capacity cut; two experts only.
-        batch_prioritized: tokens queue by descending gate probability; two experts only.
-        eval_capacity_token_fraction: capacity in evaluation, as a share of the tokens; <= 0: training rule.
-        generation_capacity_token_fraction: the same for incremental decoding; None: nothing is dropped.
+        cosine: X-MoE's scorer in place of the linear map.
+        dtype: precision of the product; None: that of the tokens.
+        jitter_eps: while training the router's input is multiplied by uniform(1 - eps, 1 + eps); None: not.
+        bias_rule: how the expert bias follows the load; None: no bias.
+        bias_update_rate: step of the ``sign`` rule.
     """
 
-    top_k: int = 2
-    gating_use_fp32: bool = False
-    second_expert_policy: SecondExpertPolicy = SecondExpertPolicy.SAMPLING
-    normalize_before_dropping: bool = False
-    batch_prioritized: bool = False
-    eval_capacity_token_fraction: float = 0.25
-    generation_capacity_token_fraction: float | None = None
-
-
-class RouterOutput(NamedTuple):
-    """What routing yields.
-
-    A tuple that starts with a tensor, because hooks of the kind that fairseq's search for NaNs puts on every
-    module look for the first tensor of its output.
-
-    Args:
-        gates_TE: gate probabilities, differentiable.
-        weights_TK: combine weights, differentiable, in the dtype of the logits.
-        decision: who goes where.
-    """
-
-    gates_TE: Tensor
-    weights_TK: Tensor
-    decision: RoutingDecision
+    cosine: bool = False
+    dtype: torch.dtype | None = None
+    jitter_eps: float | None = None
+    bias_rule: BiasRule | None = None
+    bias_update_rate: float = 1e-3
 
 
 class Router(nn.Module):
-    """Scores experts by ``x W^T`` and routes by the configured rule.
+    """Scores experts and routes by the configured rule.
 
     Args:
         model_dim: D.
         num_experts: E.
-        config: the rule.
+        config: the rule, of the moe branch or of the top-k family.
+        scorer: how logits are computed.
+        sum_over_ranks: adds up a vector over all ranks, in place (None: a single process); used by the
+            global balance loss on every training pass and by the expert bias once per update.
     """
 
-    def __init__(self, *, model_dim: int, num_experts: int, config: RouterConfig) -> None:
+    weight: Tensor
+    projection: Tensor
+    expert_bias: Tensor | None
+    thresholds: Tensor
+    local_counts_E: Tensor
+    global_counts_E: Tensor
+
+    def __init__(
+        self,
+        *,
+        model_dim: int,
+        num_experts: int,
+        config: RouterConfig | TopKConfig,
+        scorer: ScorerConfig | None = None,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.config = config
-        self.weight = nn.Linear(model_dim, num_experts, bias=False).weight
+        self.scorer = scorer or ScorerConfig()
+        self.sum_over_ranks = sum_over_ranks or (lambda counts: counts)
+        if self.scorer.cosine:
+            self.projection = nn.Linear(model_dim, _COSINE_DIM, bias=False).weight
+            self.weight = nn.Parameter(torch.empty(num_experts, _COSINE_DIM))
+            if not self.weight.is_meta:
+                nn.init.orthogonal_(self.weight)
+                with torch.no_grad():
+                    self.weight.copy_(_COSINE_NORM * F.normalize(self.weight, dim=-1))
+        else:
+            self.weight = nn.Linear(model_dim, num_experts, bias=False).weight
+        has_bias = self.scorer.bias_rule is not None
+        self.register_buffer("expert_bias", torch.zeros(num_experts) if has_bias else None)
+        # Sum of the quantile rule's thresholds over the update's passes (E,), and their number (last).
+        self.register_buffer("thresholds", torch.zeros(num_experts + 1), persistent=False)
+        # Choices since the update began, before drops: here, and on all ranks. They are not saved.
+        self.register_buffer("local_counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("global_counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.rule: RoutingRule
+        if isinstance(config, TopKConfig):
+            self.rule = TopKRule(config, global_counts=self._count_globally)
+        else:
+            self.rule = BranchRule(config)
 
     def forward(
         self,
         x_TD: Tensor,
         *,
-        mode: RouterMode,
-        padding_T: Tensor | None = None,
+        tokens: TokenInfo,
         decision: RoutingDecision | None = None,
     ) -> RouterOutput:
         """Route tokens.
 
         Args:
             x_TD: float tokens.
-            mode: selects the capacity rule, and whether random numbers may be drawn.
-            padding_T: bool, True where a token is padding.
+            tokens: what they are for, which are padding.
             decision: reuse this decision (a recomputed forward pass) instead of taking one.
         """
-        logits_TE = F.linear(x_TD, self.weight)
-        gates_TE = routing.gate_probabilities(logits_TE, use_fp32=self.config.gating_use_fp32)
-        if decision is None or self._draws_random_numbers(mode):
-            # A recomputed pass draws as well: the dropout that follows must see the same random numbers.
-            taken = self._decide(logits_TE.to(gates_TE.dtype), gates_TE, mode, padding_T)
-            decision = taken if decision is None else decision
-        weights_TK = routing.combine_weights(
-            gates_TE, decision, normalize_before_dropping=self.config.normalize_before_dropping
-        )
-        return RouterOutput(gates_TE=gates_TE, weights_TK=weights_TK.to(logits_TE.dtype), decision=decision)
+        logits_TE = self._logits(self._jittered(x_TD, tokens))
+        if isinstance(self.rule, TopKRule):
+            self.rule.bias_E = self.expert_bias
+        routed = self.rule.route(logits_TE, tokens, decision)
+        if self.expert_bias is not None and decision is None and tokens.mode is RouterMode.TRAIN:
+            self._observe(logits_TE.detach(), routed.decision, tokens)
+        return routed
 
-    def _draws_random_numbers(self, mode: RouterMode) -> bool:
-        draws = self.config.second_expert_policy is not SecondExpertPolicy.ALL
-        return draws and mode is RouterMode.TRAIN and self.config.top_k > 1
-
-    def _decide(
-        self, logits_TE: Tensor, gates_TE: Tensor, mode: RouterMode, padding_T: Tensor | None
-    ) -> RoutingDecision:
-        capacity = self._capacity(gates_TE.shape[0], mode)
-        if self.config.top_k == 1:
-            return routing.decide_top1(gates_TE, capacity=capacity, padding_T=padding_T)
-        return routing.decide_top2(
-            logits_TE,
-            gates_TE,
-            capacity=capacity,
-            policy=self.config.second_expert_policy,
-            training=mode is RouterMode.TRAIN,
-            normalize_before_dropping=self.config.normalize_before_dropping,
-            padding_T=padding_T,
-            prioritized=self.config.batch_prioritized,
+    def _observe(self, logits_TE: Tensor, decision: RoutingDecision, tokens: TokenInfo) -> None:
+        """Note what the next bias needs to know of this pass."""
+        if self.scorer.bias_rule is BiasRule.SIGN:
+            self.local_counts_E += self._wanted_counts(decision)
+            return
+        assert isinstance(self.config, TopKConfig) and self.expert_bias is not None
+        scores_TE = choice_scores(logits_TE.float(), self.config.score)
+        found_E = quantile_thresholds(
+            scores_TE, self.expert_bias, top_k=self.config.top_k, padding_T=tokens.padding_T
         )
+        has_tokens = decision.wanted_TK.any().to(found_E.dtype)
+        self.thresholds += torch.cat([found_E, has_tokens.view(1)])
 
-    def _capacity(self, num_tokens: int, mode: RouterMode) -> int | None:
-        fraction = None
-        if mode is RouterMode.EVAL:
-            fraction = self.config.eval_capacity_token_fraction
-        elif mode is RouterMode.GENERATE:
-            fraction = self.config.generation_capacity_token_fraction
-            if fraction is None:
-                return None
-        return routing.capacity_of(
-            num_tokens, self.num_experts, top_k=self.config.top_k, eval_token_fraction=fraction
-        )
+    def begin_update(self) -> None:
+        """Forget the choices of the last update."""
+        self.local_counts_E.zero_()
+        self.global_counts_E.zero_()
+        self.thresholds.zero_()
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Let the expert bias follow the load of the update, if there is one; collective over all ranks."""
+        if self.expert_bias is None:
+            return
+        if self.scorer.bias_rule is BiasRule.SIGN:
+            counts_E = self.sum_over_ranks(self.local_counts_E.clone())
+            self.expert_bias += sign_step(counts_E, rate=self.scorer.bias_update_rate)
+        else:
+            *sums, passes = self.sum_over_ranks(self.thresholds.clone()).split([self.num_experts, 1])
+            mean_E = sums[0] / passes.clamp(min=1)
+            self.expert_bias = torch.where(passes > 0, mean_E.mean() - mean_E, self.expert_bias)
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """fairseq tells every module how many updates are done; the capacity schedule goes by it."""
+        if isinstance(self.rule, TopKRule):
+            self.rule.num_updates = num_updates
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Bias and thresholds stay float32 when a model is converted: the bias's steps are small."""
+        before = {name: getattr(self, name) for name in _FLOAT32_BUFFERS}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            if value is not None and not value.is_meta:
+                self._buffers[name] = value.to(getattr(self, name).device)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """FSDP casts buffers by assignment before every pass: of such a value only the device is used."""
+        if name in _FLOAT32_BUFFERS and isinstance(value, Tensor) and value.dtype != torch.float32:
+            value = getattr(self, name).to(value.device)
+        super().__setattr__(name, value)
+
+    def _jittered(self, x_TD: Tensor, tokens: TokenInfo) -> Tensor:
+        eps = self.scorer.jitter_eps
+        if eps is None or tokens.mode is not RouterMode.TRAIN:
+            return x_TD
+        return x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        dtype = self.scorer.dtype or x_TD.dtype
+        if not self.scorer.cosine:
+            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        projected = F.linear(x_TD.to(dtype), self.projection.to(dtype))
+        projected = projected.to(torch.promote_types(dtype, torch.float32))
+        logits_TE = projected @ F.normalize(self.weight.to(projected.dtype), dim=-1, eps=1e-4).t()
+        finite = torch.isfinite(logits_TE)
+        return torch.where(finite, logits_TE, logits_TE.masked_fill(~finite, float("inf")).amin()).to(dtype)
+
+    def _count_globally(self, counts_E: Tensor) -> Tensor:
+        self.global_counts_E += self.sum_over_ranks(counts_E.clone())
+        return self.global_counts_E.clone()
+
+    def _wanted_counts(self, decision: RoutingDecision) -> Tensor:
+        ids = decision.expert_ids_TK.masked_fill(~decision.wanted_TK, self.num_experts)
+        return count_ids(ids.reshape(-1), size=self.num_experts + 1)[: self.num_experts]

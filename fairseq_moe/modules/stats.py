@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fairseq_moe.modules.routing import RoutingDecision, count_ids
 
-__all__ = ["LAYER_STATS", "expert_load", "layer_stats"]
+__all__ = ["LAYER_STATS", "expert_load", "layer_stats", "load_violations"]
 
 # Order of the entries of a layer's statistics vector, with their units:
 LAYER_STATS = (
@@ -23,6 +23,7 @@ LAYER_STATS = (
     "all_to_all_cpu_time_ms",  # this forward pass's two exchanges, host wall time
     "all_to_all_cuda_time_ms",  # the same between CUDA events
     "drop_rate",  # % of all wanted assignments that found no place
+    "expert_bias_spread",  # largest minus smallest expert bias
 )
 
 _SAMPLE_FRACTION = 0.2
@@ -34,6 +35,7 @@ def layer_stats(
     *,
     all_to_all_cpu_time_ms: float = 0.0,
     all_to_all_cuda_time_ms: float = 0.0,
+    bias_E: Tensor | None = None,
 ) -> Tensor:
     """The statistics of one layer and one micro-batch, in the order of ``LAYER_STATS``.
 
@@ -46,6 +48,7 @@ def layer_stats(
         decision: a decision about the same tokens.
         all_to_all_cpu_time_ms: measured by the caller.
         all_to_all_cuda_time_ms: measured by the caller.
+        bias_E: the router's expert bias, if it has one.
 
     Returns:
         float32 (len(LAYER_STATS),).
@@ -59,6 +62,8 @@ def layer_stats(
     values["drop_rate"] = _percent(dropped_TK.sum(), decision.wanted_TK.sum())
     values["all_to_all_cpu_time_ms"] = zero + all_to_all_cpu_time_ms
     values["all_to_all_cuda_time_ms"] = zero + all_to_all_cuda_time_ms
+    if bias_E is not None:
+        values["expert_bias_spread"] = bias_E.max() - bias_E.min()
     for choice in range(min(top_k, 2)):
         name = f"expert{choice + 1}"
         counts_E = count_ids(decision.expert_ids_TK[:, choice], size=num_experts)
@@ -92,3 +97,17 @@ def _entropy(gates_TE: Tensor) -> Tensor:
 
 def _percent(part: Tensor, whole: Tensor) -> Tensor:
     return 100.0 * part / whole.clamp(min=1)
+
+
+def load_violations(loads_LE: Tensor) -> Tensor:
+    """How far the most and the least loaded expert are from the mean: max / mean - 1 and 1 - min / mean.
+
+    Args:
+        loads_LE: float (layers, E), assignments summed over ranks and micro-batches.
+
+    Returns:
+        float (layers, 2); 0 for a layer without assignments.
+    """
+    mean_L = loads_LE.mean(-1).clamp(min=1e-20)
+    spread = torch.stack([loads_LE.amax(-1) / mean_L - 1, 1 - loads_LE.amin(-1) / mean_L], dim=-1)
+    return spread * (loads_LE.sum(-1, keepdim=True) > 0)

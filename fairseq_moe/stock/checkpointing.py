@@ -126,9 +126,7 @@ def trainer_save_checkpoint(
     request = (str(path.parent), f"{self.get_num_updates()}-{os.urandom(4).hex()}")
     broadcast_value(request)
     shards, dense, named = _write_set(self, decoder, *request)
-    manifest = Manifest(
-        update=self.get_num_updates(), num_experts=decoder.moe.moe_expert_count, shards=shards
-    )
+    manifest = Manifest(update=self.get_num_updates(), num_experts=decoder.moe.num_experts, shards=shards)
     state = _main_state(self, dense, named)
     state["extra_state"].update(extra_state)
     state[MANIFEST_KEY] = manifest.to_dict()
@@ -335,13 +333,13 @@ def _read(
     override_new_flags(state["cfg"]["model"], arg_overrides or {})
     optimizer = state.get("last_optimizer_state")
     if branch is not None:
-        experts, optimizer = _read_branch(branch, state, with_optimizer=with_optimizer)
+        experts, optimizer = _read_branch(branch, state, request)
     else:
         manifest = Manifest.from_dict(state.pop(MANIFEST_KEY), source=Path(path))
         experts = read_experts(
             Path(path).parent,
             manifest,
-            expert_ids=_local_ids(manifest.num_experts),
+            expert_ids=_local_ids(manifest.num_experts, request),
             with_optimizer=with_optimizer,
         )
     state["model"].update(experts[0])
@@ -353,12 +351,13 @@ def _read(
 
 
 def _read_branch(
-    branch: Any, state: dict[str, Any], *, with_optimizer: bool
+    branch: Any, state: dict[str, Any], request: _TrainerRequest | None
 ) -> tuple[ExpertState, dict[str, Any] | None]:
+    with_optimizer = request is not None and request.with_optimizer
     named = branch.adopt_dense(state, with_optimizer=with_optimizer)
     num_experts = int(state["cfg"]["model"]["moe_expert_count"])
     experts = branch.experts(
-        num_experts=num_experts, expert_ids=_local_ids(num_experts), with_optimizer=with_optimizer
+        num_experts=num_experts, expert_ids=_local_ids(num_experts, request), with_optimizer=with_optimizer
     )
     if not named:
         return experts, None
@@ -372,7 +371,10 @@ def _read_branch(
     return experts, optimizer
 
 
-def _local_ids(num_experts: int) -> range:
+def _local_ids(num_experts: int, request: _TrainerRequest | None) -> range:
+    decoder = None if request is None else moe_decoder(request.model)
+    if decoder is not None and decoder.mesh is not None:
+        return decoder.mesh.layout.local_ids(rank())
     return ExpertLayout(num_experts=num_experts, world_size=world_size()).local_ids(rank())
 
 

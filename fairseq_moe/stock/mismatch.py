@@ -37,14 +37,32 @@ def model_problems(
         if name in saved and saved[name] != getattr(wanted, name, None):
             problems.append(_differs(name, saved[name], getattr(wanted, name, None)))
     old, new = MoEConfig.from_args(saved), MoEConfig.from_args(wanted)
-    for name in ("moe_freq", "moe_expert_count", "alternate_decoder_ffn_embed_dim"):
-        if getattr(old, name) != getattr(new, name):
-            problems.append(_differs(name, getattr(old, name), getattr(new, name)))
-    old_width = old.moe_expert_ffn_dim or saved.get("decoder_ffn_embed_dim")
-    new_width = new.moe_expert_ffn_dim or wanted.decoder_ffn_embed_dim
+    for name, of_checkpoint, of_run in (
+        ("moe_freq", old.moe_freq, new.moe_freq),
+        (_expert_flag(new), old.num_experts, new.num_experts),
+        ("moe_layer_freq", old.megatron.moe_layer_freq, new.megatron.moe_layer_freq),
+        (
+            "alternate_decoder_ffn_embed_dim",
+            old.alternate_decoder_ffn_embed_dim,
+            new.alternate_decoder_ffn_embed_dim,
+        ),
+        (
+            "moe_shared_expert_intermediate_size",
+            old.megatron.moe_shared_expert_intermediate_size,
+            new.megatron.moe_shared_expert_intermediate_size,
+        ),
+    ):
+        if of_checkpoint != of_run:
+            problems.append(_differs(name, of_checkpoint, of_run))
+    old_width = old.expert_dim or saved.get("decoder_ffn_embed_dim")
+    new_width = new.expert_dim or wanted.decoder_ffn_embed_dim
     if new.enabled and old.enabled and old_width != new_width:
         problems.append(_differs("moe_expert_ffn_dim", old_width, new_width))
     return problems or _shape_problems(tensors, model)
+
+
+def _expert_flag(config: MoEConfig) -> str:
+    return "num_experts" if config.megatron.selected else "moe_expert_count"
 
 
 def _differs(name: str, saved: Any, wanted: Any) -> str:

@@ -29,7 +29,7 @@ def own_flags_table() -> str:
         field
         for config in (MoETransformerLanguageModelConfig, MoECrossEntropyCriterionConfig)
         for field in fields(config)
-        if field.name not in stock
+        if field.name not in stock and "help" in field.metadata  # the others stand for flags of other groups
     ]
     rows = [
         (f"`--{field.name.replace('_', '-')}`", f"{field.default}", field.metadata["help"]) for field in added

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fairseq_moe.criterions import MoECrossEntropyCriterion
 from fairseq_moe.load_record import LOAD_KEY, LoadRecord, append_record
+from fairseq_moe.megatron_args import argument_warnings
 from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.stock.evaluate import dummy_batch
 from fairseq_moe.stock.models import moe_decoder
@@ -68,6 +69,8 @@ def _true_size(parameter: Tensor) -> int:
 
 
 def _warn_once(cfg: Any, decoder: MoEDecoder, criterion: nn.Module) -> None:
+    for sentence in argument_warnings(cfg.model):
+        logger.warning(sentence)
     if not isinstance(criterion, MoECrossEntropyCriterion):
         logger.warning(
             "the criterion %s does not add the gate loss, so nothing balances the experts; use --criterion "
@@ -169,7 +172,11 @@ def optimizer_step(
     stock: Callable[..., Any], self: Any, optimizer: Any, model: nn.Module, update_num: int
 ) -> None:
     stock(self, optimizer, model, update_num)
-    if torch.cuda.is_available() and next(model.parameters()).is_cuda and moe_decoder(model) is not None:
+    decoder = moe_decoder(model)
+    if decoder is not None:
+        for router in decoder.routers():
+            router.update_bias()
+    if torch.cuda.is_available() and decoder is not None and next(model.parameters()).is_cuda:
         gb = 1024.0**3
         allocated = torch.cuda.max_memory_allocated() / gb
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / gb
@@ -190,11 +197,14 @@ def optimizer_step(
     test="tests/e2e/test_training.py",
 )
 def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise_oom: bool = False) -> Any:
+    decoder = moe_decoder(self.get_model())
+    if decoder is not None:
+        for router in decoder.routers():
+            router.begin_update()
     output = stock(self, samples, raise_oom)
     update = self.get_num_updates()
     if output is None or update % self.cfg.common.log_interval != 0 or not self.is_data_parallel_master:
         return output
-    decoder = moe_decoder(self.get_model())
     meters = metrics.get_meters("train_inner")
     if decoder is not None and meters is not None and LOAD_KEY in meters:
         _write_load(self, decoder, meters[LOAD_KEY].sum, split="train")

@@ -20,7 +20,7 @@ WIDTH, HIDDEN = 6, 10
 
 def _layer(num_experts: int, *, top_k: int, mesh: Any) -> Any:
     from fairseq_moe.config import MoEConfig
-    from fairseq_moe.models.decoder import build_moe_layer
+    from fairseq_moe.models.decoder_layer import build_moe_layer
 
     moe = MoEConfig(
         moe_freq=1, moe_expert_count=num_experts, moe_top1_expert=top_k == 1, moe_second_expert_policy="all"
@@ -48,10 +48,10 @@ def _local_layer(num_experts: int, *, top_k: int) -> Any:
 
 def _run(layer: Any, x_TD: Tensor, padding_T: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
     """Output, gradient of the input, auxiliary outputs; the layer's gradients are left on its parameters."""
-    from fairseq_moe.modules import RouterMode
+    from fairseq_moe.modules import RouterMode, TokenInfo
 
     x_TD = x_TD.clone().requires_grad_()
-    y_TD, aux = layer(x_TD, mode=RouterMode.TRAIN, padding_T=padding_T)
+    y_TD, aux = layer(x_TD, tokens=TokenInfo(mode=RouterMode.TRAIN, padding_T=padding_T))
     layer.zero_grad()
     (y_TD.square().sum() + aux.balance_loss).backward()
     assert x_TD.grad is not None

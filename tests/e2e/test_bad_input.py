@@ -27,7 +27,7 @@ def test_all_problems_at_once_before_data_is_read_or_ranks_are_started(tmp_path:
     result = run_cli("fairseq_cli.train", argv)
     sentences = _sentences(result)
     assert len(sentences) == _NUM_PROBLEMS + 1
-    assert "--moe-expert-count 4 does not fit 3 ranks" in result.output
+    assert "4 experts do not fit 3 ranks" in result.output
     assert "distributed init" not in result.output
     for flag in _BAD[::2]:
         assert sum(flag in sentence for sentence in sentences) == 1, flag
@@ -55,7 +55,7 @@ def test_rank_0_speaks_for_spawned_ranks(text_data: Path, tmp_path: Path) -> Non
 def test_evaluation_on_a_number_of_ranks_that_does_not_fit(text_data: Path, moe_checkpoint: Path) -> None:
     result = run_cli("fairseq_cli.eval_lm", eval_lm_argv(text_data, moe_checkpoint), world_size=3)
     (sentence,) = _sentences(result)
-    assert "--moe-expert-count 4 does not fit 3 ranks" in sentence
+    assert "4 experts do not fit 3 ranks" in sentence
     assert "fairseq_moe: error" in result.outputs[0]
 
 

@@ -11,6 +11,7 @@ from fairseq_moe.modules import routing, stats
 from fairseq_moe.modules.losses import balance_loss
 from fairseq_moe.modules.router import Router, RouterConfig, RouterMode, RouterOutput
 from fairseq_moe.modules.routing import SecondExpertPolicy
+from fairseq_moe.modules.rules import TokenInfo
 from tests.numerics.mask_gate import GateCase, MaskGate, mask_gate
 
 POLICIES = ["all", "sampling", "random"]
@@ -47,7 +48,8 @@ def run_ours(logits_SE: Tensor, case: GateCase, padding_S: Tensor | None, *, see
     with torch.no_grad():
         router.weight.copy_(torch.eye(num_experts))
     torch.manual_seed(seed)
-    return router(logits_SE, mode=RouterMode.TRAIN if case.training else RouterMode.EVAL, padding_T=padding_S)
+    mode = RouterMode.TRAIN if case.training else RouterMode.EVAL
+    return router(logits_SE, tokens=TokenInfo(mode=mode, padding_T=padding_S))
 
 
 def combine_of(routed: RouterOutput, case: GateCase, gates_SE: Tensor, like: MaskGate) -> Tensor:
@@ -133,7 +135,7 @@ class TestPublishedValues:
             num_experts=6,
             config=RouterConfig(second_expert_policy=SecondExpertPolicy.SAMPLING),
         )
-        routed = router(tokens, mode=RouterMode.TRAIN)
+        routed = router(tokens, tokens=TokenInfo(mode=RouterMode.TRAIN))
         l_aux = balance_loss(routed.gates_TE.detach(), routed.decision)
         assert routed.decision.capacity == 4
         assert float(l_aux) == pytest.approx(0.961, rel=1e-2)

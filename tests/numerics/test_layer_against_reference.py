@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterConfig, RouterMode
+from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterConfig, RouterMode, TokenInfo
 from fairseq_moe.modules.exchange import LocalExchange
 from fairseq_moe.modules.reference import reference_moe
 from fairseq_moe.modules.routing import SecondExpertPolicy, capacity_of
@@ -52,7 +52,7 @@ def test_equals_the_reference(
     layer = make_layer(num_experts, dtype=dtype)
     x = torch.randn(num_tokens, 6, dtype=dtype, requires_grad=True)
     cotangent = torch.randn_like(x)
-    y, aux = layer(x, mode=RouterMode.TRAIN)
+    y, aux = layer(x, tokens=TokenInfo(mode=RouterMode.TRAIN))
     y_slow, loss_slow = reference_moe(
         x, layer.router.weight, layer.experts, capacity=capacity_of(num_tokens, num_experts, top_k=2)
     )
@@ -81,7 +81,7 @@ def test_numerical_derivatives_of_the_whole_layer(top_k: int, normalize_before: 
             layer,
             dict(zip(names, values, strict=True)),
             (x_TD,),
-            {"mode": RouterMode.TRAIN, "padding_T": padding},
+            {"tokens": TokenInfo(mode=RouterMode.TRAIN, padding_T=padding)},
         )
         return y, aux.balance_loss
 
@@ -97,8 +97,10 @@ def test_half_precision_is_near_float32(dtype: torch.dtype, bound: float, use_fp
     wide = make_layer(4, dtype=torch.float32)
     wide.load_state_dict(narrow.state_dict())
     x = torch.randn(12, 6).to(dtype)
-    y, aux = narrow(x, mode=RouterMode.GENERATE)  # nothing is dropped, so a near-tie changes little
-    y_wide, aux_wide = wide(x.float(), mode=RouterMode.GENERATE)
+    y, aux = narrow(
+        x, tokens=TokenInfo(mode=RouterMode.GENERATE)
+    )  # nothing is dropped, so a near-tie changes little
+    y_wide, aux_wide = wide(x.float(), tokens=TokenInfo(mode=RouterMode.GENERATE))
     assert y.dtype == dtype
     assert aux.balance_loss.dtype == torch.float32
     assert ((y.float() - y_wide).norm() / y_wide.norm()).item() < bound

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fairseq_moe.criterions import MoECrossEntropyCriterion
 from fairseq_moe.load_record import LOAD_KEY
-from fairseq_moe.modules import MoEAux
+from fairseq_moe.modules import LOSSES, MoEAux
 from fairseq_moe.modules.stats import LAYER_STATS
 
 PAD, VOCABULARY = 1, 11
@@ -29,7 +29,8 @@ class FixedModel(nn.Module):
         self.auxes = auxes
 
     def forward(self, **net_input: Any) -> tuple[Tensor, dict[str, Any]]:
-        return self.logits, {} if self.auxes is None else {"moe_aux": self.auxes}
+        extra = {"moe_aux": self.auxes, "moe_loss_coefficients": {}}
+        return self.logits, {} if self.auxes is None else extra
 
     def get_normalized_probs(self, net_output: Any, log_probs: bool) -> Tensor:
         assert log_probs
@@ -48,8 +49,10 @@ def make_sample(seed: int = 0) -> dict[str, Any]:
 
 def make_aux(loss: float, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> MoEAux:
     generator = torch.Generator().manual_seed(seed)
+    losses = torch.zeros(len(LOSSES), dtype=dtype)
+    losses[LOSSES.index("balance")] = loss
     return MoEAux(
-        balance_loss=torch.tensor(loss, dtype=dtype, requires_grad=True),
+        losses=losses.requires_grad_(),
         stats=torch.rand(len(LAYER_STATS), generator=generator),
         load_2E=torch.tensor([[3.0, 1.0], [2.0, 1.0]]),
     )
@@ -110,8 +113,8 @@ class TestFormula:
         loss, size, _ = criterion(weight=0.01, method="average")(FixedModel(self.LOGITS, auxes), self.SAMPLE)
         loss.backward()
         for aux in (auxes[0], auxes[2]):
-            assert aux is not None and aux.balance_loss.grad is not None
-            assert float(aux.balance_loss.grad) == pytest.approx(0.01 * size / 2)
+            assert aux is not None and aux.losses.grad is not None
+            assert float(aux.losses.grad[0]) == pytest.approx(0.01 * size / 2)
 
     def test_unreduced_losses_sum_to_the_same(self) -> None:
         model = FixedModel(self.LOGITS, [make_aux(1.5)])
@@ -124,7 +127,7 @@ class TestFormula:
         aux = make_aux(0.0)
         loss, _, log = criterion(transform="neg_log")(FixedModel(self.LOGITS, [aux]), self.SAMPLE)
         (loss * 0).backward()
-        assert aux.balance_loss.grad is not None and float(aux.balance_loss.grad) == 0
+        assert aux.losses.grad is not None and float(aux.losses.grad[0]) == 0
         assert float(log["moe_gate_loss"]) == 0
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

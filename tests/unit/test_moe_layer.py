@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterConfig, RouterMode
+from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterConfig, RouterMode, TokenInfo
 from fairseq_moe.modules.exchange import ExchangeTimes, LocalExchange
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.modules.routing import SecondExpertPolicy
@@ -45,7 +45,7 @@ def test_no_tokens(mode: RouterMode, top_k: int, normalize_before: bool, use_fp3
         batch_prioritized=True,
     )
     x = torch.empty(0, D, requires_grad=True)
-    y, aux = layer(x, mode=mode, padding_T=torch.empty(0, dtype=torch.bool))
+    y, aux = layer(x, tokens=TokenInfo(mode=mode, padding_T=torch.empty(0, dtype=torch.bool)))
     assert y.shape == (0, D)
     assert float(aux.balance_loss.detach()) == 0
     assert aux.stats.isfinite().all()
@@ -57,7 +57,7 @@ def test_no_tokens(mode: RouterMode, top_k: int, normalize_before: bool, use_fp3
 def test_all_padding_gives_zeros_and_zero_gradients(top_k: int) -> None:
     layer = make_layer(top_k=top_k)
     x = torch.randn(5, D, requires_grad=True)
-    y, aux = layer(x, mode=RouterMode.TRAIN, padding_T=torch.ones(5, dtype=torch.bool))
+    y, aux = layer(x, tokens=TokenInfo(mode=RouterMode.TRAIN, padding_T=torch.ones(5, dtype=torch.bool)))
     assert not y.any()
     assert not aux.load_2E.any()
     assert aux.stats.isfinite().all()
@@ -70,8 +70,8 @@ def test_padding_does_not_change_other_tokens() -> None:
     layer = make_layer()
     x = torch.randn(8, D)
     padding = torch.tensor([False] * 5 + [True] * 3)
-    with_padding = layer(x, mode=RouterMode.GENERATE, padding_T=padding)[0]
-    alone = layer(x[:5], mode=RouterMode.GENERATE)[0]
+    with_padding = layer(x, tokens=TokenInfo(mode=RouterMode.GENERATE, padding_T=padding))[0]
+    alone = layer(x[:5], tokens=TokenInfo(mode=RouterMode.GENERATE))[0]
     torch.testing.assert_close(with_padding[:5], alone)
     assert not with_padding[5:].any()
 
@@ -79,8 +79,8 @@ def test_padding_does_not_change_other_tokens() -> None:
 def test_generation_does_not_depend_on_neighbours() -> None:
     layer = make_layer(second_expert_policy=SecondExpertPolicy.SAMPLING)
     x = torch.randn(30, D)
-    together = layer(x, mode=RouterMode.GENERATE)[0]
-    one_by_one = torch.cat([layer(row, mode=RouterMode.GENERATE)[0] for row in x.split(1)])
+    together = layer(x, tokens=TokenInfo(mode=RouterMode.GENERATE))[0]
+    one_by_one = torch.cat([layer(row, tokens=TokenInfo(mode=RouterMode.GENERATE))[0] for row in x.split(1)])
     torch.testing.assert_close(together, one_by_one)
 
 
@@ -88,7 +88,7 @@ def test_generation_does_not_depend_on_neighbours() -> None:
 def test_evaluation_is_deterministic(policy: SecondExpertPolicy) -> None:
     layer = make_layer(second_expert_policy=policy)
     x = torch.randn(30, D)
-    first, second = (layer(x, mode=RouterMode.EVAL)[0] for _ in range(2))
+    first, second = (layer(x, tokens=TokenInfo(mode=RouterMode.EVAL))[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -97,7 +97,7 @@ def test_dropped_tokens_come_out_as_zero() -> None:
     with torch.no_grad():
         layer.router.weight.zero_()[0] = 1.0
     x = torch.rand(8, D)  # positive: all choose expert 0, which takes ceil(8 / 4) = 2
-    y, aux = layer(x, mode=RouterMode.TRAIN)
+    y, aux = layer(x, tokens=TokenInfo(mode=RouterMode.TRAIN))
     assert y[:2].any(-1).all()
     assert not y[2:].any()
     assert aux.load_2E.tolist() == [[8, 0, 0, 0], [2, 0, 0, 0]]
@@ -109,9 +109,9 @@ class TestMemo:
         layer = make_layer(second_expert_policy=SecondExpertPolicy.SAMPLING)
         x = torch.randn(64, D)
         memo = RoutingMemo()
-        first = layer(x, mode=RouterMode.TRAIN, memo=memo)[0]
-        again = layer(x, mode=RouterMode.TRAIN, memo=memo)[0]
-        without = layer(x, mode=RouterMode.TRAIN)[0]
+        first = layer(x, tokens=TokenInfo(mode=RouterMode.TRAIN), memo=memo)[0]
+        again = layer(x, tokens=TokenInfo(mode=RouterMode.TRAIN), memo=memo)[0]
+        without = layer(x, tokens=TokenInfo(mode=RouterMode.TRAIN))[0]
         assert torch.equal(first, again)
         assert not torch.equal(first, without)  # sampling drew other experts
 
@@ -119,10 +119,10 @@ class TestMemo:
         layer = make_layer()
         x = torch.randn(16, D)
         memo = RoutingMemo()
-        layer(x, mode=RouterMode.TRAIN, memo=memo)
+        layer(x, tokens=TokenInfo(mode=RouterMode.TRAIN), memo=memo)
         chosen = memo.decision
         turned = (-x).requires_grad_()
-        y, aux = layer(turned, mode=RouterMode.TRAIN, memo=memo)
+        y, aux = layer(turned, tokens=TokenInfo(mode=RouterMode.TRAIN), memo=memo)
         assert memo.decision is chosen
         backward(layer, y, aux.balance_loss)
         assert turned.grad is not None and turned.grad.any()
@@ -130,7 +130,7 @@ class TestMemo:
 
 def test_auxiliary_outputs_but_the_loss_carry_no_gradient() -> None:
     layer = make_layer()
-    _, aux = layer(torch.randn(5, D), mode=RouterMode.TRAIN)
+    _, aux = layer(torch.randn(5, D), tokens=TokenInfo(mode=RouterMode.TRAIN))
     assert aux.balance_loss.requires_grad
     assert not aux.stats.requires_grad
     assert not aux.load_2E.requires_grad
@@ -140,7 +140,7 @@ def test_frozen_experts_get_no_gradient_and_tokens_do() -> None:
     layer = make_layer()
     layer.experts.requires_grad_(False)
     x = torch.randn(5, D, requires_grad=True)
-    layer(x, mode=RouterMode.TRAIN)[0].sum().backward()
+    layer(x, tokens=TokenInfo(mode=RouterMode.TRAIN))[0].sum().backward()
     assert x.grad is not None and x.grad.any()
     assert all(p.grad is None for p in layer.experts.parameters())
 
@@ -149,7 +149,10 @@ def test_deepcopy_computes_the_same() -> None:
     layer = make_layer()
     x = torch.randn(5, D)
     twin = copy.deepcopy(layer)
-    assert torch.equal(layer(x, mode=RouterMode.EVAL)[0], twin(x, mode=RouterMode.EVAL)[0])
+    assert torch.equal(
+        layer(x, tokens=TokenInfo(mode=RouterMode.EVAL))[0],
+        twin(x, tokens=TokenInfo(mode=RouterMode.EVAL))[0],
+    )
 
 
 def test_no_tensor_of_tokens_times_experts_times_capacity() -> None:
@@ -173,7 +176,7 @@ def test_no_tensor_of_tokens_times_experts_times_capacity() -> None:
         dispatcher=Dispatcher(LocalExchange(), num_experts=num_experts),
     )
     with Watch():
-        y, aux = layer(torch.randn(num_tokens, D), mode=RouterMode.TRAIN)
+        y, aux = layer(torch.randn(num_tokens, D), tokens=TokenInfo(mode=RouterMode.TRAIN))
         (y.sum() + aux.balance_loss).backward()
     # two rows per token of the hidden width are the largest thing there is
     assert largest <= 2 * num_tokens * 8 < num_tokens * num_experts * capacity / 50
@@ -196,5 +199,5 @@ class TestExchangeTimes:
     def test_logged_by_the_layer_also_on_cpu(self) -> None:
         layer = make_layer()
         layer.record_exchange_times = True
-        _, aux = layer(torch.randn(5, D), mode=RouterMode.TRAIN)
+        _, aux = layer(torch.randn(5, D), tokens=TokenInfo(mode=RouterMode.TRAIN))
         assert dict(zip(LAYER_STATS, aux.stats.tolist(), strict=True))["all_to_all_cpu_time_ms"] > 0

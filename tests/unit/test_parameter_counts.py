@@ -36,7 +36,8 @@ COMMANDS = {
 def test_readme_models(
     command: str, world_size: int, num_shared: int, num_expert: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mesh_of_one_rank(num_experts: int) -> ParallelMesh:
+    def mesh_of_one_rank(num_experts: int, ep_size: int | None) -> ParallelMesh:
+        assert ep_size is None
         layout = ExpertLayout(num_experts=num_experts, world_size=world_size)
         return ParallelMesh(layout=layout, rank=world_size - 1, dense=None, sparse=None)
 

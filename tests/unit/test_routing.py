@@ -9,6 +9,7 @@ from torch import Tensor
 from fairseq_moe.modules import routing
 from fairseq_moe.modules.router import Router, RouterConfig, RouterMode
 from fairseq_moe.modules.routing import SecondExpertPolicy
+from fairseq_moe.modules.rules import TokenInfo
 
 ALL = SecondExpertPolicy.ALL
 
@@ -101,13 +102,13 @@ class TestCapacity:
     def test_mode_selects_the_rule(self, mode: RouterMode, expected: int | None) -> None:
         config = RouterConfig(eval_capacity_token_fraction=0.15)
         router = Router(model_dim=4, num_experts=6, config=config)
-        assert router(torch.randn(13, 4), mode=mode).decision.capacity == expected
+        assert router(torch.randn(13, 4), tokens=TokenInfo(mode=mode)).decision.capacity == expected
 
     def test_generation_can_have_a_capacity(self) -> None:
         router = Router(
             model_dim=4, num_experts=6, config=RouterConfig(generation_capacity_token_fraction=0.5)
         )
-        assert router(torch.randn(12, 4), mode=RouterMode.GENERATE).decision.capacity == 6
+        assert router(torch.randn(12, 4), tokens=TokenInfo(mode=RouterMode.GENERATE)).decision.capacity == 6
 
     def test_cut(self) -> None:
         # every token: first expert 0, second expert 1; two places each
@@ -190,7 +191,7 @@ class TestWeights:
 
     def test_single_expert_chosen_twice_weighs_half_each(self) -> None:
         router = Router(model_dim=4, num_experts=1, config=RouterConfig(second_expert_policy=ALL))
-        routed = router(torch.randn(3, 4), mode=RouterMode.TRAIN)
+        routed = router(torch.randn(3, 4), tokens=TokenInfo(mode=RouterMode.TRAIN))
         assert routed.decision.expert_ids_TK.tolist() == [[0, 0]] * 3
         assert routed.decision.kept_TK.all()
         torch.testing.assert_close(routed.weights_TK.detach(), torch.full((3, 2), 0.5))
@@ -199,7 +200,7 @@ class TestWeights:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_dtypes(self, dtype: torch.dtype, use_fp32: bool) -> None:
         router = Router(model_dim=8, num_experts=4, config=RouterConfig(gating_use_fp32=use_fp32)).to(dtype)
-        routed = router(torch.randn(6, 8, dtype=dtype), mode=RouterMode.TRAIN)
+        routed = router(torch.randn(6, 8, dtype=dtype), tokens=TokenInfo(mode=RouterMode.TRAIN))
         narrow = dtype in (torch.float16, torch.bfloat16)
         assert routed.gates_TE.dtype == (torch.float32 if use_fp32 and narrow else dtype)
         assert routed.weights_TK.dtype == dtype
@@ -285,8 +286,8 @@ class TestSecondExpert:
 def test_remembered_decision_is_obeyed() -> None:
     router = Router(model_dim=4, num_experts=4, config=RouterConfig(second_expert_policy=ALL))
     x = torch.randn(6, 4)
-    first = router(x, mode=RouterMode.TRAIN).decision
-    again = router(-x, mode=RouterMode.TRAIN, decision=first)
+    first = router(x, tokens=TokenInfo(mode=RouterMode.TRAIN)).decision
+    again = router(-x, tokens=TokenInfo(mode=RouterMode.TRAIN), decision=first)
     assert again.decision is first
 
 

@@ -118,20 +118,34 @@ def test_the_slurm_script_asks_for_64_gpus_and_binds_no_cpus_by_mask() -> None:
     assert "mask_cpu" not in text
 
 
-def test_every_way_of_bench_layer_gives_gradients_and_the_table_has_a_row_per_size() -> None:
+def test_every_way_of_bench_layer_gives_gradients_and_the_table_has_a_row_per_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
     bench = load("bench_layer.py")
     size = bench.Size(tokens=16, model_dim=8, hidden_dim=12, experts=4)
+    ways = ["dense, whole", "dense, in chunks", "MoE layer", "loop of Linear"]
 
-    for build in bench.WAYS.values():
-        module, run = build(size)
+    for way in ways:
+        module, run = bench.WAYS[way](size)
         x_TD = torch.randn(16, 8, requires_grad=True)
         run(x_TD).backward()
         assert x_TD.grad is not None
         assert all(parameter.grad is not None for parameter in module.parameters())
-    result = bench.measure(size, device=torch.device("cpu"), dtype=torch.float32, rounds=1)
+    result = bench.measure(size, device=torch.device("cpu"), rounds=1, ways=ways)
     assert result["dense limit"]["ratio"] == 1.0
     assert len(bench.table([result, result]).splitlines()) == 4
-    json.dumps(bench.environment(torch.device("cpu"), torch.float32))
+    json.dumps(result)
+
+
+def test_bench_train_reads_the_speed_of_the_updates_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    bench = load("bench_train.py")
+    line = '2026-01-01 00:00:00 | INFO | train_inner | {{"epoch": 1, "wps": "{}"}}\n'
+    log = "other\n" + "".join(line.format(speed) for speed in (1, 2, 30, 50, 40))
+    assert bench.speed_of(log) == 40
+    rows = bench.summary({bench.DENSE: [10.0, 20.0, 40.0], "8 experts": [5.0, 20.0, 80.0]})
+    assert [row["ratio"] for row in rows] == [1.0, 1.0]
 
 
 def test_the_demos_dense_model_does_as_much_work_per_token_as_its_experts(

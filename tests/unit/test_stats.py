@@ -29,8 +29,8 @@ def named(gates: torch.Tensor, decision: RoutingDecision, **times: float) -> dic
     return dict(zip(stats.LAYER_STATS, vector.tolist(), strict=True))
 
 
-def test_names_are_those_of_the_branch_and_drop_rate() -> None:
-    assert set(stats.LAYER_STATS) == BRANCH_STATS | {"drop_rate"}
+def test_names_are_those_of_the_branch_and_two_more() -> None:
+    assert set(stats.LAYER_STATS) == BRANCH_STATS | {"drop_rate", "expert_bias_spread"}
 
 
 def test_by_hand() -> None:
@@ -59,6 +59,7 @@ def test_by_hand() -> None:
             "expert2_balance_bottom": 0.0,
             "all_to_all_cpu_time_ms": 1.5,
             "all_to_all_cuda_time_ms": 0.5,
+            "expert_bias_spread": 0.0,
             "drop_rate": 100 * 2 / 7,
         },
         rel=1e-5,

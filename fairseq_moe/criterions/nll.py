@@ -1,0 +1,71 @@
+"""The summed negative log-likelihood of a large vocabulary, a few rows at a time.
+
+``nll_loss(log_softmax(logits))`` writes three more tensors of the size of the logits (log-probabilities and two
+gradients), which on CPU costs more time than the arithmetic. Here rows pass through the cache once in each
+direction and the gradient takes the place of the logits. Every number is computed by the same kernel on the same
+values, so loss and gradient are equal to the bit.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["summed_nll"]
+
+_BLOCK_NUMEL = 1 << 20  # log-probabilities at a time: 4 MiB, which caches hold
+
+
+def summed_nll(logits_TV: Tensor, target_T: Tensor, *, ignore_index: int) -> Tensor:
+    """Sum over tokens of -log softmax(logits)[target], in nats.
+
+    The backward pass overwrites ``logits_TV``; a second one through the same logits is an error of torch's.
+
+    Args:
+        logits_TV: float scores of the vocabulary; V is the last axis.
+        target_T: int64 vocabulary ids.
+        ignore_index: tokens with this target are left out.
+
+    Returns:
+        float32 scalar.
+    """
+    loss: Tensor = _SummedNll.apply(logits_TV, target_T, ignore_index)
+    return loss
+
+
+class _SummedNll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, target_T: Tensor, ignore_index: int) -> Tensor:
+        ctx.save_for_backward(logits_TV, target_T)
+        ctx.ignore_index = ignore_index
+        ids_T1 = target_T.unsqueeze(1)
+        size = _block_size(logits_TV)
+        chosen = [
+            F.log_softmax(logits, dim=-1, dtype=torch.float32).gather(1, ids)
+            for logits, ids in zip(logits_TV.split(size), ids_T1.split(size), strict=True)
+        ]
+        # As nll_loss adds them up: each row has one candidate left.
+        which_T = torch.where(target_T == ignore_index, -100, 0)
+        return F.nll_loss(torch.cat(chosen), which_T, ignore_index=-100, reduction="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits_TV, target_T = ctx.saved_tensors
+        ids_T1 = target_T.unsqueeze(1)
+        grad_T1 = torch.where(ids_T1 == ctx.ignore_index, torch.zeros_like(grads[0]), -grads[0])
+        size = _block_size(logits_TV)
+        of_chosen = grad_T1.new_zeros(min(size, len(logits_TV)), logits_TV.shape[1])
+        blocks = (tensor.split(size) for tensor in (logits_TV, ids_T1, grad_T1))
+        for logits, ids, grad in zip(*blocks, strict=True):
+            log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+            upper = of_chosen[: len(logits)].scatter_(1, ids, grad)
+            logits.copy_(torch._log_softmax_backward_data(upper, log_probs, -1, torch.float32))
+            upper.scatter_(1, ids, 0.0)
+        return logits_TV, None, None
+
+
+def _block_size(logits_TV: Tensor) -> int:
+    return max(1, _BLOCK_NUMEL // max(1, logits_TV.shape[1]))

@@ -1,0 +1,62 @@
+"""Statistics of each MoE layer by itself (--moe-per-layer-logging).
+
+Logged names are ``layer<index>_<name>``, with decoder layers from 0. Losses are means over tokens, statistics
+means over micro-batches and ranks; violations and drop rates follow from loads summed over all of them, so
+they are those of the whole update.
+"""
+
+from typing import Any
+
+from fairseq.logging import metrics
+from torch import Tensor
+
+from fairseq_moe.modules.rules import LOSSES
+from fairseq_moe.modules.stats import LAYER_STATS, load_violations
+
+__all__ = ["log_per_layer", "per_layer_sums"]
+
+_PREFIX = "_moe_layer"  # of the summed tensors; the underscore keeps them out of progress bars
+_STATS = ("entropy_gating", "expert_bias_spread")
+
+
+def per_layer_sums(auxes: list[Any], sample_size: Any) -> dict[str, Tensor]:
+    """What the criterion hands to the logging sums: three tensors per MoE layer.
+
+    Args:
+        auxes: one ``MoEAux`` per decoder layer, None for a dense one.
+        sample_size: weight of the losses.
+    """
+    sums: dict[str, Tensor] = {}
+    for index, aux in enumerate(auxes):
+        if aux is not None:
+            sums[f"{_PREFIX}{index}_losses"] = aux.losses.detach() * sample_size
+            sums[f"{_PREFIX}{index}_stats"] = aux.stats
+            sums[f"{_PREFIX}{index}_load"] = aux.load_2E
+    return sums
+
+
+def log_per_layer(logging_outputs: list[dict[str, Any]], *, sample_size: Any, batches: Any) -> None:
+    """Log what ``per_layer_sums`` gave, if it gave anything."""
+    keys = dict.fromkeys(key for log in logging_outputs for key in log if key.startswith(_PREFIX))
+    totals = {key: sum(log[key] for log in logging_outputs if key in log) for key in keys}
+    for key in keys:
+        layer, what = key.removeprefix("_moe_").rsplit("_", 1)
+        if what == "losses":
+            for name, value in zip(LOSSES, totals[key] / sample_size, strict=True):
+                metrics.log_scalar(f"{layer}_{name}_loss", value, sample_size, priority=600, round=6)
+        elif what == "stats":
+            means = dict(zip(LAYER_STATS, totals[key] / batches, strict=True))
+            for name in _STATS:
+                metrics.log_scalar(f"{layer}_{name}", means[name], batches, priority=600, round=4)
+        else:
+            _log_load(layer, totals[key])
+
+
+def _log_load(layer: str, load_2E: Tensor) -> None:
+    wanted, kept = load_2E
+    maximum, minimum = load_violations(wanted.unsqueeze(0))[0]
+    dropped = 100.0 * (wanted.sum() - kept.sum()) / wanted.sum().clamp(min=1)
+    for name, value in (("max_violation", maximum), ("min_violation", minimum), ("drop_rate", dropped)):
+        metrics.log_scalar(f"{layer}_{name}", value, priority=600, round=4)
+    for expert, share in enumerate(100.0 * wanted / wanted.sum().clamp(min=1)):
+        metrics.log_scalar(f"{layer}_load_expert{expert}", share, priority=600, round=3)

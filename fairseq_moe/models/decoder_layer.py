@@ -1,0 +1,189 @@
+"""One decoder layer with experts, and how its ``MoELayer`` is put together from the flags."""
+
+from typing import Any
+
+import torch
+from fairseq.distributed import fsdp_wrap
+from fairseq.models.transformer import TransformerConfig
+from fairseq.modules import transformer_layer
+from torch import Tensor
+
+from fairseq_moe.config import MoEConfig
+from fairseq_moe.distributed import ParallelMesh, all_reduce_sum
+from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, SharedExperts, TokenInfo
+from fairseq_moe.modules.dispatch_allgather import AllGatherDispatcher
+from fairseq_moe.modules.dispatch_padded import PaddedDispatcher
+from fairseq_moe.modules.moe_layer import RoutingMemo
+
+__all__ = ["MoEDecoderLayer", "build_moe_layer"]
+
+
+class MoEDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
+    """Self-attention, then experts in the place of the feed-forward network.
+
+    Args:
+        cfg: fairseq's structured transformer configuration.
+        moe: the expert flags.
+        mesh: process groups.
+    """
+
+    def __init__(self, cfg: TransformerConfig, moe: MoEConfig, mesh: ParallelMesh) -> None:
+        super().__init__(cfg, no_encoder_attn=True)
+        self.moe_layer = build_moe_layer(
+            moe,
+            mesh,
+            model_dim=self.embed_dim,
+            hidden_dim=moe.expert_dim or cfg.decoder.ffn_embed_dim,
+            activation=self.activation_fn,
+            activation_dropout=self.activation_dropout_module.p,
+            dropout=self.dropout_module.p,
+        )
+
+    def build_fc1(self, *args: Any) -> None:
+        """No dense feed-forward network: it would only take memory."""
+
+    def build_fc2(self, *args: Any) -> None:
+        """No dense feed-forward network: it would only take memory."""
+
+    def forward(
+        self,
+        x: Tensor,
+        encoder_out: Tensor | None = None,
+        encoder_padding_mask: Tensor | None = None,
+        incremental_state: dict[str, dict[str, Tensor | None]] | None = None,
+        *,
+        self_attn_mask: Tensor | None = None,
+        self_attn_padding_mask: Tensor | None = None,
+        need_attn: bool = False,
+        need_head_weights: bool = False,
+        tokens: TokenInfo,
+        memo: RoutingMemo | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """One layer.
+
+        Args:
+            x: float (S, B, D).
+            encoder_out: unused, as are the encoder mask and the attention-weight switches; stock passes them.
+            encoder_padding_mask: see above.
+            incremental_state: keys and values of earlier tokens.
+            self_attn_mask: float (S, S), added to attention scores.
+            self_attn_padding_mask: bool (B, S), True = padding.
+            need_attn: see above.
+            need_head_weights: see above.
+            tokens: what the router needs to know of the tokens, in batch-major order.
+            memo: routing of an earlier pass over the same input.
+
+        Returns:
+            output (S, B, D), two Nones as stock's layer, then the three tensors of ``MoEAux``.
+        """
+        x = self._attend(x, incremental_state, self_attn_mask, self_attn_padding_mask)
+        residual = x
+        if self.normalize_before:
+            x = self.final_layer_norm(x)
+        seq_len, batch, dim = x.shape
+        x_TD = x.transpose(0, 1).reshape(-1, dim)  # batch-major: a sequence's tokens queue together
+        y_TD, aux = self.moe_layer(x_TD, tokens=tokens, memo=memo)
+        x = y_TD.view(batch, seq_len, dim).transpose(0, 1)
+        if self.w_resid is not None:
+            residual = torch.mul(self.w_resid, residual)
+        x = self.residual_connection(x, residual)
+        if not self.normalize_before:
+            x = self.final_layer_norm(x)
+        return x, None, None, aux.losses, aux.stats, aux.load_2E
+
+    def _attend(
+        self,
+        x: Tensor,
+        incremental_state: dict[str, dict[str, Tensor | None]] | None,
+        mask: Tensor | None,
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        residual = x
+        if self.normalize_before:
+            x = self.self_attn_layer_norm(x)
+        x, _ = self.self_attn(
+            query=x,
+            key=x,
+            value=x,
+            key_padding_mask=padding_mask,
+            incremental_state=incremental_state,
+            need_weights=False,
+            attn_mask=mask,
+        )
+        if self.c_attn is not None:  # NormFormer's scale per head
+            seq_len, batch, _ = x.shape
+            x = (x.view(seq_len, batch, self.nh, -1) * self.c_attn.view(-1, 1)).reshape(seq_len, batch, -1)
+        if self.attn_ln is not None:
+            x = self.attn_ln(x)
+        x = self.residual_connection(self.dropout_module(x), residual)
+        return x if self.normalize_before else self.self_attn_layer_norm(x)
+
+
+def build_moe_layer(
+    moe: MoEConfig,
+    mesh: ParallelMesh,
+    *,
+    model_dim: int,
+    hidden_dim: int,
+    activation: Any,
+    activation_dropout: float,
+    dropout: float,
+) -> MoELayer:
+    """Router, this rank's experts (wrapped by FSDP over their replicas where fairseq wraps), dispatcher."""
+    router = Router(
+        model_dim=model_dim,
+        num_experts=moe.num_experts,
+        config=moe.router_config(),
+        scorer=moe.scorer_config(),
+        sum_over_ranks=None if mesh.sparse is None else all_reduce_sum,
+    )
+    local_ids = mesh.layout.local_ids(mesh.rank)
+    experts = Experts(
+        num_local_experts=len(local_ids),
+        first_expert_id=local_ids[0],
+        model_dim=model_dim,
+        hidden_dim=hidden_dim,
+        activation=activation,
+        activation_dropout=activation_dropout,
+        dropout=dropout,
+        # Drawn from the common generator: the same on every rank, whatever the number of ranks.
+        seed=int(torch.randint(1_000_000, (1,), device="cpu")),
+        recompute="experts" in moe.recompute_modules,
+    )
+    # In a single process the wrapper takes the model's own group, which has one rank.
+    replicas = mesh.replica_group
+    groups = {} if replicas is None else {"process_group": replicas, "process_group_reduce_scatter": replicas}
+    experts = fsdp_wrap(experts, **groups)
+    for parameter in experts.parameters():  # flattening has lost the mark
+        parameter.expert = True
+    shared = None
+    if moe.megatron.moe_shared_expert_intermediate_size is not None:
+        shared = SharedExperts(
+            model_dim=model_dim,
+            hidden_dim=moe.megatron.moe_shared_expert_intermediate_size,
+            activation=activation,
+            gated=moe.megatron.moe_shared_expert_gate,
+            activation_dropout=activation_dropout,
+            dropout=dropout,
+            recompute="shared_experts" in moe.recompute_modules,
+        )
+    return MoELayer(
+        router=router,
+        experts=experts,
+        shared_experts=shared,
+        dispatcher=_build_dispatcher(moe, mesh),
+        record_exchange_times=moe.record_a2a_perf_stats,
+        recompute="moe" in moe.recompute_modules,
+    )
+
+
+def _build_dispatcher(
+    moe: MoEConfig, mesh: ParallelMesh
+) -> Dispatcher | PaddedDispatcher | AllGatherDispatcher:
+    exchange, num_experts = mesh.exchange(), moe.num_experts
+    if moe.megatron.dispatcher == "padded":
+        return PaddedDispatcher(exchange, num_experts=num_experts)
+    if moe.megatron.dispatcher == "allgather":
+        first_expert_id = mesh.layout.local_ids(mesh.rank)[0]
+        return AllGatherDispatcher(exchange, num_experts=num_experts, first_expert_id=first_expert_id)
+    return Dispatcher(exchange, num_experts=num_experts, skip_exchange=moe.dummy_a2a)

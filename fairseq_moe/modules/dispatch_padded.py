@@ -1,0 +1,121 @@
+"""Dispatch at fixed shapes: every expert gets exactly its capacity in rows from every rank, filled with zeros.
+
+Filler rows have weight 0 and touch no result and no gradient. Where the largest batch is known, every rank
+sends the places of that batch, so sizes do not depend on the data, the exchange has even splits and nothing
+waits for the device; elsewhere the ranks first tell each other their capacities.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairseq_moe.modules.dispatch import Dispatcher, DispatchRecord
+from fairseq_moe.modules.exchange import Exchange, ExchangeTimes
+from fairseq_moe.modules.routing import RoutingDecision, count_ids
+
+__all__ = ["PaddedDispatcher", "PaddedRecord"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddedRecord:
+    """What ``combine`` needs.
+
+    Args:
+        slot_A: int64, place of each (token, choice) pair among the E * C rows; E * C where it was dropped.
+        send_splits: rows sent to each of the G ranks.
+        recv_splits: rows received from each.
+        local_counts_L: rows of each local expert, filler included.
+        expert_major_R: int64 order that sorts the received rows by local expert; None: they already are.
+    """
+
+    slot_A: Tensor
+    send_splits: list[int]
+    recv_splits: list[int]
+    local_counts_L: list[int]
+    expert_major_R: Tensor | None
+
+
+class PaddedDispatcher:
+    """Moves rows through an exchange; holds no parameters.
+
+    Args:
+        exchange: the ranks around this one.
+        num_experts: E.
+    """
+
+    def __init__(self, exchange: Exchange, *, num_experts: int) -> None:
+        self.exchange = exchange
+        self.num_experts = num_experts
+        self.num_local = num_experts // exchange.size
+        self.unpadded = Dispatcher(exchange, num_experts=num_experts)
+
+    def dispatch(
+        self, x_TD: Tensor, decision: RoutingDecision, times: ExchangeTimes
+    ) -> tuple[Tensor, PaddedRecord | DispatchRecord]:
+        """As ``Dispatcher.dispatch``; without a capacity (generation) there is nothing to pad to."""
+        if decision.capacity is None:
+            return self.unpadded.dispatch(x_TD, decision, times)
+        places = decision.capacity if decision.num_places is None else decision.num_places
+        slot_A = _slots(decision, self.num_experts, places)
+        token_A = torch.arange(slot_A.numel(), device=x_TD.device) // decision.expert_ids_TK.shape[1]
+        num_slots = self.num_experts * places
+        buffer = x_TD.new_zeros((num_slots + 1, x_TD.shape[1]))  # the last row takes what was dropped
+        buffer = buffer.index_copy(0, slot_A, x_TD.index_select(0, token_A))
+        places_G = self._places_of_ranks(places, decision, x_TD.device)
+        order_R = self._expert_major_order(places_G, x_TD.device)
+        record = PaddedRecord(
+            slot_A=slot_A,
+            send_splits=[self.num_local * places] * self.exchange.size,
+            recv_splits=[self.num_local * theirs for theirs in places_G],
+            local_counts_L=[sum(places_G)] * self.num_local,
+            expert_major_R=order_R,
+        )
+        rows = times.measure(self.exchange.rows, buffer[:num_slots], record.send_splits, record.recv_splits)
+        return rows if order_R is None else rows.index_select(0, order_R), record
+
+    def combine(
+        self,
+        y_RD: Tensor,
+        weights_TK: Tensor,
+        record: PaddedRecord | DispatchRecord,
+        times: ExchangeTimes,
+    ) -> Tensor:
+        """As ``Dispatcher.combine``."""
+        if isinstance(record, DispatchRecord):
+            return self.unpadded.combine(y_RD, weights_TK, record, times)
+        if record.expert_major_R is not None:
+            y_RD = torch.empty_like(y_RD).index_copy(0, record.expert_major_R, y_RD)
+        rows = times.measure(self.exchange.rows, y_RD, record.recv_splits, record.send_splits)
+        rows = torch.cat([rows, rows.new_zeros((1, rows.shape[1]))])
+        y_TKD = rows.index_select(0, record.slot_A).view(*weights_TK.shape, -1)
+        return torch.einsum("tkd,tk->td", y_TKD, weights_TK.to(y_TKD.dtype))
+
+    def _places_of_ranks(self, places: int, decision: RoutingDecision, device: torch.device) -> list[int]:
+        num_ranks = self.exchange.size
+        if decision.num_places is not None or num_ranks == 1:
+            return [places] * num_ranks
+        mine = torch.full((num_ranks, 1), places, dtype=torch.int64, device=device)
+        return self.exchange.counts(mine).view(-1).tolist()
+
+    def _expert_major_order(self, places_G: list[int], device: torch.device) -> Tensor | None:
+        """Order that turns rows sorted by (source rank, expert) into rows sorted by (expert, source rank)."""
+        if len(places_G) == 1 or self.num_local == 1:
+            return None
+        chunks, first = [], 0
+        for places in places_G:
+            chunk = torch.arange(first, first + self.num_local * places, device=device)
+            chunks.append(chunk.view(self.num_local, places))
+            first += self.num_local * places
+        return torch.cat(chunks, dim=1).reshape(-1)
+
+
+def _slots(decision: RoutingDecision, num_experts: int, places: int) -> Tensor:
+    """expert * C + place among the expert's kept pairs, in token order; E * C for pairs that were dropped."""
+    ids_A = decision.expert_ids_TK.masked_fill(~decision.kept_TK, num_experts).reshape(-1)
+    sorted_ids, by_expert = torch.sort(ids_A, stable=True)
+    counts = count_ids(ids_A, size=num_experts + 1)
+    starts = torch.cumsum(counts, 0) - counts
+    position = torch.arange(ids_A.numel(), device=ids_A.device) - starts[sorted_ids]
+    slots = sorted_ids * places + position.masked_fill(sorted_ids == num_experts, 0)
+    return torch.empty_like(ids_A).scatter_(0, by_expert, slots)
