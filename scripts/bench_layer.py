@@ -1,30 +1,25 @@
-"""Time and memory of the MoE layer, forward and backward, beside what it could cost at best.
+"""Time and memory of the MoE layer, forward and backward, beside its least cost and beside other layers.
 
-    python scripts/bench_layer.py [--device cuda] [--json FILE]
+    python scripts/bench_layer.py [goals | growth] [--json FILE]
 
-Three ways to spend the same floating-point operations on T tokens, K experts each:
+Ways to spend the same floating-point operations on T tokens, K = 2 experts each, no token dropped:
 
-- dense limit: T * K rows through one feed-forward network, that is, two plain matrix products;
-- MoE layer: ours, on one rank: routing, permutation, E experts, combination, balance loss, statistics;
-- expert loop: the usual textbook code: for each expert, find its tokens, apply it, add its outputs up.
+- dense limit: T * K rows through one feed-forward network, that is, two plain matrix products, all rows at
+  once or 512 at a time, whichever is faster in that round;
+- MoE layer: ours, on one rank: routing, permutation, E experts, combination, auxiliary loss, statistics;
+- peers: see ``bench_peers.py``; those that are not installed are named and left out.
 
-The rounds of the three are interleaved and the median of each is taken, so that other work on the machine
-disturbs all alike. Time on CPU is this process's CPU time while torch runs one thread: it equals wall time on
-an idle machine and leaves out the time that other processes take on a busy one. Memory is the peak during one
-forward and backward pass above what was there before it, so it holds activations and gradients.
+The rounds of all ways are interleaved; a ratio is the median over the rounds of the ratio within a round, so
+that other work on the machine disturbs all alike. Memory is the peak during one forward and backward pass
+above what was there before it in the first pass, so it holds activations and gradients.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +27,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.nn.functional as F
+from bench_machine import environment, peak_bytes, timed_ms
+from bench_peers import PEERS, Run
 from torch import Tensor, nn
 
-import fairseq_moe
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterConfig, RouterMode
+from fairseq_moe.modules import (
+    LOSSES,
+    Dispatcher,
+    Experts,
+    MoELayer,
+    Router,
+    RouterMode,
+    TokenInfo,
+    TopKConfig,
+)
 from fairseq_moe.modules.exchange import LocalExchange
-from fairseq_moe.modules.routing import SecondExpertPolicy
+from fairseq_moe.modules.scores import ScoreRule
 
 TOP_K = 2
+CHUNK_ROWS = 512
 MIB = 1024 * 1024
+LIMIT, OURS = "dense limit", "MoE layer"
 
 
 @dataclass(frozen=True)
@@ -52,45 +59,68 @@ class Size:
         model_dim: D.
         hidden_dim: F, of one expert.
         experts: E.
+        dtype: of tokens and parameters.
+        goal: largest ratio to the dense limit that we want; None: no goal.
     """
 
     tokens: int
     model_dim: int
     hidden_dim: int
     experts: int
+    dtype: str = "float32"
+    goal: float | None = None
 
 
 SIZES = {
-    "cpu": (
-        Size(1024, 128, 512, 8),
-        Size(2048, 256, 1024, 8),
-        Size(2048, 512, 2048, 8),
-        Size(2048, 512, 2048, 32),
-        Size(4096, 512, 2048, 64),
+    ("goals", "cpu"): (
+        Size(2048, 512, 2048, 8, "float32", 1.00),
+        Size(2048, 512, 2048, 64, "float32"),
+        Size(2048, 512, 2048, 8, "bfloat16", 1.25),
+        Size(2048, 512, 2048, 64, "bfloat16", 2.2),
+        Size(8192, 512, 2048, 8, "bfloat16", 0.90),
+        Size(2048, 1024, 4096, 8, "bfloat16", 1.15),
     ),
-    "cuda": (
-        Size(8192, 1024, 4096, 8),
-        Size(8192, 2048, 8192, 8),
-        Size(16384, 2048, 8192, 64),
+    ("goals", "cuda"): (
+        Size(8192, 1024, 4096, 8, "bfloat16"),
+        Size(8192, 4096, 14336, 8, "bfloat16"),
+        Size(16384, 2048, 8192, 64, "bfloat16"),
+    ),
+    ("growth", "cpu"): (
+        *(Size(2048, 256, 1024, experts) for experts in (8, 16, 32, 64)),
+        *(Size(tokens, 256, 1024, 8) for tokens in (4096, 8192, 16384)),
+    ),
+    ("growth", "cuda"): (
+        *(Size(8192, 1024, 4096, experts, "bfloat16") for experts in (8, 16, 32, 64)),
+        *(Size(tokens, 1024, 4096, 8, "bfloat16") for tokens in (16384, 32768, 65536)),
     ),
 }
 
 
-def dense_limit(size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """One network; each token passes K times."""
+def dense_limit(size: Size, *, chunk_rows: int | None = None) -> tuple[nn.Module, Run]:
+    """One network; each token passes K times. With ``chunk_rows`` each chunk has its own backward pass."""
     network = nn.Sequential(
         nn.Linear(size.model_dim, size.hidden_dim), nn.GELU(), nn.Linear(size.hidden_dim, size.model_dim)
     )
-    return network, lambda x_TD: network(x_TD.repeat(TOP_K, 1)).sum()
+
+    def run(x_TD: Tensor) -> Tensor:
+        rows = x_TD.repeat(TOP_K, 1)
+        if chunk_rows is None:
+            return network(rows).sum()
+        chunks = rows.split(chunk_rows)
+        for chunk in chunks[:-1]:
+            network(chunk).sum().backward(retain_graph=True)
+        return network(chunks[-1]).sum()
+
+    return network, run
 
 
-def our_layer(size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """The layer as a decoder uses it, with the balance loss."""
+def our_layer(size: Size) -> tuple[nn.Module, Run]:
+    """The layer as a decoder uses it, with an auxiliary loss."""
     layer = MoELayer(
         router=Router(
             model_dim=size.model_dim,
             num_experts=size.experts,
-            config=RouterConfig(gating_use_fp32=True, second_expert_policy=SecondExpertPolicy.ALL),
+            config=TopKConfig(score=ScoreRule(top_k=TOP_K), aux_losses=frozenset({"aux"})),
         ),
         experts=Experts(
             num_local_experts=size.experts,
@@ -103,60 +133,65 @@ def our_layer(size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     )
 
     def run(x_TD: Tensor) -> Tensor:
-        y_TD, aux = layer(x_TD, mode=RouterMode.TRAIN)
-        return y_TD.sum() + 0.01 * aux.balance_loss
+        y_TD, aux = layer(x_TD, tokens=TokenInfo(mode=RouterMode.TRAIN))
+        return y_TD.sum() + 0.01 * aux.losses[LOSSES.index("aux")]
 
     return layer, run
 
 
-def expert_loop(size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """Textbook code without capacity: every token keeps both experts."""
-    router = nn.Linear(size.model_dim, size.experts, bias=False)
-    experts = nn.ModuleList(dense_limit(size)[0] for _ in range(size.experts))
-
-    def run(x_TD: Tensor) -> Tensor:
-        weights_TK, ids_TK = router(x_TD).softmax(-1).topk(TOP_K)
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        y_TD = torch.zeros_like(x_TD)
-        for index, expert in enumerate(experts):
-            token, choice = torch.where(ids_TK == index)
-            y_TD.index_add_(0, token, expert(x_TD[token]) * weights_TK[token, choice, None])
-        return y_TD.sum()
-
-    return nn.ModuleList([router, experts]), run
+WAYS: dict[str, Callable[[Size], tuple[nn.Module, Run]]] = {
+    "dense, whole": dense_limit,
+    "dense, in chunks": lambda size: dense_limit(size, chunk_rows=CHUNK_ROWS),
+    OURS: our_layer,
+    **PEERS,
+}
 
 
-WAYS = {"dense limit": dense_limit, "MoE layer": our_layer, "expert loop": expert_loop}
-
-
-def measure(size: Size, *, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Milliseconds and peak MiB of each way at one size, and the ratios to the dense limit."""
+def measure(
+    size: Size, *, device: torch.device, rounds: int, warmups: int = 1, ways: Iterable[str] = tuple(WAYS)
+) -> dict[str, Any]:
+    """Median milliseconds, median ratio to the dense limit and peak MiB of each way at one size."""
     torch.manual_seed(0)
+    dtype = getattr(torch, size.dtype)
     steps: dict[str, Callable[[], None]] = {}
-    for name, build in WAYS.items():
-        module, run = build(size)
+    missing: dict[str, str] = {}
+    for name in ways:
+        try:
+            module, run = WAYS[name](size)
+        except ImportError as error:
+            missing[name] = str(error)
+            continue
         module.to(device=device, dtype=dtype)
         x_TD = torch.randn(size.tokens, size.model_dim, device=device, dtype=dtype, requires_grad=True)
         steps[name] = _step(module, run, x_TD)
+    # First, because our gradients of stacks stay allocated after a pass and would not show in the next.
+    peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(rounds + 2):
+    for round_number in range(rounds + warmups):
         for name, step in steps.items():
-            elapsed_ms = _timed(step, device)
-            if round_number >= 2:  # the first two warm up
+            elapsed_ms = timed_ms(step, device)
+            if round_number >= warmups:
                 times[name].append(elapsed_ms)
-    result: dict[str, Any] = asdict(size)
-    limit_ms = statistics.median(times["dense limit"])
-    for name, step in steps.items():
-        milliseconds = statistics.median(times[name])
+    dense = [times[name] for name in ("dense, whole", "dense, in chunks")]
+    limits_ms = [min(both) for both in zip(*dense, strict=True)]
+    result: dict[str, Any] = {
+        "size": vars(size),
+        "missing": missing,
+        "kT(D+F)_mib": _rows_bytes(size) / MIB,
+        "branch_masks_mib": _mask_bytes(size) / MIB,
+        LIMIT: {"ms": round(statistics.median(limits_ms), 3), "ratio": 1.0},
+    }
+    for name in steps:
+        ratios = [way / limit for way, limit in zip(times[name], limits_ms, strict=True)]
         result[name] = {
-            "ms": round(milliseconds, 3),
-            "ratio": round(milliseconds / limit_ms, 3),
-            "peak_mib": round(_peak_bytes(step, device) / MIB, 1),
+            "ms": round(statistics.median(times[name]), 3),
+            "ratio": round(statistics.median(ratios), 3),
+            "peak_mib": round(peaks[name] / MIB, 1),
         }
     return result
 
 
-def _step(module: nn.Module, run: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], None]:
+def _step(module: nn.Module, run: Run, x_TD: Tensor) -> Callable[[], None]:
     def step() -> None:
         module.zero_grad(set_to_none=True)
         x_TD.grad = None
@@ -165,104 +200,61 @@ def _step(module: nn.Module, run: Callable[[Tensor], Tensor], x_TD: Tensor) -> C
     return step
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> float:
-    clock = _clock(device)
-    _synchronize(device)
-    start_sec = clock()
-    step()
-    _synchronize(device)
-    return 1000 * (clock() - start_sec)
+def _rows_bytes(size: Size) -> int:
+    """One row of width D and one of width F for each of the T * K assignments."""
+    itemsize = getattr(torch, size.dtype).itemsize
+    return TOP_K * size.tokens * (size.model_dim + size.hidden_dim) * itemsize
 
 
-def _clock(device: torch.device) -> Callable[[], float]:
-    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """Peak memory of one step above the memory before it; on CPU resident memory, as Linux tells it."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, or the step would find it resident
-    Path("/proc/self/clear_refs").write_text("5")  # peak := now
-    before = _status_bytes("VmRSS")
-    step()
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
-
-
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": _processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "clock": _clock(device).__name__,
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "fairseq_moe": fairseq_moe.__version__,
-        },
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _mask_bytes(size: Size) -> int:
+    """What the moe branch makes of T tokens: T x E x C combine weights (float32) and a mask (bool)."""
+    capacity = TOP_K * -(-size.tokens // size.experts)
+    return size.tokens * size.experts * capacity * (4 + 1)
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as a Markdown table."""
-    lines = [
-        "| T | D | F | E | dense limit | MoE layer | expert loop | peak memory, MiB (same order) |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    """The results as a Markdown table; peak memory after each time."""
+    names = [name for name in WAYS if any(name in result for result in results)]
+    head = ["T, D, F, E, dtype", "goal", LIMIT, *names, "kT(D+F), MiB", "branch's masks, MiB"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for result in results:
-        shape = [str(result[key]) for key in ("tokens", "model_dim", "hidden_dim", "experts")]
-        times = [f"{result[name]['ms']:.1f} ms ({result[name]['ratio']:.2f})" for name in WAYS]
-        peaks = " / ".join(f"{result[name]['peak_mib']:.0f}" for name in WAYS)
-        lines.append("| " + " | ".join([*shape, *times, peaks]) + " |")
+        *shape, goal = result["size"].values()
+        cells = [
+            ", ".join(map(str, shape)),
+            "" if goal is None else f"{goal:.2f}",
+            f"{result[LIMIT]['ms']:.0f} ms",
+        ]
+        for name in names:
+            way = result.get(name)
+            cells.append("-" if way is None else f"{way['ratio']:.2f} ({way['peak_mib']:.0f} MiB)")
+        cells += [f"{result['kT(D+F)_mib']:.0f}", f"{result['branch_masks_mib']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measure all sizes, print a table and write the JSON file."""
-    parser = argparse.ArgumentParser(description="Time and memory of the MoE layer beside its dense limit.")
-    parser.add_argument("--device", choices=sorted(SIZES), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="measured rounds per size (default: %(default)s)"
-    )
-    parser.add_argument("--sizes", type=int, help="measure the first N sizes only")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", nargs="?", choices=("goals", "growth"), default="goals")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default: %(default)s)")
+    parser.add_argument("--warmups", type=int, default=1, help="rounds before them (default: %(default)s)")
+    parser.add_argument("--dtype", help="only sizes of this dtype")
+    parser.add_argument("--sizes", type=int, help="the first N sizes only")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--json", type=Path, help="also write everything into this file")
     args = parser.parse_args()
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    report = environment(device, dtype)
+    device = torch.device(args.device)
+    report = environment(device)
     print(json.dumps(report), flush=True)
     report["results"] = []
-    for size in SIZES[args.device][: args.sizes]:
-        report["results"].append(measure(size, device=device, dtype=dtype, rounds=args.rounds))
-    print("forward + backward; in brackets the ratio to the dense limit\n" + table(report["results"]))
+    ways = ["dense, whole", "dense, in chunks", *(way for way in args.ways if not way.startswith("dense"))]
+    sizes = [size for size in SIZES[args.what, args.device] if args.dtype in (None, size.dtype)]
+    for size in sizes[: args.sizes]:
+        result = measure(size, device=device, rounds=args.rounds, warmups=args.warmups, ways=ways)
+        print(json.dumps(result), flush=True)
+        report["results"].append(result)
+    print("forward + backward: ratio to the dense limit (peak memory)\n" + table(report["results"]))
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
