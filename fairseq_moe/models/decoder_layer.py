@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerConfig
-from fairseq.modules import transformer_layer
+from fairseq.modules import gelu, transformer_layer
 from torch import Tensor
 
 from fairseq_moe.config import MoEConfig
@@ -34,7 +35,9 @@ class MoEDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
             mesh,
             model_dim=self.embed_dim,
             hidden_dim=moe.expert_dim or cfg.decoder.ffn_embed_dim,
-            activation=self.activation_fn,
+            # fairseq's gelu is torch's with a conversion to float32 inside, which torch's own kernel makes as well;
+            # the experts know the derivative of torch's.
+            activation=F.gelu if self.activation_fn is gelu else self.activation_fn,
             activation_dropout=self.activation_dropout_module.p,
             dropout=self.dropout_module.p,
         )
