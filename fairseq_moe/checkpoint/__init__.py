@@ -9,7 +9,7 @@ data-parallel backend reads what another wrote.
 """
 
 from fairseq_moe.checkpoint.branch import BranchCheckpoint, find_branch_checkpoint
-from fairseq_moe.checkpoint.files import UNREADABLE, load_plain, unreadable, write_plain
+from fairseq_moe.checkpoint.files import UNREADABLE, load_plain, plain_globals, unreadable, write_plain
 from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ShardEntry
 from fairseq_moe.checkpoint.sets import prune_sets, read_experts, write_shard
 
@@ -21,6 +21,7 @@ __all__ = [
     "ShardEntry",
     "find_branch_checkpoint",
     "load_plain",
+    "plain_globals",
     "prune_sets",
     "read_experts",
     "unreadable",

@@ -1,10 +1,12 @@
 """Whole files: written under a temporary name, flushed and then renamed; read without executing anything."""
 
+import argparse
 import hashlib
 import os
 import pickle
 import struct
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,15 @@ import torch
 
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["UNREADABLE", "load_plain", "sha256_of", "unreadable", "write_atomically", "write_plain"]
+__all__ = [
+    "UNREADABLE",
+    "load_plain",
+    "plain_globals",
+    "sha256_of",
+    "unreadable",
+    "write_atomically",
+    "write_plain",
+]
 
 # What torch's reader raises for files that are damaged, cut off or no checkpoints at all.
 UNREADABLE = (
@@ -67,12 +77,21 @@ def load_plain(path: Path, *, lazily: bool = False) -> dict[str, Any]:
         CheckpointError: the file cannot be read, or asks for more than tensors and plain values.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if lazily else None)
+        with plain_globals():
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if lazily else None)
     except UNREADABLE as error:
         raise unreadable(path, error) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a checkpoint (a dictionary).")
     return state
+
+
+def plain_globals() -> AbstractContextManager[None]:
+    """Inside, ``weights_only`` loading knows argparse.Namespace: a record of values, which runs nothing.
+
+    fairseq saves the flags of its older parts in one (--optimizer sgd, and every checkpoint before 2021).
+    """
+    return torch.serialization.safe_globals([argparse.Namespace])
 
 
 def sha256_of(path: Path) -> str:

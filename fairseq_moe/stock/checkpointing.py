@@ -28,6 +28,7 @@ from fairseq_moe.checkpoint import (
     Manifest,
     ShardEntry,
     find_branch_checkpoint,
+    plain_globals,
     prune_sets,
     read_experts,
     unreadable,
@@ -322,7 +323,8 @@ def _read(
     with_optimizer = request is not None and request.with_optimizer
     branch = find_branch_checkpoint(Path(path)) if "-shared" in Path(path).name else None
     try:
-        state = stock(path, arg_overrides, load_on_all_ranks)
+        with plain_globals():
+            state = stock(path, arg_overrides, load_on_all_ranks)
     except UNREADABLE as error:
         raise unreadable(path, error) from error
     is_moe = MANIFEST_KEY in state or branch is not None

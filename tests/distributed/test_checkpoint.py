@@ -155,6 +155,17 @@ def test_resumed_training_continues_bit_for_bit(trained: Path, text_data: Path, 
     assert_same(halves, whole)
 
 
+def test_flags_that_fairseq_saves_in_a_namespace_load_again(text_data: Path, tmp_path: Path) -> None:
+    argv = [text_data, "--user-dir", USER_DIR, *MODEL, *TRAINING, "--save-dir", tmp_path]
+    position = argv.index("--adam-betas")
+    del argv[position : position + 2]
+    for updates in ("1", "2"):
+        flags = ["--optimizer", "sgd", "--max-update", updates]
+        result = run_cli("fairseq_cli.train", [*argv, *flags])
+        assert result.exit_code == 0, result.output
+    assert "(1 updates)" in result.output
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
