@@ -26,7 +26,7 @@ from demo_text import NEWLINE, DemoError, prepare_text
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path("demo")  # under ROOT, where every command runs
 
-UPDATES = 200
+UPDATES = 120
 RANKS = 2
 EMBED_DIM, FFN_DIM, EXPERTS, TOP_K = 128, 512, 8, 2
 # A token passes TOP_K experts and the router, whose E x D products are those of E / 2 more hidden units.
