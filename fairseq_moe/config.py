@@ -5,13 +5,12 @@ looks at a whole fairseq configuration and returns one sentence per problem, all
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fairseq_moe.layout import layout_problem
 from fairseq_moe.megatron import MegatronConfig, moe_layer_pattern
-from fairseq_moe.megatron_args import argument_problems
+from fairseq_moe.megatron_args import argument_problems, getter
 from fairseq_moe.megatron_checks import megatron_problems, unused_arguments
 from fairseq_moe.modules import ScorerConfig, TopKConfig
 from fairseq_moe.modules.recompute import RECOMPUTABLE
@@ -56,7 +55,7 @@ class MoEConfig:
     @classmethod
     def from_args(cls, args: Any) -> "MoEConfig":
         """Read the fields that ``args`` (namespace, config, mapping) has; the others keep their defaults."""
-        get = args.get if isinstance(args, Mapping) else lambda name: getattr(args, name, None)
+        get = getter(args)
         found = {entry.name: get(entry.name) for entry in fields(cls) if entry.name != "megatron"}
         given = {name: value for name, value in found.items() if value is not None}
         return cls(**given, megatron=MegatronConfig.from_args(args))

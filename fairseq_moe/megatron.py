@@ -6,13 +6,12 @@ are used, and the arguments that describe Megatron's routing are refused (``mega
 """
 
 import ast
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from fairseq_moe.megatron_args import resolve_aliases, words
+from fairseq_moe.megatron_args import getter, resolve_aliases, words
 from fairseq_moe.modules.capacity import DropPolicy
 from fairseq_moe.modules.expert_bias import BiasRule
 from fairseq_moe.modules.router import ScorerConfig
@@ -81,7 +80,7 @@ class MegatronConfig:
     @classmethod
     def from_args(cls, args: Any) -> "MegatronConfig":
         """Read the fields that ``args`` (a namespace, config or mapping) has."""
-        get = args.get if isinstance(args, Mapping) else lambda name: getattr(args, name, None)
+        get = getter(args)
         found = {field.name: get(field.name) for field in fields(cls)}
         given = {name: value for name, value in found.items() if value is not None}
         return cls(**resolve_aliases(given, args))

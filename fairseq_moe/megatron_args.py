@@ -14,6 +14,7 @@ __all__ = [
     "MegatronArg",
     "argument_problems",
     "argument_warnings",
+    "getter",
     "resolve_aliases",
     "words",
 ]
@@ -107,12 +108,13 @@ MEGATRON_VALUES = (
 )
 
 
-def _getter(args: Any) -> Callable[[str], Any]:
+def getter(args: Any) -> Callable[[str], Any]:
+    """Reads a field of a namespace, config or mapping by its name; None where it has none."""
     return args.get if isinstance(args, Mapping) else lambda name: getattr(args, name, None)
 
 
 def _given(args: Any) -> Iterator[tuple[MegatronArg, Any]]:
-    get = _getter(args)
+    get = getter(args)
     for row in MEGATRON_ARGS:
         value = get(row.name)
         if value is not None and value is not False and value != row.harmless:
@@ -125,7 +127,7 @@ def _given(args: Any) -> Iterator[tuple[MegatronArg, Any]]:
 def argument_problems(args: Any) -> list[str]:
     """One sentence per refused argument, and per alias that contradicts what it stands for."""
     found = []
-    get = _getter(args)
+    get = getter(args)
     for row, value in _given(args):
         if row.does == "refused":
             found.append(f"{row.flag} ({value}) cannot be honoured: {row.text}.")
@@ -145,7 +147,7 @@ def argument_warnings(args: Any) -> list[str]:
             found.append(f"{row.flag} is an old name; use --{row.text.replace('_', '-')}.")
         elif row.does == "alias":
             found.append(f"{row.flag} {value} is an old name; use {row.text}.")
-    get = _getter(args)
+    get = getter(args)
     return found if get("num_experts") is None else [*found, *_remarks(get)]
 
 

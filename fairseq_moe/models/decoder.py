@@ -41,6 +41,9 @@ class MoEDecoder(TransformerDecoder):
         self.mesh = self._build_mesh() if self.moe.enabled else None
         self._num_built = 0
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
+        # Which layers have experts, from 0: read from the flags once, not in each forward pass.
+        indices = range(self.num_layers) if self.moe.enabled else ()
+        self.moe_layers = [index for index in indices if self.moe.is_moe_layer(index)]
 
     def _build_mesh(self) -> ParallelMesh:
         # The size of a group is a property of the run: a model that is loaded elsewhere may not fit it.
@@ -126,10 +129,10 @@ class MoEDecoder(TransformerDecoder):
             return x, attn, none
 
         handles = []
-        for index, layer in enumerate(self.layers):
-            if self.moe.enabled and self.moe.is_moe_layer(index):
-                handles.append(layer.register_forward_pre_hook(hand_in, with_kwargs=True))
-                handles.append(layer.register_forward_hook(functools.partial(take_out, index=index)))
+        for index in self.moe_layers:
+            layer = self.layers[index]
+            handles.append(layer.register_forward_pre_hook(hand_in, with_kwargs=True))
+            handles.append(layer.register_forward_hook(functools.partial(take_out, index=index)))
         try:
             yield auxes
         finally:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fairseq_moe.modules.dispatch import Dispatcher, DispatchRecord
 from fairseq_moe.modules.exchange import Exchange, ExchangeTimes
-from fairseq_moe.modules.routing import RoutingDecision, count_ids
+from fairseq_moe.modules.routing import RoutingDecision, queue_positions
 
 __all__ = ["PaddedDispatcher", "PaddedRecord"]
 
@@ -112,10 +112,6 @@ class PaddedDispatcher:
 
 def _slots(decision: RoutingDecision, num_experts: int, places: int) -> Tensor:
     """expert * C + place among the expert's kept pairs, in token order; E * C for pairs that were dropped."""
-    ids_A = decision.expert_ids_TK.masked_fill(~decision.kept_TK, num_experts).reshape(-1)
-    sorted_ids, by_expert = torch.sort(ids_A, stable=True)
-    counts = count_ids(ids_A, size=num_experts + 1)
-    starts = torch.cumsum(counts, 0) - counts
-    position = torch.arange(ids_A.numel(), device=ids_A.device) - starts[sorted_ids]
-    slots = sorted_ids * places + position.masked_fill(sorted_ids == num_experts, 0)
-    return torch.empty_like(ids_A).scatter_(0, by_expert, slots)
+    ids_A1, kept_A1 = decision.expert_ids_TK.reshape(-1, 1), decision.kept_TK.reshape(-1, 1)
+    position_A1 = queue_positions(ids_A1, kept_A1, num_experts=num_experts)
+    return torch.where(kept_A1, ids_A1 * places + position_A1, num_experts * places).reshape(-1)

@@ -101,7 +101,7 @@ def prepare_sample(
     if not is_dummy_batch or moe_decoder(self.get_model()) is None:
         return prepared, is_dummy_batch
     marked = {**prepared, "net_input": {**prepared["net_input"], "all_padding": True}}
-    return marked, is_dummy_batch and not _task_uses_stock_steps(self.task)
+    return marked, not _task_uses_stock_steps(self.task)
 
 
 def _task_uses_stock_steps(task: Any) -> bool:
@@ -227,8 +227,8 @@ def _record_load_after_validation(trainer: Any, task: Any, decoder: MoEDecoder) 
 def _write_load(trainer: Any, decoder: MoEDecoder, load: Tensor, *, split: str) -> None:
     if trainer.cfg.checkpoint.no_save:
         return
-    layers = [index for index in range(decoder.num_layers) if decoder.moe.is_moe_layer(index)]
-    record = LoadRecord.from_load(load, split=split, update=trainer.get_num_updates(), layers=layers)
+    update = trainer.get_num_updates()
+    record = LoadRecord.from_load(load, split=split, update=update, layers=decoder.moe_layers)
     try:
         append_record(trainer.cfg.checkpoint.save_dir, record)
     except OSError as error:
