@@ -1,6 +1,8 @@
-"""The injector: inactive unless asked for."""
+"""The injector: inactive unless asked for, and each of its places is used by a test."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +10,19 @@ import torch
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.faults import POINTS, VARIABLE, InjectedError, fault
 
+_TESTS = Path(__file__).parent
+
 
 def test_no_fault_by_default() -> None:
     assert VARIABLE not in os.environ
     for point in POINTS:
         fault(point)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_each_place_is_used_by_a_test(point: str) -> None:
+    files = [path for path in _TESTS.glob("test_*.py") if path != Path(__file__)]
+    assert any(re.search(rf"\b{re.escape(point)}\b", path.read_text()) for path in files), point
 
 
 def test_the_nth_time_at_that_place_and_rank_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"modules"},
     {"megatron_args"},
     {"megatron"},
-    {"megatron_checks"},
+    {"megatron_checks", "reliability"},
     {"config", "distributed"},
     {"faults"},
     {"checkpoint"},
