@@ -17,7 +17,7 @@ from torch import Tensor
 from fairseq_moe.checkpoint.files import load_plain
 from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ShardEntry
 from fairseq_moe.checkpoint.opened import OpenShard, shard_problem
-from fairseq_moe.checkpoint.plan import find_aliases
+from fairseq_moe.checkpoint.plan import find_aliases, split_content
 from fairseq_moe.checkpoint.shards import (
     LazyTensor,
     ShardContent,
@@ -170,6 +170,14 @@ class Checkpoint:
             for name, values in self.scalars().items():
                 content.optimizer.setdefault(name, {}).update(values)
         return content
+
+    def split(self, num_shards: int, *, with_optimizer: bool = True) -> list[ShardContent]:
+        """Everything, divided over ``num_shards`` shards; see ``split_content``."""
+        return split_content(
+            lambda expert_ids: self.content(expert_ids=expert_ids, with_optimizer=with_optimizer),
+            num_experts=self.manifest.shape.num_experts,
+            num_shards=num_shards,
+        )
 
     def load(
         self, *, expert_ids: Sequence[int], with_optimizer: bool

@@ -32,7 +32,9 @@ def write_checkpoint(
 ) -> Manifest:
     """Write a complete checkpoint from one process, tensor by tensor: the shards, then the main file.
 
-    ``split_content`` makes the contents of the shards out of everything that a ``Checkpoint`` holds.
+    ``write_checkpoint(target, state=c.state, run_id=c.manifest.run_id, update=c.manifest.update,
+    shape=c.manifest.shape, contents=c.split(n), num_shards=n)`` gives a ``Checkpoint`` c another number of
+    shards.
 
     Args:
         path: of the main file.

@@ -31,7 +31,7 @@ MODEL_FLAGS_OF_PLUGIN = frozenset(
     {entry.name for record in (MoEConfig, MegatronConfig, ReliabilityConfig) for entry in fields(record)}
     | {argument.name for argument in MEGATRON_ARGS}
     | {"use_stable_embedding", "num_workers_valid"}
-) - {"decoder_layers", "tokens_per_sample", "checkpoint_activations"}
+) - {"decoder_layers", "tokens_per_sample", "checkpoint_activations", "megatron"}
 
 
 def to_dense(path: Path, to: Path, *, expert: int | None) -> None:
