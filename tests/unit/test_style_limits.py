@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
     {"megatron"},
     {"megatron_checks"},
     {"config", "distributed"},
+    {"faults"},
     {"checkpoint"},
     {"criterions", "models", "optim", "tasks"},
     {"stock"},
