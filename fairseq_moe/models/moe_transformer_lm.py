@@ -21,6 +21,7 @@ from fairseq_moe.config import MoEConfig
 from fairseq_moe.models.attention import fuse_attention
 from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.models.megatron_flags import MegatronFlags, add_list_arguments
+from fairseq_moe.models.reliability_flags import ReliabilityFlags
 
 __all__ = ["MoETransformerLanguageModel", "MoETransformerLanguageModelConfig", "adopt_architectures"]
 
@@ -28,7 +29,7 @@ _NAME = "transformer_lm"
 
 
 @dataclass
-class MoETransformerLanguageModelConfig(TransformerLanguageModelConfig, MegatronFlags):
+class MoETransformerLanguageModelConfig(TransformerLanguageModelConfig, MegatronFlags, ReliabilityFlags):
     """Stock's flags and the expert flags, with the moe branch's names and defaults."""
 
     moe_freq: int = field(default=0, metadata={"help": "every N-th decoder layer has experts; 0: none"})

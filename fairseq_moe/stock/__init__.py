@@ -13,6 +13,7 @@ from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
     launch,
     optim,
     parsing,
+    stopping,
     training,
     wrappers,
 )
