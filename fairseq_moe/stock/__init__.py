@@ -15,6 +15,7 @@ from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
     parsing,
     retention,
     saving,
+    stopping,
     training,
     wrappers,
 )

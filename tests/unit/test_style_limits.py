@@ -17,6 +17,7 @@ LAYERS: list[set[str]] = [
     {"layout", "load_record", "stock_flags"},
     {"modules"},
     {"megatron_args"},
+    {"reliability"},
     {"megatron"},
     {"megatron_checks", "reliability"},
     {"config", "distributed"},
