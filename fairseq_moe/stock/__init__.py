@@ -8,6 +8,7 @@ from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
     checkpointing,
     communication,
     evaluate,
+    failing,
     fsdp,
     gradients,
     launch,
