@@ -46,6 +46,8 @@ POINTS: dict[str, str] = {
     "save.before_prune": "rank 0: stock has deleted old main files, their shards are still there",
     "save.pruned_one": "one old set of shards is deleted",
     "save.end": "the rank goes back to training",
+    "train.forward": "before each training micro-batch",
+    "valid.forward": "before each validation batch",
 }
 
 ACTIONS = {
