@@ -25,6 +25,7 @@ from fairseq_moe.config import moe_problems
 from fairseq_moe.distributed import rank
 from fairseq_moe.errors import ConfigError, MoEError
 from fairseq_moe.stock.failing import USER_ERROR_EXIT_CODE, failures_told, has_experts
+from fairseq_moe.stock.saving import end_of_run
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.spawned import wait_for
 
@@ -56,6 +57,7 @@ def call_main(stock: Callable[..., Any], cfg: Any, main: Callable[..., Any], **k
         if dist_cfg.distributed_init_method is None or dist_cfg.distributed_no_spawn:
             with failures_told():
                 stock(cfg, main, **kwargs)
+                end_of_run()
         else:
             _spawn_ranks(cfg, main, kwargs, on_cpu=on_cpu)
 
@@ -90,6 +92,7 @@ def run_rank(index: int, main: Callable[..., Any], cfg: Any, kwargs: dict[str, A
     try:
         with one_sentence_errors(), failures_told():
             distributed_utils.distributed_main(index, main, cfg, kwargs)
+            end_of_run()
     except Exception:
         if not has_experts(cfg):
             raise  # torch hands it to the parent, which waits with ranks.join()

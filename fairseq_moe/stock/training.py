@@ -20,6 +20,7 @@ from fairseq_moe.reliability import ReliabilityConfig
 from fairseq_moe.stock.evaluate import dummy_batch
 from fairseq_moe.stock.failing import FIRST_UPDATE_TIMEOUTS, current_watchdog
 from fairseq_moe.stock.models import moe_decoder
+from fairseq_moe.stock.saving import finish_background_save, note_background_save
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.step_guard import StepGuard
 
@@ -224,8 +225,11 @@ def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise
     watchdog = current_watchdog()
     if watchdog is not None:
         watchdog.update = self.get_num_updates() + 1
+    note_background_save(self)
     with _no_crash_checkpoint(self):
         output = stock(self, samples, raise_oom or world_size() > 1)
+    if self.moe_guard.all_have_background_save:
+        finish_background_save(self)
     if self.moe_guard.is_first_update:
         self.moe_guard.is_first_update = False
         _set_timeouts(self, decoder, 1.0)
