@@ -1,6 +1,7 @@
 """The training loop around an MoE model: dummy batches, start-up messages, memory and load statistics."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from fairseq.tasks.fairseq_task import FairseqTask
 from torch import Tensor, nn
 
 from fairseq_moe.criterions import MoECrossEntropyCriterion
-from fairseq_moe.distributed import set_collective_timeout, world_size
+from fairseq_moe.distributed import broadcast_value, rank, set_collective_timeout, world_size
 from fairseq_moe.faults import fault
 from fairseq_moe.load_record import LOAD_KEY, LoadRecord, append_record
 from fairseq_moe.megatron_args import argument_warnings
@@ -19,6 +20,7 @@ from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.reliability import ReliabilityConfig
 from fairseq_moe.stock.evaluate import dummy_batch
 from fairseq_moe.stock.failing import FIRST_UPDATE_TIMEOUTS, current_watchdog
+from fairseq_moe.stock.lock import SaveDirectoryError, lock_save_directory
 from fairseq_moe.stock.models import moe_decoder
 from fairseq_moe.stock.saving import finish_background_save, note_background_save
 from fairseq_moe.stock.seam import seam
@@ -30,10 +32,12 @@ logger = logging.getLogger(__name__)
 @seam(
     "fairseq.trainer:Trainer.__init__",
     signature="(self, cfg, task, model, criterion, quantizer)",
-    stock_does="counts the parameters of FSDP shards, and loads checkpoints on rank 0 only",
-    breaks="the logged sizes are those of a shard; other ranks need other experts",
+    stock_does="counts the parameters of FSDP shards, loads checkpoints on rank 0 only, and leaves freed memory "
+    "to the C library",
+    breaks="the logged sizes are those of a shard; other ranks need other experts; on a CPU the gradients of "
+    "many experts get new pages from the system in every update",
     we_do="log true sizes in the branch's words, load on all ranks, warn of a criterion without gate loss, "
-    "and write the load of the experts after each validation",
+    "write the load of the experts after each validation, and on a CPU keep freed memory",
     test="tests/e2e/test_training.py",
 )
 def trainer_init(
@@ -52,12 +56,26 @@ def trainer_init(
         _warn_once(cfg, decoder, criterion)
     stock(self, cfg, task, model, criterion, quantizer)
     if decoder is not None:
+        _lock_save_directory(self)
         _record_load_after_validation(self, task, decoder)
         # Where the seams of a step find it: on the trainer, on its task and beside the experts.
         guard = StepGuard(ReliabilityConfig.from_args(cfg.model))
         self.moe_guard = task.moe_guard = decoder.moe_guard = guard
         guard.signals.listen()
         _set_timeouts(self, decoder, FIRST_UPDATE_TIMEOUTS)
+
+
+def _lock_save_directory(trainer: Any) -> None:
+    """On rank 0; all ranks learn of a refusal. fairseq-train has made the directory by now."""
+    cfg, refusal = trainer.cfg.checkpoint, None
+    if rank() == 0 and not cfg.no_save and os.path.isdir(cfg.save_dir):
+        try:
+            lock_save_directory(cfg.save_dir)
+        except SaveDirectoryError as error:
+            refusal = error
+    refusal = broadcast_value(refusal)
+    if refusal is not None:
+        raise refusal
 
 
 def _log_sizes(model: nn.Module) -> None:
