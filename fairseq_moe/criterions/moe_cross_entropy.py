@@ -20,6 +20,7 @@ from torch import Tensor
 from fairseq_moe.criterions.nll import summed_nll
 from fairseq_moe.criterions.per_layer import log_per_layer, per_layer_sums
 from fairseq_moe.load_record import LOAD_KEY
+from fairseq_moe.load_watch import LoadWatch
 from fairseq_moe.modules.rules import LOSSES
 from fairseq_moe.modules.stats import LAYER_STATS
 
@@ -57,12 +58,14 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         self.gate_loss_weight = moe_gate_loss_wt
         self.gate_loss_combine_method = str(moe_gate_loss_combine_method)
         self.gate_loss_transform = str(moe_gate_loss_transform)
+        self.load_watch: LoadWatch | None = None  # the model's; the adapter shows it the load of all ranks
 
     def forward(
         self, model: Any, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, Any, dict[str, Any]]:
         """Loss in nats, sample size, and sums for logging."""
         net_output = model(**sample["net_input"])
+        self.load_watch = net_output[1].get("moe_load_watch")
         inner_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {

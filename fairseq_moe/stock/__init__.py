@@ -11,9 +11,11 @@ from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
     fsdp,
     gradients,
     launch,
+    load_warning,
     optim,
     parsing,
     training,
+    untrusted,
     wrappers,
 )
 from fairseq_moe.stock.seam import SEAMS, Seam, install_seams
