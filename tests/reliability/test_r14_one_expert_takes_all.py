@@ -4,6 +4,7 @@ Layers of the branch and of the top-k family on 1 and 4 ranks; further cases of 
 ``tests/unit/test_routing.py`` and ``tests/unit/test_topk_rule.py``.
 """
 
+import functools
 import logging
 import math
 from typing import Any
@@ -22,6 +23,15 @@ DROPLESS = {"num_experts": E, "moe_router_topk": 1, "moe_router_pre_softmax": Tr
 LIMITED = DROPLESS | {"moe_expert_capacity_factor": 1.25}
 PADDED = LIMITED | {"moe_pad_expert_input_to_capacity": True}
 ALLGATHER = DROPLESS | {"moe_token_dispatcher_type": "allgather"}
+LAYERS = {
+    "branch top-1": BRANCH_1,
+    "branch top-2": BRANCH_2,
+    "capacity factor": LIMITED,
+    "padded to it": PADDED,
+    "dropless": DROPLESS,
+    "dropless by allgather": ALLGATHER,
+}
+TOKENS = [T, 3, 0, 17]  # of each rank
 
 
 def _layer(flags: dict[str, Any], mesh: Any) -> Any:
@@ -37,16 +47,24 @@ def _layer(flags: dict[str, Any], mesh: Any) -> Any:
     return layer.double()
 
 
-def _collapse(
-    rank: int, flags: dict[str, Any], num_tokens: list[int], mutation: bool = False
-) -> dict[str, Any]:
+def _collapses(rank: int, mutation: bool = False) -> dict[str, dict[str, Any]]:
+    """Every layer in one go, as forking takes longer."""
+    if mutation:
+        topk_rule.expert_capacity = lambda num_tokens, *args, **kwargs: num_tokens
+    return {name: _collapse(rank, flags, TOKENS) for name, flags in LAYERS.items()}
+
+
+@functools.cache
+def _on_ranks(world_size: int) -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(_collapses, world_size, timeout=40)
+
+
+def _collapse(rank: int, flags: dict[str, Any], num_tokens: list[int]) -> dict[str, Any]:
     """One training pass: what was asked for and kept, the rows this rank's experts were given, and differences from
     a layer with all experts on this rank and from the reference."""
     from fairseq_moe.distributed import all_reduce_sum, local_experts_only, parallel_mesh
     from fairseq_moe.modules import RouterMode
 
-    if mutation:
-        topk_rule.expert_capacity = lambda num_tokens, *args, **kwargs: num_tokens
     layer = _layer(flags, parallel_mesh(E))
     rows: list[int] = []
     layer.experts.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
@@ -76,30 +94,25 @@ def _collapse(
     }
 
 
-TOKENS = [T, 3, 0, 17]
-
-
 @pytest.mark.parametrize(
-    ("flags", "capacity"),
+    ("name", "capacity", "top_k"),
     [
-        (BRANCH_1, lambda tokens: math.ceil(tokens / E)),
-        (BRANCH_2, lambda tokens: 2 * math.ceil(tokens / E)),
-        (LIMITED, lambda tokens: math.ceil(tokens / E * 1.25)),
-        (PADDED, lambda tokens: math.ceil(tokens / E * 1.25)),
+        ("branch top-1", lambda tokens: math.ceil(tokens / E), 1),
+        ("branch top-2", lambda tokens: 2 * math.ceil(tokens / E), 2),
+        ("capacity factor", lambda tokens: math.ceil(tokens / E * 1.25), 1),
+        ("padded to it", lambda tokens: math.ceil(tokens / E * 1.25), 1),
     ],
-    ids=["branch top-1", "branch top-2", "capacity factor", "padded to it"],
 )
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_with_a_limit_drops_are_counted_exactly_and_rows_are_bounded(
-    world_size: int, flags: dict[str, Any], capacity: Any
+    world_size: int, name: str, capacity: Any, top_k: int
 ) -> None:
     """No rank's experts ever see more than the sum over ranks of capacity x local experts."""
-    by_rank = run_ranks(_collapse, world_size, flags, TOKENS, timeout=30)
-    _assert_limited(by_rank, capacity, top_k=2 if flags is BRANCH_2 else 1)
+    _assert_limited([found[name] for found in _on_ranks(world_size)], capacity, top_k=top_k)
 
 
 def test_these_tests_see_a_limit_that_is_not_kept() -> None:
-    by_rank = run_ranks(_collapse, 4, LIMITED, TOKENS, True, timeout=30)
+    by_rank = [found["capacity factor"] for found in run_ranks(_collapses, 4, True, timeout=40)]
     with pytest.raises(AssertionError):
         _assert_limited(by_rank, lambda tokens: math.ceil(tokens / E * 1.25), top_k=1)
 
@@ -116,10 +129,10 @@ def _assert_limited(by_rank: list[dict[str, Any]], capacity: Any, *, top_k: int)
         assert found["error"] < 1e-12 and found["gradient error"] < 1e-10
 
 
-@pytest.mark.parametrize("flags", [DROPLESS, ALLGATHER], ids=["alltoall", "allgather"])
+@pytest.mark.parametrize("name", ["dropless", "dropless by allgather"])
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_without_a_limit_nothing_is_lost(world_size: int, flags: dict[str, Any]) -> None:
-    by_rank = run_ranks(_collapse, world_size, flags, TOKENS, timeout=30)
+def test_without_a_limit_nothing_is_lost(world_size: int, name: str) -> None:
+    by_rank = [found[name] for found in _on_ranks(world_size)]
     for rank, (tokens, found) in enumerate(zip(TOKENS, by_rank, strict=False)):
         assert found["kept"] == found["wanted"] == [tokens] + [0] * (E - 1)
         assert found["rows"] == (sum(TOKENS[:world_size]) if rank == 0 else 0)
