@@ -134,7 +134,7 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
 def _check_agreement(args: Any) -> None:
     """Compare the model's flags over all ranks; with other ones they would exchange different things, or wait."""
     get = getter(args)
-    own = {flag.name: get(flag.name) for flag in fields(MoETransformerLanguageModelConfig)}
+    own = {flag.name: str(get(flag.name)) for flag in fields(MoETransformerLanguageModelConfig)}
     problems = disagreements(gather_values(own))
     if problems:
         raise ConfigError(problems)
