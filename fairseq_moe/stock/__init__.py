@@ -12,12 +12,14 @@ from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
     gradients,
     launch,
     loading,
+    load_warning,
     optim,
     parsing,
     retention,
     saving,
     stopping,
     training,
+    untrusted,
     wrappers,
 )
 from fairseq_moe.stock.seam import SEAMS, Seam, install_seams
