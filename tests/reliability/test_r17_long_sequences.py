@@ -1,5 +1,5 @@
-"""R17: a sequence longer than the model's positions is skipped and counted, or an error, when data is loaded;
-the message names the flag, and the sequence never reaches a step.
+"""R17: a sequence longer than the model's positions is skipped and counted, or an error, when data is loaded; the log
+names the flag, and the sequence never reaches a step.
 
 Only ``--sample-break-mode eos`` and ``complete_doc`` make such samples; the other modes cut.
 """
