@@ -61,5 +61,10 @@ setup(
         "test": TEST,
         "dev": DEV,
     },
-    entry_points={"console_scripts": ["fairseq-moe-inspect = fairseq_moe.inspect:main"]},
+    entry_points={
+        "console_scripts": [
+            "fairseq-moe-checkpoint = fairseq_moe.checkpoint_tools.command:main",
+            "fairseq-moe-inspect = fairseq_moe.inspect:main",
+        ]
+    },
 )

@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"checkpoint"},
     {"criterions", "models", "optim", "tasks"},
     {"stock"},
-    {"inspect", "inspect_load", "inspect_plot", "inspect_table"},
+    {"checkpoint_tools", "inspect", "inspect_load", "inspect_plot", "inspect_table"},
 ]
 # The package itself registers everything, so it stands outside.
 OUTSIDE = {"__init__"}
