@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Cache", "attend", "extended"]
+__all__ = ["Cache", "attend", "extended", "num_cached"]
 
 Cache = dict[str, Tensor]  # what one attention keeps of earlier tokens
 
@@ -17,6 +17,11 @@ def extended(cache: Cache | None, name: str, new: Tensor, *, dim: int) -> Tensor
         new = torch.cat([cache[name], new], dim)
     cache[name] = new
     return new
+
+
+def num_cached(cache: Cache | None, name: str, *, dim: int) -> int:
+    """How many earlier positions there are."""
+    return cache[name].shape[dim] if cache is not None and name in cache else 0
 
 
 def attend(

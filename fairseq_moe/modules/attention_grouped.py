@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fairseq_moe.modules.attend import Cache, attend, extended
+from fairseq_moe.modules.attend import Cache, attend, extended, num_cached
 from fairseq_moe.modules.norm import RMSNorm
 from fairseq_moe.modules.rope import Rotary
 
@@ -95,7 +95,7 @@ class GroupedAttention(nn.Module):
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            start = cache["key"].shape[2] if cache else 0
+            start = num_cached(cache, "key", dim=2)
             q, k = self.rotary(q, start=start), self.rotary(k, start=start)
         y_BSn = attend(
             q,

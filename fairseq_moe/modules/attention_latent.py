@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe.modules.attend import Cache, attend, extended
+from fairseq_moe.modules.attend import Cache, attend, extended, num_cached
 from fairseq_moe.modules.norm import RMSNorm
 from fairseq_moe.modules.rope import Rotary
 
@@ -67,10 +67,14 @@ class LatentAttention(nn.Module):
             self.q_b_proj = nn.Linear(config.q_rank, query_dim, bias=False)
         self.kv_a_proj = nn.Linear(model_dim, config.kv_rank + config.rope_dim, bias=bias)
         self.kv_a_norm = RMSNorm(config.kv_rank, eps=_LATENT_EPS)
-        self.kv_b_proj = nn.Linear(config.kv_rank, num_heads * (config.nope_dim + config.value_dim), bias=False)
+        self.kv_b_proj = nn.Linear(
+            config.kv_rank, num_heads * (config.nope_dim + config.value_dim), bias=False
+        )
         self.out_proj = nn.Linear(num_heads * config.value_dim, model_dim, bias=bias)
         yarn = rotary.config.yarn
-        self.scale = (config.nope_dim + config.rope_dim) ** -0.5 * (1.0 if yarn is None else yarn.score_scale())
+        self.scale = (config.nope_dim + config.rope_dim) ** -0.5 * (
+            1.0 if yarn is None else yarn.score_scale()
+        )
 
     def forward(
         self,
@@ -82,7 +86,7 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """As ``GroupedAttention.forward``; the cache keeps ``latent`` and ``rope_key``."""
         config = self.config
-        start = cache["latent"].shape[1] if cache else 0
+        start = num_cached(cache, "latent", dim=1)
         q_nope, q_rope = self._by_head(self._queries(x_BSD), config.nope_dim, config.rope_dim)
         c_BSr, rope_key_BSd = self.kv_a_proj(x_BSD).split([config.kv_rank, config.rope_dim], dim=-1)
         c_BTr = extended(cache, "latent", self.kv_a_norm(c_BSr), dim=1)

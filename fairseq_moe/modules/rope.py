@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and its stretching by YaRN (Peng et al. 2023, 2309.00071).
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), and YaRN (Peng et al. 2023, 2309.00071).
 
 Pair i of a head turns by position * f_i, f_i = theta^(-2i/d). The *half* form pairs values (i, i + d/2) (Mixtral,
 Qwen, OLMoE), the *interleaved* form (2i, 2i + 1) (DeepSeek).

@@ -107,7 +107,14 @@ def latent(version: int, *, q_rank: int | None, interleaved: bool = True) -> tup
         theirs, table = v3.DeepseekV3Attention(config, 0), v3.DeepseekV3RotaryEmbedding(config)
     ours = LatentAttention(
         LatentAttentionConfig(
-            model_dim=D, num_heads=4, kv_rank=20, q_rank=q_rank, nope_dim=12, rope_dim=8, value_dim=10, bias=True
+            model_dim=D,
+            num_heads=4,
+            kv_rank=20,
+            q_rank=q_rank,
+            nope_dim=12,
+            rope_dim=8,
+            value_dim=10,
+            bias=True,
         ),
         Rotary(RotaryConfig(interleaved=interleaved, yarn=OUR_YARN), 8),
     )
@@ -250,7 +257,14 @@ def test_norm(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("mscale", "mscale_all_dim", "attention_factor"),
-    [(0.707, 0.707, None), (1.0, 1.0, None), (1.0, 0.5, None), (None, None, None), (None, None, 1.3), (1, 0, None)],
+    [
+        (0.707, 0.707, None),
+        (1.0, 1.0, None),
+        (1.0, 0.5, None),
+        (None, None, None),
+        (None, None, 1.3),
+        (1, 0, None),
+    ],
 )
 @pytest.mark.parametrize(("factor", "original"), [(40.0, 4096), (4.0, 64), (0.5, 32), (32.0, 16)])
 def test_yarn(
