@@ -151,18 +151,26 @@ class MoEDecoder(TransformerDecoder):
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def forward(
-        self, prev_output_tokens: Tensor, *args: Any, all_padding: bool = False, **kwargs: Any
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Any = None,
+        incremental_state: dict[str, Any] | None = None,
+        features_only: bool = False,
+        *,
+        all_padding: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Stock's forward.
 
         Args:
             prev_output_tokens: int64 (B, S).
-            args: as stock.
+            encoder_out: as stock, None.
+            incremental_state: as stock.
+            features_only: as stock.
             all_padding: the batch only keeps this rank in step with the others: its tokens take no capacity
                 and enter no statistic.
             kwargs: as stock.
         """
-        incremental_state = kwargs.get("incremental_state", args[1] if len(args) > 1 else None)
         if incremental_state is not None:
             mode, ids = RouterMode.GENERATE, prev_output_tokens[:, -1:]
         else:
@@ -173,12 +181,16 @@ class MoEDecoder(TransformerDecoder):
         elif self.moe.use_moe_pad_mask:
             padding_T = ids.eq(self.padding_idx).reshape(-1)
         tokens = TokenInfo(mode=mode, padding_T=padding_T, ids_T=ids.reshape(-1), num_sequences=len(ids))
-        guesses_on = self.modern.mtp_layers and self.modern.mtp_loss_weight > 0 and mode is RouterMode.TRAIN
-        if guesses_on:
-            kwargs["features_only"] = True
+        guesses_further = self.modern.mtp_loss_weight > 0 and mode is RouterMode.TRAIN and not features_only
         with self._talk_to_moe_layers(tokens) as auxes:
-            x, extra = super().forward(prev_output_tokens, *args, **kwargs)
-        if guesses_on:
+            x, extra = super().forward(
+                prev_output_tokens,
+                encoder_out,
+                incremental_state,
+                features_only=features_only or guesses_further,
+                **kwargs,
+            )
+        if guesses_further:
             extra |= self._guess_further(x, prev_output_tokens, padding_T)
             x = self.output_layer(x)
         extra["moe_aux"] = auxes

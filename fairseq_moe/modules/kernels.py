@@ -61,7 +61,9 @@ def under_autocast(rows_RD: Tensor, stacks: Stacks) -> tuple[Tensor, Stacks]:
     if not torch.is_autocast_enabled(device):
         return rows_RD, stacks
     dtype = torch.get_autocast_dtype(device)
-    return rows_RD.to(dtype), Stacks(*(None if tensor is None else tensor.to(dtype) for tensor in stacks))
+    fc1_bias, fc2_bias = (None if b is None else b.to(dtype) for b in (stacks.fc1_bias, stacks.fc2_bias))
+    fc1_weight, fc2_weight = stacks.fc1_weight.to(dtype), stacks.fc2_weight.to(dtype)
+    return rows_RD.to(dtype), Stacks(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
 
 
 def choose_kernel(
