@@ -12,9 +12,10 @@ _MODEL = [
     *("model=transformer_lm", "model.decoder_layers=2", "model.decoder_embed_dim=16"),
     *("model.decoder_input_dim=16", "model.decoder_output_dim=16", "model.decoder_ffn_embed_dim=32"),
     *("model.decoder_attention_heads=2", "model.moe_freq=2", "model.moe_expert_count=4"),
+    "criterion.moe_gate_loss_wt=0.01",
 ]
 _TRAINING = [
-    *("criterion=moe_cross_entropy", "criterion.moe_gate_loss_wt=0.01", "optimizer=adam"),
+    *("criterion=moe_cross_entropy", "optimizer=adam"),
     *("lr_scheduler=fixed", "optimization.lr=[0.01]", "optimization.max_update=3", "dataset.batch_size=4"),
     *("dataset.num_workers=0", "dataset.disable_validation=true", "common.cpu=true"),
     *("common.log_format=json", "common.log_interval=1", "common.user_dir=fairseq_moe"),
