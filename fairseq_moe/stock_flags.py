@@ -58,6 +58,12 @@ STOCK_FLAGS = (
         reason="it averages all parameters, experts included; use legacy_ddp, pytorch_ddp or fully_sharded",
     ),
     StockFlag(
+        flag="--write-checkpoints-asynchronously",
+        group="checkpoint",
+        field="write_checkpoints_asynchronously",
+        reason="stock writes the file of rank 0 alone so, and no checkpoint_last.pt; use --save-in-background",
+    ),
+    StockFlag(
         flag="--decoder-layerdrop",
         group="model",
         field="decoder_layerdrop",

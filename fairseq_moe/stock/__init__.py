@@ -5,14 +5,18 @@ stock's behaviour to the bit: every seam that concerns experts asks first whethe
 """
 
 from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
-    checkpointing,
     communication,
     evaluate,
+    failing,
     fsdp,
     gradients,
     launch,
+    loading,
     optim,
     parsing,
+    retention,
+    saving,
+    stopping,
     training,
     wrappers,
 )
