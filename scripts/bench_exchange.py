@@ -16,6 +16,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,13 +44,18 @@ class Meter:
     bytes_sent: int = 0
     original: Any = field(default_factory=lambda: dist.all_to_all_single)
 
-    def __call__(self, output: Any, rows: Any, recv: Any = None, send: Any = None, group: Any = None) -> Any:
+    def __call__(self, output: Any, rows: Any, recv: Any = None, send: Any = None, **options: Any) -> Any:
         """As torch's function."""
+        group = options["group"]
         splits = send or [len(rows) // dist.get_world_size(group)] * dist.get_world_size(group)
         row_bytes = rows[:1].numel() * rows.element_size() if len(rows) else 0
         self.bytes_sent += (sum(splits) - splits[self.rank]) * row_bytes
+        work = self._timed(self.original, output, rows, recv, send, **options)
+        return SimpleNamespace(wait=lambda: self._timed(work.wait))
+
+    def _timed(self, call: Any, *args: Any, **options: Any) -> Any:
         start_sec = time.perf_counter()
-        result = self.original(output, rows, recv, send, group=group)
+        result = call(*args, **options)
         self.seconds += time.perf_counter() - start_sec
         return result
 

@@ -158,7 +158,7 @@ def measure(
     for name in ways:
         try:
             module, run = WAYS[name](size)
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: a library of theirs does not fit this torch
             missing[name] = str(error)
             continue
         module.to(device=device, dtype=dtype)

@@ -3,6 +3,7 @@
 loss = inner + weight * n * gate, where inner is the summed negative log-likelihood in nats, n the sample size
 (tokens, or sentences with --sentence-avg) and gate the sum or mean of the layers' balance losses. fairseq
 divides the sum over ranks and micro-batches by the sum of n, so gate counts per token whatever the placement.
+A model that predicts further tokens (--mtp-loss-weight) adds weight * the mean over its blocks of the same sum.
 """
 
 import math
@@ -20,6 +21,7 @@ from torch import Tensor
 from fairseq_moe.criterions.nll import summed_nll
 from fairseq_moe.criterions.per_layer import log_per_layer, per_layer_sums
 from fairseq_moe.load_record import LOAD_KEY
+from fairseq_moe.load_watch import LoadWatch
 from fairseq_moe.modules.rules import LOSSES
 from fairseq_moe.modules.stats import LAYER_STATS
 
@@ -57,12 +59,14 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         self.gate_loss_weight = moe_gate_loss_wt
         self.gate_loss_combine_method = str(moe_gate_loss_combine_method)
         self.gate_loss_transform = str(moe_gate_loss_transform)
+        self.load_watch: LoadWatch | None = None  # the model's; the adapter shows it the load of all ranks
 
     def forward(
         self, model: Any, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, Any, dict[str, Any]]:
         """Loss in nats, sample size, and sums for logging."""
         net_output = model(**sample["net_input"])
+        self.load_watch = net_output[1].get("moe_load_watch")
         inner_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
@@ -82,6 +86,10 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             weighted = self.gate_loss_weight * gate_loss + _weighted_losses(auxes, coefficients)
             # Unreduced losses share the auxiliary ones out, so that their sum is the same.
             loss = inner_loss + sample_size / inner_loss.numel() * weighted
+        if "mtp_logits" in net_output[1]:
+            mtp_loss = self._mtp_loss(net_output[1], model.get_targets(sample, net_output), sample_size)
+            loss = loss + mtp_loss / inner_loss.numel()
+            logging_output["mtp_loss"] = mtp_loss.data
         logging_output["loss"] = loss.data
         logging_output["moe_gate_loss"] = (sample_size * gate_loss).data
         logging_output.update(_layer_mean_losses(auxes, sample_size, inner_loss))
@@ -102,6 +110,18 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         target_T = model.get_targets(sample, net_output).view(-1)
         nll = summed_nll(logits.reshape(-1, logits.shape[-1]), target_T, ignore_index=self.padding_idx)
         return nll, nll
+
+    def _mtp_loss(self, extra: dict[str, Any], target_BS: Tensor, sample_size: Any) -> Tensor:
+        """Weighted sum over the batch of how badly further tokens are guessed, with their experts' losses."""
+        logits = extra["mtp_logits"]
+        total = torch.zeros((), device=target_BS.device)
+        for index, (logits_BSV, aux) in enumerate(zip(logits, extra["mtp_aux"], strict=True)):
+            target_T = target_BS[:, index + 1 :].reshape(-1)
+            flat_TV = logits_BSV.reshape(-1, logits_BSV.shape[-1])
+            total = total + summed_nll(flat_TV, target_T, ignore_index=self.padding_idx)
+            if aux is not None:
+                total = total + sample_size * _weighted_losses([aux], extra["moe_loss_coefficients"])
+        return total * (extra["mtp_loss_weight"] / len(logits))
 
     def _gate_loss(self, layer_losses: list[Tensor], inner_loss: Tensor) -> Tensor:
         if not layer_losses:
@@ -124,25 +144,29 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             return sum(log.get(key, 0) for log in logging_outputs)
 
         sample_size, ntokens, batches = total("sample_size"), total("ntokens"), total("batch_count")
-        metrics.log_scalar("loss", total("loss") / sample_size / math.log(2), sample_size, round=3)
-        metrics.log_scalar("moe_gate_loss", total("moe_gate_loss") / sample_size, sample_size, round=8)
+        # Batches of padding alone count for nothing: 0, not NaN, with weight 0.
+        per_sample, per_token, per_batch = sample_size or 1, ntokens or 1, batches or 1
+        metrics.log_scalar("loss", total("loss") / per_sample / math.log(2), sample_size, round=3)
+        metrics.log_scalar("moe_gate_loss", total("moe_gate_loss") / per_sample, sample_size, round=8)
         for name in _LOGGED_LOSSES:
             metrics.log_scalar(
-                f"moe_{name}_loss", total(f"moe_{name}_loss") / sample_size, sample_size, round=8
+                f"moe_{name}_loss", total(f"moe_{name}_loss") / per_sample, sample_size, round=8
+            )
+        if any("mtp_loss" in log for log in logging_outputs):
+            metrics.log_scalar(
+                "mtp_loss", total("mtp_loss") / sample_size / math.log(2), sample_size, round=3
             )
         for name in LAYER_STATS:
-            metrics.log_scalar(name, total(name) / batches, batches, round=3)
+            metrics.log_scalar(name, total(name) / per_batch, batches, round=3)
         loads = [log[LOAD_KEY] for log in logging_outputs if LOAD_KEY in log]
         if loads:
             metrics.log_scalar_sum(LOAD_KEY, sum(loads))
         log_per_layer(logging_outputs, sample_size=sample_size, batches=batches)
-        metrics.log_scalar(
-            "inner_loss", total("inner_loss") / sample_size / math.log(2), sample_size, round=3
-        )
+        metrics.log_scalar("inner_loss", total("inner_loss") / per_sample / math.log(2), sample_size, round=3)
         perplexity_of = "inner_loss"
         if sample_size != ntokens:
             perplexity_of = "nll_loss"
-            metrics.log_scalar("nll_loss", total("inner_loss") / ntokens / math.log(2), ntokens, round=3)
+            metrics.log_scalar("nll_loss", total("inner_loss") / per_token / math.log(2), ntokens, round=3)
         metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters[perplexity_of].avg))
 
     @staticmethod

@@ -3,6 +3,7 @@
 The exchange that ``fairseq_moe.modules.exchange`` describes, as all-to-all over a process group.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,31 +29,91 @@ class GroupExchange:
         dist.all_to_all_single(received, send_counts_GL.contiguous(), group=self._group)
         return received
 
-    def rows(self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int]) -> Tensor:
-        """All-to-all with uneven splits; its gradient travels the other way round."""
-        return _AllToAll.apply(rows_RD, send_splits, recv_splits, self._group)
+    def rows(
+        self,
+        rows_RD: Tensor,
+        send_splits: list[int],
+        recv_splits: list[int],
+        *,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """All-to-all with uneven splits; its gradient travels the other way round.
+
+        With ``meanwhile``, the rows travel while it runs, and the gradients while its own backward pass runs.
+        """
+        flight = _Flight()
+        token = _Start.apply(rows_RD, send_splits, recv_splits, self._group, flight)
+        if meanwhile is not None:
+            meanwhile()
+        return _Arrive.apply(token, send_splits, recv_splits, self._group, flight)
 
 
-class _AllToAll(torch.autograd.Function):
-    """all_to_all_single whose gradient is the exchange the other way round."""
+class _Flight:
+    """An exchange under way; keeps what is sent alive until it has arrived."""
+
+    def __init__(self) -> None:
+        self._parts: tuple[Any, Tensor, Tensor] | None = None
+
+    def start(
+        self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int], group: dist.ProcessGroup
+    ) -> None:
+        """Begin."""
+        rows_RD = rows_RD.contiguous()
+        received = rows_RD.new_empty((sum(recv_splits), *rows_RD.shape[1:]))
+        work = dist.all_to_all_single(received, rows_RD, recv_splits, send_splits, group=group, async_op=True)
+        self._parts = work, rows_RD, received
+
+    def arrive(self) -> Tensor:
+        """Wait until the rows are there (on a GPU: let the current stream wait), and hand them over."""
+        assert self._parts is not None
+        work, _, received = self._parts
+        work.wait()
+        self._parts = None
+        return received
+
+
+class _Start(torch.autograd.Function):
+    """Begins the exchange; its output is a token of width 0 that ties ``_Arrive`` to it.
+
+    In the backward pass it waits for the gradients that ``_Arrive`` has sent back. Autograd runs the backward
+    pass of what was computed between the two between theirs: nodes that were made later go first.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int], group: dist.ProcessGroup
+        ctx: Any,
+        rows_RD: Tensor,
+        send_splits: list[int],
+        recv_splits: list[int],
+        group: dist.ProcessGroup,
+        flight: _Flight,
     ) -> Tensor:
-        ctx.splits = send_splits, recv_splits
-        ctx.group = group
-        return _all_to_all(rows_RD, send_splits, recv_splits, group)
+        ctx.flight = flight
+        flight.start(rows_RD, send_splits, recv_splits, group)
+        return rows_RD.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.flight.arrive(), None, None, None, None
+
+
+class _Arrive(torch.autograd.Function):
+    """Waits for the rows. In the backward pass, begins the exchange of their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token: Tensor,
+        send_splits: list[int],
+        recv_splits: list[int],
+        group: dist.ProcessGroup,
+        flight: _Flight,
+    ) -> Tensor:
+        ctx.splits, ctx.group, ctx.flight = (send_splits, recv_splits), group, flight
+        return flight.arrive()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         send_splits, recv_splits = ctx.splits
-        return _all_to_all(grads[0], recv_splits, send_splits, ctx.group), None, None, None
-
-
-def _all_to_all(
-    rows_RD: Tensor, send_splits: list[int], recv_splits: list[int], group: dist.ProcessGroup
-) -> Tensor:
-    received = rows_RD.new_empty((sum(recv_splits), *rows_RD.shape[1:]))
-    dist.all_to_all_single(received, rows_RD.contiguous(), recv_splits, send_splits, group=group)
-    return received
+        ctx.flight.start(grads[0], recv_splits, send_splits, ctx.group)
+        return grads[0].new_empty(0), None, None, None, None

@@ -4,12 +4,13 @@
 rows that survived capacity travel, and only to the rank that owns their expert.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules.exchange import Exchange, ExchangeTimes
+from fairseq_moe.modules.exchange import Exchange, ExchangeTimes, LocalExchange
 from fairseq_moe.modules.permute import RowPlan, combine_rows, count_rows, plan_rows, take_rows
 from fairseq_moe.modules.routing import RoutingDecision
 
@@ -25,6 +26,7 @@ class DispatchRecord:
         send_splits: rows sent to each of the G ranks.
         recv_splits: rows received from each.
         local_counts_L: rows of each local expert, from all ranks.
+        rows_per_expert: every count, where the shape of the batch fixes it; None: routing decides.
         expert_major_R: int64 order that sorts the received rows by local expert; None: they already are.
     """
 
@@ -33,6 +35,7 @@ class DispatchRecord:
     recv_splits: list[int]
     local_counts_L: list[int]
     expert_major_R: Tensor | None
+    rows_per_expert: int | None = None
 
 
 class Dispatcher:
@@ -51,7 +54,12 @@ class Dispatcher:
         self.skip_exchange = skip_exchange
 
     def dispatch(
-        self, x_TD: Tensor, decision: RoutingDecision, times: ExchangeTimes
+        self,
+        x_TD: Tensor,
+        decision: RoutingDecision,
+        times: ExchangeTimes,
+        *,
+        meanwhile: Callable[[], object] | None = None,
     ) -> tuple[Tensor, DispatchRecord]:
         """Bring together the rows of this rank's experts, sorted by expert.
 
@@ -59,6 +67,7 @@ class Dispatcher:
             x_TD: float tokens.
             decision: their routing.
             times: where the time of the exchange is added.
+            meanwhile: called once, while the rows are under way: work that needs none of them.
 
         Returns:
             (R', D) rows for the local experts, and the record for ``combine``.
@@ -76,8 +85,8 @@ class Dispatcher:
             expert_major_R=_expert_major_order(recv_GL),
         )
         rows = take_rows(x_TD, record.plan)
-        if not self.skip_exchange:
-            rows = times.measure(self.exchange.rows, rows, record.send_splits, record.recv_splits)
+        exchange = LocalExchange() if self.skip_exchange else self.exchange
+        rows = times.measure(exchange.rows, rows, record.send_splits, record.recv_splits, meanwhile=meanwhile)
         if record.expert_major_R is not None:
             rows = rows.index_select(0, record.expert_major_R)
         return rows, record

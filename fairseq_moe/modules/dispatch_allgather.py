@@ -4,6 +4,7 @@ It moves every token to every rank, so it costs more than all-to-all unless most
 K, few ranks). Results are the same.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +26,14 @@ class GatherRecord:
         sizes: tokens of each of the G ranks.
         local_counts_L: rows of each local expert.
         num_tokens: T, tokens of this rank.
+        rows_per_expert: None: routing decides.
     """
 
     plan: RowPlan
     sizes: list[int]
     local_counts_L: list[int]
     num_tokens: int
+    rows_per_expert: int | None = None
 
 
 class AllGatherDispatcher:
@@ -48,13 +51,18 @@ class AllGatherDispatcher:
         self.first_expert_id = first_expert_id
 
     def dispatch(
-        self, x_TD: Tensor, decision: RoutingDecision, times: ExchangeTimes
+        self,
+        x_TD: Tensor,
+        decision: RoutingDecision,
+        times: ExchangeTimes,
+        *,
+        meanwhile: Callable[[], object] | None = None,
     ) -> tuple[Tensor, GatherRecord]:
         """As ``Dispatcher.dispatch``."""
         num_ranks, num_tokens = self.exchange.size, len(x_TD)
         here = torch.full((num_ranks, 1), num_tokens, dtype=torch.int64, device=x_TD.device)
         sizes = self.exchange.counts(here).view(-1).tolist()
-        gathered = self._gather(x_TD, sizes, times)
+        gathered = self._gather(x_TD, sizes, times, meanwhile=meanwhile)
         # Dropped assignments and those of other ranks get the id one past the local experts.
         local_ids = decision.expert_ids_TK.masked_fill(~decision.kept_TK, -1)
         local_ids = self._gather(local_ids, sizes, times) - self.first_expert_id
@@ -78,9 +86,22 @@ class AllGatherDispatcher:
         partial = combine_rows(y_RD, weights, record.plan)
         back = [record.num_tokens] * self.exchange.size
         parts = times.measure(self.exchange.rows, partial, record.sizes, back)
-        return parts.view(self.exchange.size, record.num_tokens, -1).sum(0)
+        return parts.view(self.exchange.size, record.num_tokens, parts.shape[1]).sum(0)
 
-    def _gather(self, x_TX: Tensor, sizes: list[int], times: ExchangeTimes) -> Tensor:
+    def _gather(
+        self,
+        x_TX: Tensor,
+        sizes: list[int],
+        times: ExchangeTimes,
+        *,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Tensor:
         """All ranks' rows, in rank order; the gradient of a row is the sum over the ranks that saw it."""
         num_ranks = self.exchange.size
-        return times.measure(self.exchange.rows, x_TX.repeat(num_ranks, 1), [len(x_TX)] * num_ranks, sizes)
+        return times.measure(
+            self.exchange.rows,
+            x_TX.repeat(num_ranks, 1),
+            [len(x_TX)] * num_ranks,
+            sizes,
+            meanwhile=meanwhile,
+        )

@@ -5,6 +5,7 @@ sends the places of that batch, so sizes do not depend on the data, the exchange
 waits for the device; elsewhere the ranks first tell each other their capacities.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class PaddedRecord:
         send_splits: rows sent to each of the G ranks.
         recv_splits: rows received from each.
         local_counts_L: rows of each local expert, filler included.
+        rows_per_expert: every one of these counts.
         expert_major_R: int64 order that sorts the received rows by local expert; None: they already are.
     """
 
@@ -33,6 +35,7 @@ class PaddedRecord:
     send_splits: list[int]
     recv_splits: list[int]
     local_counts_L: list[int]
+    rows_per_expert: int
     expert_major_R: Tensor | None
 
 
@@ -51,11 +54,16 @@ class PaddedDispatcher:
         self.unpadded = Dispatcher(exchange, num_experts=num_experts)
 
     def dispatch(
-        self, x_TD: Tensor, decision: RoutingDecision, times: ExchangeTimes
+        self,
+        x_TD: Tensor,
+        decision: RoutingDecision,
+        times: ExchangeTimes,
+        *,
+        meanwhile: Callable[[], object] | None = None,
     ) -> tuple[Tensor, PaddedRecord | DispatchRecord]:
         """As ``Dispatcher.dispatch``; without a capacity (generation) there is nothing to pad to."""
         if decision.capacity is None:
-            return self.unpadded.dispatch(x_TD, decision, times)
+            return self.unpadded.dispatch(x_TD, decision, times, meanwhile=meanwhile)
         places = decision.capacity if decision.num_places is None else decision.num_places
         slot_A = _slots(decision, self.num_experts, places)
         token_A = torch.arange(slot_A.numel(), device=x_TD.device) // decision.expert_ids_TK.shape[1]
@@ -69,9 +77,16 @@ class PaddedDispatcher:
             send_splits=[self.num_local * places] * self.exchange.size,
             recv_splits=[self.num_local * theirs for theirs in places_G],
             local_counts_L=[sum(places_G)] * self.num_local,
+            rows_per_expert=sum(places_G),
             expert_major_R=order_R,
         )
-        rows = times.measure(self.exchange.rows, buffer[:num_slots], record.send_splits, record.recv_splits)
+        rows = times.measure(
+            self.exchange.rows,
+            buffer[:num_slots],
+            record.send_splits,
+            record.recv_splits,
+            meanwhile=meanwhile,
+        )
         return rows if order_R is None else rows.index_select(0, order_R), record
 
     def combine(
@@ -88,7 +103,7 @@ class PaddedDispatcher:
             y_RD = torch.empty_like(y_RD).index_copy(0, record.expert_major_R, y_RD)
         rows = times.measure(self.exchange.rows, y_RD, record.recv_splits, record.send_splits)
         rows = torch.cat([rows, rows.new_zeros((1, rows.shape[1]))])
-        y_TKD = rows.index_select(0, record.slot_A).view(*weights_TK.shape, -1)
+        y_TKD = rows.index_select(0, record.slot_A).view(*weights_TK.shape, rows.shape[1])
         return torch.einsum("tkd,tk->td", y_TKD, weights_TK.to(y_TKD.dtype))
 
     def _places_of_ranks(self, places: int, decision: RoutingDecision, device: torch.device) -> list[int]:

@@ -6,6 +6,7 @@ rank whatever the data.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -25,10 +26,18 @@ class ExchangeTimes:
         self.cpu_ms = 0.0
         self.cuda_ms = 0.0
 
-    def measure(self, exchange: Any, rows: Tensor, *splits: list[int]) -> Tensor:
-        """Run ``exchange(rows, *splits)`` and add its time."""
+    def measure(
+        self,
+        exchange: Any,
+        rows: Tensor,
+        *splits: list[int],
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Run ``exchange(rows, *splits)`` and add its time; then nothing else runs meanwhile, but before."""
         if not self.enabled:
-            return exchange(rows, *splits)
+            return exchange(rows, *splits, meanwhile=meanwhile)
+        if meanwhile is not None:
+            meanwhile()
         events = None
         if rows.is_cuda:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -52,8 +61,18 @@ class Exchange(Protocol):
         """Row g of the result is what rank g sends here: int64 (G, L) -> int64 (G, L)."""
         ...
 
-    def rows(self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int]) -> Tensor:
-        """Send ``send_splits[g]`` rows to rank g, receive ``recv_splits[g]`` from it; differentiable."""
+    def rows(
+        self,
+        rows_RD: Tensor,
+        send_splits: list[int],
+        recv_splits: list[int],
+        *,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Send ``send_splits[g]`` rows to rank g, receive ``recv_splits[g]`` from it; differentiable.
+
+        ``meanwhile`` is called once, while the rows are under way where there is a way.
+        """
         ...
 
 
@@ -66,6 +85,15 @@ class LocalExchange:
         """The counts themselves."""
         return send_counts_GL
 
-    def rows(self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int]) -> Tensor:
+    def rows(
+        self,
+        rows_RD: Tensor,
+        send_splits: list[int],
+        recv_splits: list[int],
+        *,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Tensor:
         """The rows themselves."""
+        if meanwhile is not None:
+            meanwhile()
         return rows_RD

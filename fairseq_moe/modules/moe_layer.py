@@ -107,11 +107,15 @@ class MoELayer(nn.Module):
         if memo is not None:
             memo.decision = routed.decision
         times = ExchangeTimes(enabled=self.record_exchange_times)
-        rows, record = self.dispatcher.dispatch(x_TD, routed.decision, times)
-        y_RD = self.experts(rows, record.local_counts_L)
-        y_TD = self.dispatcher.combine(y_RD, routed.weights_TK, record, times)
-        if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_TD)
+        shared_TD: list[Tensor] = []
+
+        def apply_shared_experts() -> None:
+            if self.shared_experts is not None:
+                shared_TD.append(self.shared_experts(x_TD))
+
+        rows, record = self.dispatcher.dispatch(x_TD, routed.decision, times, meanwhile=apply_shared_experts)
+        y_RD = self.experts(rows, record.local_counts_L, rows_per_expert=record.rows_per_expert)
+        y_TD = sum(shared_TD, self.dispatcher.combine(y_RD, routed.weights_TK, record, times))
         return y_TD, self._aux(routed, times)
 
     def _aux(self, routed: RouterOutput, times: ExchangeTimes) -> MoEAux:

@@ -7,15 +7,19 @@ stock's behaviour to the bit: every seam that concerns experts asks first whethe
 from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
     communication,
     evaluate,
+    failing,
     fsdp,
     gradients,
     launch,
+    load_warning,
     loading,
     optim,
     parsing,
     retention,
     saving,
+    stopping,
     training,
+    untrusted,
     wrappers,
 )
 from fairseq_moe.stock.seam import SEAMS, Seam, install_seams

@@ -156,3 +156,39 @@ def _copy_model(rank: int) -> None:
 
 def test_copy_of_a_model_has_its_own_weights_and_the_same_ranks() -> None:
     run_ranks(_copy_model, 4)
+
+
+def _order_of_work(rank: int) -> list[str]:
+    from fairseq_moe.distributed import GroupExchange, exchange
+
+    order: list[str] = []
+
+    def noted(name: str, call: Any) -> Any:
+        def run(*args: Any) -> Any:
+            order.append(name)
+            return call(*args)
+
+        return run
+
+    exchange._Flight.start = noted("start", exchange._Flight.start)  # type: ignore[method-assign]
+    exchange._Flight.arrive = noted("arrive", exchange._Flight.arrive)  # type: ignore[method-assign]
+    x = torch.ones(2, 1, requires_grad=True)
+    other: list[torch.Tensor] = []
+
+    def meanwhile() -> None:
+        order.append("work")
+        y = x * 2
+        y.register_hook(lambda grad: order.append("work"))
+        other.append(y)
+
+    rows = GroupExchange(dist.group.WORLD).rows(x, [1, 1], [1, 1], meanwhile=meanwhile)
+    order.append("backward")
+    (rows * (rank + 1) + other[0]).sum().backward()
+    assert x.grad is not None
+    assert x.grad.flatten().tolist() == [3, 4]  # row g came back from rank g, and the work added 2
+    return order
+
+
+def test_other_work_runs_while_rows_travel_forward_and_backward() -> None:
+    for order in run_ranks(_order_of_work, 2):
+        assert order == ["start", "work", "arrive", "backward", "start", "work", "arrive"]

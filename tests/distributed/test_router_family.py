@@ -228,22 +228,22 @@ def _count_exchange(rank: int, flags: list[Any], world_size: int) -> dict[str, A
     sent: list[tuple[int, int]] = []
     counts: list[int] = []
     needed: list[int] = []
-    stock_rows, stock_counts = exchange._all_to_all, GroupExchange.counts
+    real_start, real_counts = exchange._Flight.start, GroupExchange.counts
 
-    def rows(rows_RD: Tensor, send: list[int], recv: list[int], group: Any) -> Tensor:
+    def start(self: Any, rows_RD: Tensor, send: list[int], recv: list[int], group: Any) -> None:
         remote = sum(send) - send[place]
         sent.append((remote, remote * rows_RD[:1].nbytes if len(rows_RD) else 0))
-        return stock_rows(rows_RD, send, recv, group)
+        real_start(self, rows_RD, send, recv, group)
 
     def own_counts(self: Any, send_GL: Tensor) -> Tensor:
         counts.append(send_GL.numel())
-        return stock_counts(self, send_GL)
+        return real_counts(self, send_GL)
 
     def note(module: Any, args: Any, output: Any) -> None:
         ids = output.decision.expert_ids_TK[output.decision.kept_TK]
         needed.append(int(((ids < local_ids.start) | (ids >= local_ids.stop)).sum()))
 
-    exchange._all_to_all, GroupExchange.counts = rows, own_counts  # type: ignore[method-assign]
+    exchange._Flight.start, GroupExchange.counts = start, own_counts  # type: ignore[method-assign]
     for router in decoder.routers():
         router.register_forward_hook(note)
     update(trainer, _batches(rank, world_size, 1))

@@ -64,3 +64,15 @@ def test_padded_experts_see_the_same_shape_whatever_the_routing() -> None:
         x = torch.randn(20, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         moe(x, tokens=TokenInfo(mode=RouterMode.TRAIN))
     assert set(seen) == {(torch.Size([40, D]), (10, 10, 10, 10))}
+
+
+def test_padded_experts_let_the_kernel_know_their_fixed_number_of_rows() -> None:
+    moe = layer("padded", 1.0, max_tokens=20)
+    seen = []
+    moe.experts.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["rows_per_expert"]), with_kwargs=True
+    )
+    x = torch.zeros(20, D, dtype=torch.float64)
+    moe(x, tokens=TokenInfo(mode=RouterMode.TRAIN))
+    moe(x, tokens=TokenInfo(mode=RouterMode.GENERATE))
+    assert seen == [10, None]

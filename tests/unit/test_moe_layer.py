@@ -186,7 +186,7 @@ class TestExchangeTimes:
     def test_off_unless_asked_for(self) -> None:
         times = ExchangeTimes(enabled=False)
         rows = torch.ones(2, 2)
-        assert times.measure(lambda r, s: r, rows, [2]) is rows
+        assert times.measure(lambda r, s, meanwhile: r, rows, [2]) is rows
         assert (times.cpu_ms, times.cuda_ms) == (0.0, 0.0)
 
     def test_two_exchanges_add_up(self) -> None:

@@ -14,11 +14,12 @@ MAX_FUNCTION_LINES = 70
 # A file may import from its own layer and from those above it in this list, never from below.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"layout", "load_record", "stock_flags"},
+    {"agreement", "layout", "load_record", "load_watch", "stock_flags"},
     {"modules"},
     {"megatron_args"},
-    {"megatron"},
-    {"megatron_checks", "reliability"},
+    {"reliability"},
+    {"megatron", "modern"},
+    {"megatron_checks"},
     {"config", "distributed"},
     {"faults"},
     {"checkpoint"},
