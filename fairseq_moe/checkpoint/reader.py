@@ -207,6 +207,11 @@ class Checkpoint:
                 places.setdefault(key, []).append(_Place(shard, key))
                 if len(places[key]) > 1 and not has_expert_rows(key):
                     raise CheckpointError(f"{key} lies in two shards of {shard.path.parent}, expected one.")
+                first = places[key][0].shard
+                if shard.shapes[key][1:] != first.shapes[key][1:] or shard.dtypes[key] != first.dtypes[key]:
+                    raise CheckpointError(
+                        f"{key} has different shapes or types in {first.path} and {shard.path}."
+                    )
         for name, tensor in self._old_dense.items():
             places[key_of(name)] = [tensor]
         for name, values in self._old_optimizer.items():

@@ -13,7 +13,7 @@ from fairseq_moe.checkpoint import LazyTensor, ShardContent, has_expert_rows
 from fairseq_moe.checkpoint_tools.averaging import mean_of
 from fairseq_moe.checkpoint_tools.output import check_target, write_dense
 from fairseq_moe.checkpoint_tools.progress import progress
-from fairseq_moe.checkpoint_tools.source import Source, open_source
+from fairseq_moe.checkpoint_tools.source import Source, damage_as_sentence, open_source
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.megatron import MegatronConfig
@@ -60,7 +60,10 @@ def to_dense(path: Path, to: Path, *, expert: int | None) -> None:
         source.require_intact(advance)
     ids = range(num_experts) if expert is None else [expert]
     content = _dense_content(source, ids)
-    write_dense(to, state=_stock_state(source.state, _width(source.path, content)), content=content)
+    width = _width(source.path, content)
+    with damage_as_sentence(path):
+        state = _stock_state(source.state, width)
+    write_dense(to, state=state, content=content)
 
 
 def _dense_content(source: Source, ids: Iterable[int]) -> ShardContent:
