@@ -7,6 +7,7 @@ stock's behaviour to the bit: every seam that concerns experts asks first whethe
 from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
     checkpointing,
     communication,
+    dictionary,
     evaluate,
     fsdp,
     gradients,

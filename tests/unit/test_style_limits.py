@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"config", "distributed"},
     {"checkpoint"},
     {"criterions", "models", "optim", "tasks"},
+    {"convert"},
     {"stock"},
     {"inspect", "inspect_load", "inspect_plot", "inspect_table"},
 ]
