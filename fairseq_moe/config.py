@@ -12,6 +12,7 @@ from fairseq_moe.layout import layout_problem
 from fairseq_moe.megatron import MegatronConfig, moe_layer_pattern
 from fairseq_moe.megatron_args import argument_problems, getter
 from fairseq_moe.megatron_checks import megatron_problems, unused_arguments
+from fairseq_moe.modern import modern_problems
 from fairseq_moe.modules import ScorerConfig, TopKConfig
 from fairseq_moe.modules.recompute import RECOMPUTABLE
 from fairseq_moe.modules.router import RouterConfig
@@ -269,6 +270,7 @@ def moe_problems(cfg: Any, *, world_size: int) -> list[str]:
         found.append("--fused-attention and --decoder-xformers-att-config replace the same code; choose one.")
     found += _criterion_problems(getattr(cfg, "criterion", None), moe)
     found += argument_problems(model if model is not None else {})
+    found += modern_problems(model if model is not None else {})
     if moe.enabled:
         found += stock_flag_problems(cfg)
     return found

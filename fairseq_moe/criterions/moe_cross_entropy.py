@@ -3,6 +3,7 @@
 loss = inner + weight * n * gate, where inner is the summed negative log-likelihood in nats, n the sample size
 (tokens, or sentences with --sentence-avg) and gate the sum or mean of the layers' balance losses. fairseq
 divides the sum over ranks and micro-batches by the sum of n, so gate counts per token whatever the placement.
+A model that predicts further tokens (--mtp-loss-weight) adds weight * the mean over its blocks of the same sum.
 """
 
 import math
@@ -82,6 +83,10 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             weighted = self.gate_loss_weight * gate_loss + _weighted_losses(auxes, coefficients)
             # Unreduced losses share the auxiliary ones out, so that their sum is the same.
             loss = inner_loss + sample_size / inner_loss.numel() * weighted
+        if "mtp_logits" in net_output[1]:
+            mtp_loss = self._mtp_loss(net_output[1], model.get_targets(sample, net_output), sample_size)
+            loss = loss + mtp_loss / inner_loss.numel()
+            logging_output["mtp_loss"] = mtp_loss.data
         logging_output["loss"] = loss.data
         logging_output["moe_gate_loss"] = (sample_size * gate_loss).data
         logging_output.update(_layer_mean_losses(auxes, sample_size, inner_loss))
@@ -102,6 +107,18 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         target_T = model.get_targets(sample, net_output).view(-1)
         nll = summed_nll(logits.reshape(-1, logits.shape[-1]), target_T, ignore_index=self.padding_idx)
         return nll, nll
+
+    def _mtp_loss(self, extra: dict[str, Any], target_BS: Tensor, sample_size: Any) -> Tensor:
+        """Weighted sum over the batch of how badly further tokens are guessed, with their experts' losses."""
+        logits = extra["mtp_logits"]
+        total = torch.zeros((), device=target_BS.device)
+        for index, (logits_BSV, aux) in enumerate(zip(logits, extra["mtp_aux"], strict=True)):
+            target_T = target_BS[:, index + 1 :].reshape(-1)
+            flat_TV = logits_BSV.reshape(-1, logits_BSV.shape[-1])
+            total = total + summed_nll(flat_TV, target_T, ignore_index=self.padding_idx)
+            if aux is not None:
+                total = total + sample_size * _weighted_losses([aux], extra["moe_loss_coefficients"])
+        return total * (extra["mtp_loss_weight"] / len(logits))
 
     def _gate_loss(self, layer_losses: list[Tensor], inner_loss: Tensor) -> Tensor:
         if not layer_losses:
@@ -129,6 +146,10 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         for name in _LOGGED_LOSSES:
             metrics.log_scalar(
                 f"moe_{name}_loss", total(f"moe_{name}_loss") / sample_size, sample_size, round=8
+            )
+        if any("mtp_loss" in log for log in logging_outputs):
+            metrics.log_scalar(
+                "mtp_loss", total("mtp_loss") / sample_size / math.log(2), sample_size, round=3
             )
         for name in LAYER_STATS:
             metrics.log_scalar(name, total(name) / batches, batches, round=3)

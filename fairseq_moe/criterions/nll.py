@@ -26,7 +26,7 @@ def summed_nll(logits_TV: Tensor, target_T: Tensor, *, ignore_index: int) -> Ten
     Args:
         logits_TV: float scores of the vocabulary; V is the last axis.
         target_T: int64 vocabulary ids.
-        ignore_index: tokens with this target are left out.
+        ignore_index: tokens with this target are left out; it may lie outside the vocabulary.
 
     Returns:
         float32 scalar.
@@ -40,7 +40,7 @@ class _SummedNll(torch.autograd.Function):
     def forward(ctx: Any, logits_TV: Tensor, target_T: Tensor, ignore_index: int) -> Tensor:
         ctx.save_for_backward(logits_TV, target_T)
         ctx.ignore_index = ignore_index
-        ids_T1 = target_T.unsqueeze(1)
+        ids_T1 = _ids(target_T, ignore_index)
         size = _block_size(logits_TV)
         chosen = [
             F.log_softmax(logits, dim=-1, dtype=torch.float32).gather(1, ids)
@@ -54,8 +54,9 @@ class _SummedNll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits_TV, target_T = ctx.saved_tensors
-        ids_T1 = target_T.unsqueeze(1)
-        grad_T1 = torch.where(ids_T1 == ctx.ignore_index, torch.zeros_like(grads[0]), -grads[0])
+        ids_T1 = _ids(target_T, ctx.ignore_index)
+        is_left_out_T1 = (target_T == ctx.ignore_index).unsqueeze(1)
+        grad_T1 = torch.where(is_left_out_T1, torch.zeros_like(grads[0]), -grads[0])
         size = _block_size(logits_TV)
         of_chosen = grad_T1.new_zeros(min(size, len(logits_TV)), logits_TV.shape[1])
         blocks = (tensor.split(size) for tensor in (logits_TV, ids_T1, grad_T1))
@@ -65,6 +66,11 @@ class _SummedNll(torch.autograd.Function):
             logits.copy_(torch._log_softmax_backward_data(upper, log_probs, -1, torch.float32))
             upper.scatter_(1, ids, 0.0)
         return logits_TV, None, None
+
+
+def _ids(target_T: Tensor, ignore_index: int) -> Tensor:
+    """Columns to read, (T, 1); where a target is left out any will do, and its id may be none of the columns."""
+    return target_T.masked_fill(target_T == ignore_index, 0).unsqueeze(1)
 
 
 def _block_size(logits_TV: Tensor) -> int:

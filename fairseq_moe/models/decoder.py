@@ -6,6 +6,7 @@ pre-hook hands in the routing mode and padding, a hook takes out the auxiliary t
 activation checkpointing and FSDP wrappers, so the balance loss is a real output of the wrapped layer.
 """
 
+import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,30 +21,71 @@ from torch import Tensor, nn
 
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.distributed import ParallelMesh, parallel_mesh, world_size
-from fairseq_moe.models.decoder_layer import MoEDecoderLayer
+from fairseq_moe.models.decoder_layer import MoEDecoderLayer, build_moe_layer
+from fairseq_moe.models.modern_layer import ModernDecoderLayer, build_norm, ffn_activation, init_weights
+from fairseq_moe.models.mtp import MTPBlock
+from fairseq_moe.modern import ModernConfig
 from fairseq_moe.modules import MoEAux, Router, RouterMode, TokenInfo
 from fairseq_moe.modules.moe_layer import RoutingMemo
+from fairseq_moe.modules.rope import Rotary
 
 __all__ = ["MoEDecoder"]
 
 
 class MoEDecoder(TransformerDecoder):
-    """Decoder of a language model in which every ``moe_freq``-th layer has experts.
+    """Decoder of a language model, some or all of whose layers have experts, of stock's or of our own blocks.
 
     ``forward`` returns stock's pair; the dictionary gains ``l_aux`` (the branch's name: one balance loss per
-    layer, None for a dense one) and ``moe_aux`` (one ``MoEAux`` per layer, None for a dense one).
+    layer, None for a dense one), ``moe_aux`` (one ``MoEAux`` per layer, None for a dense one) and, in training with
+    --mtp-loss-weight, ``mtp_logits`` (float (B, S - 1 - k, V) of block k, whose position t guesses the target of
+    position t + 1 + k), ``mtp_aux`` and ``mtp_loss_weight``.
     """
 
     def __init__(
         self, args: Any, dictionary: Any, embed_tokens: nn.Module, no_encoder_attn: bool = False
     ) -> None:
         self.moe = MoEConfig.from_args(args)
+        self.modern = ModernConfig.from_args(args)
         self.mesh = self._build_mesh() if self.moe.enabled else None
         self._num_built = 0
+        if self.modern.enabled:
+            args = self._prepare_modern(args)
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
+        if self.modern.enabled:
+            self._finish_modern(TransformerConfig.from_namespace(args))
         # Which layers have experts, from 0: read from the flags once, not in each forward pass.
         indices = range(self.num_layers) if self.moe.enabled else ()
         self.moe_layers = [index for index in indices if self.moe.is_moe_layer(index)]
+
+    def _prepare_modern(self, args: Any) -> Any:
+        """What stock's constructor must know of our blocks."""
+        args = copy.copy(args)
+        args.decoder_normalize_before = True
+        if self.modern.position_embedding is not None:
+            args.no_token_positional_embeddings = True
+        rotary, self.rotary = self.modern.rotary_config(), None
+        if rotary is not None:
+            sizes = {"model_dim": args.decoder_embed_dim, "num_heads": args.decoder_attention_heads}
+            self.rotary = Rotary(rotary, self.modern.rotary_head_dim(**sizes))
+        return args
+
+    def _finish_modern(self, cfg: TransformerConfig) -> None:
+        if self.layer_norm is not None:
+            self.layer_norm = build_norm(self.modern, self.embed_dim)
+        for module in (self.embed_tokens, self.output_projection, self.embed_positions):
+            if module is not None:
+                init_weights(module, self.modern.std)
+        if self.padding_idx < self.embed_tokens.num_embeddings:
+            with torch.no_grad():
+                self.embed_tokens.weight[self.padding_idx].zero_()
+        if self.modern.mtp_layers:
+            self.mtp = nn.ModuleList(self._build_mtp(cfg) for _ in range(self.modern.mtp_layers))
+
+    def _build_mtp(self, cfg: TransformerConfig) -> MTPBlock:
+        layer = self._wrapped(self._build_modern_layer(cfg, has_experts=self.moe.enabled), cfg)
+        block = MTPBlock(self.modern, self.embed_dim, layer)
+        # Without a loss they get no gradient; what has none is not the optimizer's.
+        return block.requires_grad_(self.modern.mtp_loss_weight > 0)
 
     def _build_mesh(self) -> ParallelMesh:
         # The size of a group is a property of the run: a model that is loaded elsewhere may not fit it.
@@ -65,15 +107,38 @@ class MoEDecoder(TransformerDecoder):
         """Build the next layer; stock calls this once per layer, in order, without an index."""
         index = self._num_built
         self._num_built += 1
+        cfg = TransformerConfig.from_namespace(args)
+        if self.modern.enabled:
+            has_experts = self.moe.enabled and self.moe.is_moe_layer(index)
+            return self._wrapped(self._build_modern_layer(cfg, has_experts=has_experts), cfg)
         if not self.moe.is_moe_layer(index):
             return super().build_decoder_layer(args, no_encoder_attn)
-        cfg = TransformerConfig.from_namespace(args)
         if self.moe.is_pseudo_moe:
             cfg = deepcopy(cfg)
             cfg.decoder.ffn_embed_dim = self.moe.alternate_decoder_ffn_embed_dim
             return super(TransformerDecoder, self).build_decoder_layer(cfg, no_encoder_attn)
         assert self.mesh is not None
-        layer: nn.Module = MoEDecoderLayer(cfg, self.moe, self.mesh)
+        return self._wrapped(MoEDecoderLayer(cfg, self.moe, self.mesh), cfg)
+
+    def _build_modern_layer(self, cfg: TransformerConfig, *, has_experts: bool) -> ModernDecoderLayer:
+        moe_layer = None
+        if has_experts:
+            assert self.mesh is not None
+            moe_layer = build_moe_layer(
+                self.moe,
+                self.mesh,
+                model_dim=cfg.decoder.embed_dim,
+                hidden_dim=self.moe.expert_dim or cfg.decoder.ffn_embed_dim,
+                activation=ffn_activation(cfg, self.modern),
+                activation_dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0),
+                dropout=cfg.dropout,
+                init_std=self.modern.std,
+            )
+        return ModernDecoderLayer(cfg, self.modern, rotary=self.rotary, moe_layer=moe_layer)
+
+    @staticmethod
+    def _wrapped(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
+        """Activation checkpointing and FSDP, as stock wraps its layers."""
         min_params = cfg.min_params_to_wrap
         if cfg.checkpoint_activations:
             layer.precheckpoint_forward = layer.forward  # where stock's unwrap_checkpoint looks
@@ -86,18 +151,26 @@ class MoEDecoder(TransformerDecoder):
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def forward(
-        self, prev_output_tokens: Tensor, *args: Any, all_padding: bool = False, **kwargs: Any
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Any = None,
+        incremental_state: dict[str, Any] | None = None,
+        features_only: bool = False,
+        *,
+        all_padding: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Stock's forward.
 
         Args:
             prev_output_tokens: int64 (B, S).
-            args: as stock.
+            encoder_out: as stock, None.
+            incremental_state: as stock.
+            features_only: as stock.
             all_padding: the batch only keeps this rank in step with the others: its tokens take no capacity
                 and enter no statistic.
             kwargs: as stock.
         """
-        incremental_state = kwargs.get("incremental_state", args[1] if len(args) > 1 else None)
         if incremental_state is not None:
             mode, ids = RouterMode.GENERATE, prev_output_tokens[:, -1:]
         else:
@@ -108,13 +181,60 @@ class MoEDecoder(TransformerDecoder):
         elif self.moe.use_moe_pad_mask:
             padding_T = ids.eq(self.padding_idx).reshape(-1)
         tokens = TokenInfo(mode=mode, padding_T=padding_T, ids_T=ids.reshape(-1), num_sequences=len(ids))
+        guesses_further = self.modern.mtp_loss_weight > 0 and mode is RouterMode.TRAIN and not features_only
         with self._talk_to_moe_layers(tokens) as auxes:
-            x, extra = super().forward(prev_output_tokens, *args, **kwargs)
+            x, extra = super().forward(
+                prev_output_tokens,
+                encoder_out,
+                incremental_state,
+                features_only=features_only or guesses_further,
+                **kwargs,
+            )
+        if guesses_further:
+            extra |= self._guess_further(x, prev_output_tokens, padding_T)
+            x = self.output_layer(x)
         extra["moe_aux"] = auxes
         extra["moe_loss_coefficients"] = self.moe.loss_coefficients
         extra["moe_per_layer_logging"] = self.moe.moe_per_layer_logging
         extra["l_aux"] = [None if aux is None else aux.balance_loss for aux in auxes]
         return x, extra
+
+    def _guess_further(self, hidden_BSD: Tensor, ids_BS: Tensor, padding_T: Tensor | None) -> dict[str, Any]:
+        """Logits of the blocks of multi-token prediction, and what their experts say."""
+        logits, auxes = [], []
+        left_out_BS = None if padding_T is None else padding_T.view_as(ids_BS)
+        for block in self.mtp:
+            # Each block lacks one more token to look at, at the end. Rotary positions are relative.
+            hidden_BSD, ids_BS = hidden_BSD[:, :-1], ids_BS[:, 1:]
+            left_out_BS = None if left_out_BS is None else left_out_BS[:, 1:]
+            embedded_BSD = self.dropout_module(self.embed_scale * self.embed_tokens(ids_BS))
+            padding_BS = ids_BS.eq(self.padding_idx)
+            hidden_BSD, aux = block(
+                hidden_BSD,
+                embedded_BSD,
+                future_mask=self.buffered_future_mask(embedded_BSD.transpose(0, 1)),
+                padding_BS=padding_BS if padding_BS.any() else None,
+                tokens=TokenInfo(
+                    mode=RouterMode.TRAIN,
+                    padding_T=None if left_out_BS is None else left_out_BS.reshape(-1),
+                    ids_T=ids_BS.reshape(-1),
+                    num_sequences=len(ids_BS),
+                ),
+            )
+            logits.append(self.output_layer(hidden_BSD))
+            auxes.append(aux)
+        return {"mtp_logits": logits, "mtp_aux": auxes, "mtp_loss_weight": self.modern.mtp_loss_weight}
+
+    def buffered_future_mask(self, tensor: Tensor) -> Tensor:
+        """Stock's; our own layers ask only whether there is one."""
+        return tensor.new_empty(0) if self.modern.enabled else super().buffered_future_mask(tensor)
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+        """Stock's; with our own blocks there are no old versions, and converted models carry none."""
+        if self.modern.enabled:
+            state_dict.setdefault(f"{name}.version", torch.tensor([3.0]))
+        upgraded: dict[str, Tensor] = super().upgrade_state_dict_named(state_dict, name)
+        return upgraded
 
     @contextmanager
     def _talk_to_moe_layers(self, tokens: TokenInfo) -> Iterator[list[MoEAux | None]]:

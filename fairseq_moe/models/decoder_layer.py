@@ -16,7 +16,7 @@ from fairseq_moe.modules.dispatch_allgather import AllGatherDispatcher
 from fairseq_moe.modules.dispatch_padded import PaddedDispatcher
 from fairseq_moe.modules.moe_layer import RoutingMemo
 
-__all__ = ["MoEDecoderLayer", "build_moe_layer"]
+__all__ = ["MoEDecoderLayer", "build_moe_layer", "expert_activation"]
 
 
 class MoEDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
@@ -35,9 +35,7 @@ class MoEDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
             mesh,
             model_dim=self.embed_dim,
             hidden_dim=moe.expert_dim or cfg.decoder.ffn_embed_dim,
-            # fairseq's gelu is torch's with a conversion to float32 inside, which torch's own kernel makes as well;
-            # the experts know the derivative of torch's.
-            activation=F.gelu if self.activation_fn is gelu else self.activation_fn,
+            activation=expert_activation(self.activation_fn),
             activation_dropout=self.activation_dropout_module.p,
             dropout=self.dropout_module.p,
         )
@@ -122,6 +120,15 @@ class MoEDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
         return x if self.normalize_before else self.self_attn_layer_norm(x)
 
 
+def expert_activation(activation: Any) -> Any:
+    """What experts compute for a function of fairseq's: the same.
+
+    fairseq's gelu is torch's with a conversion to float32 inside, which torch's own kernel makes as well; the
+    experts know the derivative of torch's.
+    """
+    return F.gelu if activation is gelu else activation
+
+
 def build_moe_layer(
     moe: MoEConfig,
     mesh: ParallelMesh,
@@ -131,6 +138,7 @@ def build_moe_layer(
     activation: Any,
     activation_dropout: float,
     dropout: float,
+    init_std: float | None = None,
 ) -> MoELayer:
     """Router, this rank's experts (wrapped by FSDP over their replicas where fairseq wraps), dispatcher."""
     router = Router(
@@ -152,6 +160,7 @@ def build_moe_layer(
         # Drawn from the common generator: the same on every rank, whatever the number of ranks.
         seed=int(torch.randint(1_000_000, (1,), device="cpu")),
         recompute="experts" in moe.recompute_modules,
+        init_std=init_std,
     )
     # In a single process the wrapper takes the model's own group, which has one rank.
     replicas = mesh.replica_group

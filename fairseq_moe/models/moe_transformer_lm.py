@@ -1,7 +1,7 @@
 """The ``transformer_lm`` architectures with experts, under their stock names.
 
 Stock refuses a second model of the same name, so the registry entries are replaced (``adopt_architectures``).
-Without --moe-freq the stock model is built, by stock's code.
+Without a flag that asks for experts or our own blocks the stock model is built, by stock's code.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,11 @@ from omegaconf import II
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.models.attention import fuse_attention
 from fairseq_moe.models.decoder import MoEDecoder
+from fairseq_moe.models.embedding import build_word_embedding
 from fairseq_moe.models.megatron_flags import MegatronFlags, add_list_arguments
+from fairseq_moe.models.modern_flags import ModernFlags
+from fairseq_moe.models.presets import register_presets
+from fairseq_moe.modern import ModernConfig
 
 __all__ = ["MoETransformerLanguageModel", "MoETransformerLanguageModelConfig", "adopt_architectures"]
 
@@ -28,7 +32,7 @@ _NAME = "transformer_lm"
 
 
 @dataclass
-class MoETransformerLanguageModelConfig(TransformerLanguageModelConfig, MegatronFlags):
+class MoETransformerLanguageModelConfig(TransformerLanguageModelConfig, MegatronFlags, ModernFlags):
     """Stock's flags and the expert flags, with the moe branch's names and defaults."""
 
     moe_freq: int = field(default=0, metadata={"help": "every N-th decoder layer has experts; 0: none"})
@@ -110,10 +114,17 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
         super().add_args(parser)
 
     @classmethod
+    def build_embedding(cls, args: Any, dictionary: Any, embed_dim: int, path: Any = None) -> Any:
+        """Stock's; our own blocks also take a dictionary whose padding is none of its words."""
+        if ModernConfig.from_args(args).enabled:
+            return build_word_embedding(dictionary, embed_dim)
+        return super().build_embedding(args, dictionary, embed_dim, path)
+
+    @classmethod
     def build_model(cls, args: Any, task: Any) -> TransformerLanguageModel:
         """Build the model that ``args`` describes; stock's own when no layer has experts."""
         moe = MoEConfig.from_args(args)
-        if moe.enabled or moe.is_pseudo_moe:
+        if moe.enabled or moe.is_pseudo_moe or ModernConfig.from_args(args).enabled:
             if args.max_target_positions is None:
                 args.max_target_positions = args.tokens_per_sample
             embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
@@ -126,12 +137,18 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
 
 
 def adopt_architectures() -> None:
-    """Put the expert flags and model under every ``transformer_lm*`` name, for --arch and for hydra."""
+    """Put the flags and model under every ``transformer_lm*`` name and the presets', for --arch and for hydra."""
     MODEL_REGISTRY[_NAME] = MoETransformerLanguageModel
     MODEL_DATACLASS_REGISTRY[_NAME] = MoETransformerLanguageModelConfig
     setattr(MoETransformerLanguageModel, "__dataclass", MoETransformerLanguageModelConfig)
+    register_presets(_store)
     for arch in ARCH_MODEL_INV_REGISTRY[_NAME]:
         ARCH_MODEL_REGISTRY[arch] = MoETransformerLanguageModel
-    node = MoETransformerLanguageModelConfig()
+    _store(_NAME, {})
+
+
+def _store(name: str, flags: dict[str, Any]) -> None:
+    """Let hydra's users say ``model=NAME``."""
+    node = MoETransformerLanguageModelConfig(**flags)
     node._name = _NAME
-    ConfigStore.instance().store(name=_NAME, group="model", node=node, provider="fairseq_moe")
+    ConfigStore.instance().store(name=name, group="model", node=node, provider="fairseq_moe")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq_moe.modules.gated import swiglu
 from fairseq_moe.modules.kernels import Kernel, Stacks, choose_kernel, run_experts, under_autocast
 from fairseq_moe.modules.recompute import recomputed
 
@@ -20,25 +21,27 @@ class Experts(nn.Module):
 
     The stacks are the only parameters: ``fc1_weight`` (L, F, D), ``fc1_bias`` (L, F), ``fc2_weight``
     (L, D, F), ``fc2_bias`` (L, D). Each carries the attribute ``expert``, which tells data-parallel wrappers
-    and the gradient norm that its values belong to this rank.
+    and the gradient norm that its values belong to this rank. Gated experts (``activation`` is ``swiglu``) have
+    2F rows in ``fc1_weight``, those of the gate first, and no biases.
 
     Args:
         num_local_experts: L.
         first_expert_id: global id of the first local expert.
         model_dim: D.
         hidden_dim: F.
-        activation: elementwise function, not in place, without parameters.
+        activation: elementwise function, not in place, without parameters; or ``swiglu``.
         activation_dropout: probability, after the activation.
         dropout: probability, on each expert's output.
         seed: expert e starts from the generator seeded with ``seed + e``, so that any spread of the experts
             over ranks starts from the same weights; no other generator is touched.
         recompute: compute the networks again in the backward pass.
+        init_std: weights start normal with this deviation, biases at 0; None: as ``nn.Linear``.
     """
 
     fc1_weight: nn.Parameter
-    fc1_bias: nn.Parameter
+    fc1_bias: nn.Parameter | None
     fc2_weight: nn.Parameter
-    fc2_bias: nn.Parameter
+    fc2_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class Experts(nn.Module):
         dropout: float = 0.0,
         seed: int = 0,
         recompute: bool = False,
+        init_std: float | None = None,
     ) -> None:
         super().__init__()
         self.num_local_experts = num_local_experts
@@ -59,16 +63,18 @@ class Experts(nn.Module):
         self.activation_dropout = activation_dropout
         self.dropout = dropout
         self.recompute = recompute
+        is_glu = activation is swiglu
         shapes = {
-            "fc1_weight": (hidden_dim, model_dim),
-            "fc1_bias": (hidden_dim,),
+            "fc1_weight": (2 * hidden_dim if is_glu else hidden_dim, model_dim),
+            "fc1_bias": None if is_glu else (hidden_dim,),
             "fc2_weight": (model_dim, hidden_dim),
-            "fc2_bias": (model_dim,),
+            "fc2_bias": None if is_glu else (model_dim,),
         }
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(num_local_experts, *shape)))
+            stack = None if shape is None else nn.Parameter(torch.empty(num_local_experts, *shape))
+            self.register_parameter(name, stack)
         self.mark_parameters()
-        self.reset_parameters(seed=seed, first_expert_id=first_expert_id)
+        self.reset_parameters(seed=seed, first_expert_id=first_expert_id, std=init_std)
 
     def mark_parameters(self) -> None:
         """Set ``expert = True`` on every parameter."""
@@ -92,16 +98,20 @@ class Experts(nn.Module):
         self.mark_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, *, seed: int, first_expert_id: int) -> None:
-        """Initialise as ``nn.Linear`` does, expert by expert, each from its own seed."""
+    def reset_parameters(self, *, seed: int, first_expert_id: int, std: float | None = None) -> None:
+        """Initialise as ``nn.Linear`` does, or normally, expert by expert, each from its own seed."""
         if self.fc1_weight.is_meta:
             return
         for local in range(self.num_local_experts):
             generator = torch.Generator(self.fc1_weight.device).manual_seed(seed + first_expert_id + local)
             for weight, bias in ((self.fc1_weight, self.fc1_bias), (self.fc2_weight, self.fc2_bias)):
-                nn.init.kaiming_uniform_(weight[local], a=math.sqrt(5), generator=generator)
-                bound = 1 / math.sqrt(weight.shape[-1])
-                nn.init.uniform_(bias[local], -bound, bound, generator=generator)
+                if std is None:
+                    nn.init.kaiming_uniform_(weight[local], a=math.sqrt(5), generator=generator)
+                else:
+                    nn.init.normal_(weight[local], std=std, generator=generator)
+                if bias is not None:
+                    bound = 0.0 if std is not None else 1 / math.sqrt(weight.shape[-1])
+                    nn.init.uniform_(bias[local], -bound, bound, generator=generator)
 
     def forward(
         self,

@@ -13,6 +13,7 @@ All compute the same function and the same gradients, so a checkpoint knows noth
 rows gets zero gradients, not missing ones: optimizers and reductions see the same tensors on every rank.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import cache
@@ -43,12 +44,15 @@ class Kernel(StrEnum):
 
 
 class Stacks(NamedTuple):
-    """Parameters of L experts: (L, F, D), (L, F), (L, D, F), (L, D)."""
+    """Parameters of L experts: (L, F, D), (L, F), (L, D, F), (L, D); fc1 of gated ones has 2F rows.
+
+    Experts without biases have None in their places.
+    """
 
     fc1_weight: Tensor
-    fc1_bias: Tensor
+    fc1_bias: Tensor | None
     fc2_weight: Tensor
-    fc2_bias: Tensor
+    fc2_bias: Tensor | None
 
 
 def under_autocast(rows_RD: Tensor, stacks: Stacks) -> tuple[Tensor, Stacks]:
@@ -57,7 +61,9 @@ def under_autocast(rows_RD: Tensor, stacks: Stacks) -> tuple[Tensor, Stacks]:
     if not torch.is_autocast_enabled(device):
         return rows_RD, stacks
     dtype = torch.get_autocast_dtype(device)
-    return rows_RD.to(dtype), Stacks(*(tensor.to(dtype) for tensor in stacks))
+    fc1_bias, fc2_bias = (None if b is None else b.to(dtype) for b in (stacks.fc1_bias, stacks.fc2_bias))
+    fc1_weight, fc2_weight = stacks.fc1_weight.to(dtype), stacks.fc2_weight.to(dtype)
+    return rows_RD.to(dtype), Stacks(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
 
 
 def choose_kernel(
@@ -72,11 +78,11 @@ def choose_kernel(
         activation_dropout: the probability in force; 0 outside training.
     """
     weight = stacks.fc1_weight
-    _, hidden_dim, model_dim = weight.shape
     if weight.device.type == "cuda":
         if rows_per_expert is not None:
             return Kernel.BMM
-        aligned = all(dim * weight.element_size() % _GROUPED_ALIGNMENT_BYTES == 0 for dim in weight.shape[1:])
+        dims = (*weight.shape[1:], stacks.fc2_weight.shape[2])
+        aligned = all(dim * weight.element_size() % _GROUPED_ALIGNMENT_BYTES == 0 for dim in dims)
         if (
             aligned
             and weight.dtype is torch.bfloat16
@@ -84,9 +90,8 @@ def choose_kernel(
         ):
             return Kernel.GROUPED
         return Kernel.LOOP
-    is_small = rows_per_expert is not None and (
-        4 * rows_per_expert * hidden_dim * model_dim <= _SMALL_EXPERT_FLOPS
-    )
+    weights_per_expert = sum(math.prod(tensor.shape[1:]) for tensor in (weight, stacks.fc2_weight))
+    is_small = rows_per_expert is not None and 2 * rows_per_expert * weights_per_expert <= _SMALL_EXPERT_FLOPS
     if is_small and arithmetic_dtype(weight) is weight.dtype:
         return Kernel.BMM
     return Kernel.LOOP if activation_dropout > 0 else Kernel.SLICED
@@ -127,14 +132,14 @@ def run_experts(
     activation: Callable[[Tensor], Tensor],
     activation_dropout: float = 0.0,
 ) -> Tensor:
-    """W2 dropout(act(W1 x + b1)) + b2 of each row's expert.
+    """W2 dropout(act(W1 x (+ b1))) (+ b2) of each row's expert.
 
     Args:
         kernel: how.
         rows_RD: float, sorted by expert.
         stacks: parameters, in the dtype of the rows.
         counts_L: rows of each expert.
-        activation: elementwise, not in place, without parameters.
+        activation: of each row, not in place, without parameters; elementwise or ``swiglu``.
         activation_dropout: probability, 0 outside training; ``sliced`` cannot do it.
 
     Returns:
@@ -154,7 +159,7 @@ def run_experts(
         if kernel == Kernel.SLICED:
             return sliced_network(rows_RD, stacks, counts, activation=activation, wide=wide)
 
-        def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if kernel == Kernel.BMM:
                 return batched_linear(x, weight, bias, counts)
             if kernel == Kernel.GROUPED:

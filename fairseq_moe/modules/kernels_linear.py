@@ -1,4 +1,4 @@
-"""Three ways to compute y[group l] = x[group l] W[l]^T + b[l], equal in value and in every gradient.
+"""Three ways to compute y[group l] = x[group l] W[l]^T (+ b[l]), equal in value and in every gradient.
 
 Each is an autograd function of its own, because autograd's own gradient of a slice of a stack is a stack of
 zeros with one slice filled: here every slice is written once, where it belongs.
@@ -25,8 +25,12 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.copy_(torch.mm(a, b))
 
 
-def addmm_into(out: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b + bias, rounded to the dtype of ``out``."""
+def addmm_into(out: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
+    """out = a b + bias, rounded to the dtype of ``out``; the bias, if any, may be of another dtype than ``a``."""
+    if bias is None:
+        mm_into(out, a, b)
+        return
+    bias = bias.to(a.dtype)
     if out.dtype == a.dtype:
         torch.addmm(bias, a, b, out=out)
     else:
@@ -36,7 +40,7 @@ def addmm_into(out: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> None:
 def loop_linear(
     x_RI: Tensor,
     weight_LOI: Tensor,
-    bias_LO: Tensor,
+    bias_LO: Tensor | None,
     counts_L: tuple[int, ...],
     *,
     wide: torch.dtype,
@@ -51,7 +55,7 @@ class _LoopLinear(torch.autograd.Function):
         ctx: Any,
         x_RI: Tensor,
         weight_LOI: Tensor,
-        bias_LO: Tensor,
+        bias_LO: Tensor | None,
         counts_L: tuple[int, ...],
         wide: torch.dtype,
     ) -> Tensor:
@@ -59,7 +63,8 @@ class _LoopLinear(torch.autograd.Function):
         ctx.counts_L, ctx.wide = counts_L, wide
         y_RO = x_RI.new_empty((x_RI.shape[0], weight_LOI.shape[1]))
         for expert, (x, y) in enumerate(zip(x_RI.split(counts_L), y_RO.split(counts_L), strict=True)):
-            addmm_into(y, bias_LO[expert].to(wide), x.to(wide), weight_LOI[expert].to(wide).t())
+            bias = None if bias_LO is None else bias_LO[expert]
+            addmm_into(y, bias, x.to(wide), weight_LOI[expert].to(wide).t())
         return y_RO
 
     @staticmethod
@@ -86,7 +91,9 @@ class _LoopLinear(torch.autograd.Function):
         return grad_x_RI, grad_weight_LOI, grad_bias_LO, None, None
 
 
-def batched_linear(x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor, counts_L: tuple[int, ...]) -> Tensor:
+def batched_linear(
+    x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor | None, counts_L: tuple[int, ...]
+) -> Tensor:
     """One product over all groups, which are filled up with zeros unless all have the same size."""
     size = max(counts_L)
     if min(counts_L) == size:
@@ -99,8 +106,10 @@ def batched_linear(x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor, counts_L: 
 
 class _BatchedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_LCI: Tensor, weight_LOI: Tensor, bias_LO: Tensor) -> Tensor:
+    def forward(ctx: Any, x_LCI: Tensor, weight_LOI: Tensor, bias_LO: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_LCI, weight_LOI)
+        if bias_LO is None:
+            return torch.bmm(x_LCI, weight_LOI.transpose(1, 2))
         return torch.baddbmm(bias_LO.unsqueeze(1), x_LCI, weight_LOI.transpose(1, 2))
 
     @staticmethod
@@ -117,7 +126,9 @@ class _BatchedLinear(torch.autograd.Function):
             )
 
 
-def grouped_linear(x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor, counts_L: tuple[int, ...]) -> Tensor:
+def grouped_linear(
+    x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor | None, counts_L: tuple[int, ...]
+) -> Tensor:
     """``torch.nn.functional.grouped_mm``: not float64, and rows of a multiple of 16 bytes."""
     counts = torch.tensor(counts_L, pin_memory=x_RI.is_cuda).to(x_RI.device, non_blocking=True)
     groups_R = torch.repeat_interleave(
@@ -129,12 +140,12 @@ def grouped_linear(x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor, counts_L: 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor, ends_L: Tensor, groups_R: Tensor
+        ctx: Any, x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor | None, ends_L: Tensor, groups_R: Tensor
     ) -> Tensor:
         x_RI = x_RI.contiguous()
         ctx.save_for_backward(x_RI, weight_LOI, ends_L, groups_R)
         y_RO = F.grouped_mm(x_RI, weight_LOI.transpose(1, 2), offs=ends_L)
-        return y_RO.add_(bias_LO.index_select(0, groups_R))
+        return y_RO if bias_LO is None else y_RO.add_(bias_LO.index_select(0, groups_R))
 
     @staticmethod
     @once_differentiable

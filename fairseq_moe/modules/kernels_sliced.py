@@ -5,7 +5,7 @@ are kept for the backward pass, one block per expert, and the activation is comp
 where half precision has units of its own, GELU is dear beside the products, and its values are kept, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fairseq_moe.modules.gated import swiglu, swiglu_backward
 from fairseq_moe.modules.kernels_linear import Gradients, addmm_into, mm_into
 
 __all__ = ["sliced_network"]
@@ -23,7 +24,7 @@ class _Plan(NamedTuple):
 
     Args:
         counts_L: rows of each expert.
-        activation: elementwise.
+        activation: of the hidden layer; its values may be fewer (``swiglu``).
         wide: dtype of the products.
         keeps_active: keep the values after the activation, too.
     """
@@ -36,13 +37,13 @@ class _Plan(NamedTuple):
 
 def sliced_network(
     rows_RD: Tensor,
-    stacks: tuple[Tensor, Tensor, Tensor, Tensor],
+    stacks: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     counts_L: tuple[int, ...],
     *,
     activation: Callable[[Tensor], Tensor],
     wide: torch.dtype,
 ) -> Tensor:
-    """W2 act(W1 x + b1) + b2 of each row's expert; products are taken in ``wide``."""
+    """W2 act(W1 x (+ b1)) (+ b2) of each row's expert; products are taken in ``wide``."""
     keeps_active = activation is F.gelu and wide.itemsize < 4
     plan = _Plan(counts_L, activation, wide, keeps_active)
     return _SlicedNetwork.apply(rows_RD, *stacks, plan)
@@ -59,14 +60,14 @@ class _SlicedNetwork(torch.autograd.Function):
             rows_RD.split(counts),
             out_RD.split(counts),
             fc1_weight,
-            fc1_bias,
+            _slices(fc1_bias, counts),
             fc2_weight,
-            fc2_bias,
+            _slices(fc2_bias, counts),
             strict=True,
         ):
-            hidden = torch.addmm(b1.to(wide), x.to(wide), w1.to(wide).t())
+            hidden = _linear(b1, x.to(wide), w1.to(wide))
             active = plan.activation(hidden)
-            addmm_into(y, b2.to(wide), active, w2.to(wide).t())
+            addmm_into(y, b2, active, w2.to(wide).t())
             kept.append(hidden.to(rows_RD.dtype))
             if plan.keeps_active:
                 kept.append(active)
@@ -107,6 +108,14 @@ class _SlicedNetwork(torch.autograd.Function):
         return (*into, None)
 
 
+def _slices(bias_LO: Tensor | None, counts_L: tuple[int, ...]) -> Sequence[Tensor | None]:
+    return [None] * len(counts_L) if bias_LO is None else bias_LO.unbind()
+
+
+def _linear(bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+
+
 def _through_activation(
     activation: Callable[[Tensor], Tensor], hidden: Tensor, active: Tensor | None, grad_active: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -118,6 +127,8 @@ def _through_activation(
     if activation is F.relu:
         active = F.relu(hidden)
         return active, torch.ops.aten.threshold_backward(grad_active, active, 0)
+    if activation is swiglu:
+        return swiglu_backward(grad_active, hidden)
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         active = activation(leaf)

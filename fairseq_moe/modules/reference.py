@@ -39,8 +39,9 @@ def reference_moe(
         total = sum((gates[token, expert] for expert in kept[token]), start=x_TD.new_zeros(()))
         out = x_TD[token] * 0
         for expert in kept[token]:
-            hidden = F.linear(x_TD[token], experts.fc1_weight[expert], experts.fc1_bias[expert])
-            y = F.linear(experts.activation(hidden), experts.fc2_weight[expert], experts.fc2_bias[expert])
+            biases = [None if b is None else b[expert] for b in (experts.fc1_bias, experts.fc2_bias)]
+            hidden = F.linear(x_TD[token], experts.fc1_weight[expert], biases[0])
+            y = F.linear(experts.activation(hidden), experts.fc2_weight[expert], biases[1])
             out = out + gates[token, expert] / total * y
         outputs.append(out)
     share = torch.stack([(order[:, 0] == e).to(gates.dtype).mean() for e in range(num_experts)])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq_moe.modules.gated import swiglu
 from fairseq_moe.modules.recompute import recomputed
 
 __all__ = ["SharedExperts"]
@@ -14,12 +15,13 @@ __all__ = ["SharedExperts"]
 class SharedExperts(nn.Module):
     """dropout(W2 activation_dropout(act(W1 x + b1)) + b2), optionally times sigmoid(x . g) (Qwen2-MoE).
 
-    Its parameters are dense: every rank holds all of them.
+    Its parameters are dense: every rank holds all of them. With ``swiglu`` the first matrix has 2F rows and there
+    are no biases, as in ``Experts``.
 
     Args:
         model_dim: D.
         hidden_dim: total width of the shared experts.
-        activation: elementwise function.
+        activation: elementwise function, or ``swiglu``.
         gated: scale each token's output by a learned sigmoid gate.
         activation_dropout: probability, after the activation.
         dropout: probability, on the output.
@@ -38,8 +40,9 @@ class SharedExperts(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(model_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, model_dim)
+        is_glu = activation is swiglu
+        self.fc1 = nn.Linear(model_dim, 2 * hidden_dim if is_glu else hidden_dim, bias=not is_glu)
+        self.fc2 = nn.Linear(hidden_dim, model_dim, bias=not is_glu)
         self.gate = nn.Linear(model_dim, 1, bias=False) if gated else None
         self.activation = activation
         self.activation_dropout = activation_dropout

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"layout", "load_record", "stock_flags"},
     {"modules"},
     {"megatron_args"},
-    {"megatron"},
+    {"megatron", "modern"},
     {"megatron_checks"},
     {"config", "distributed"},
     {"checkpoint"},

@@ -1,0 +1,65 @@
+"""How many parameters a model has, and how many of them a token passes."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fairseq_moe.models.decoder import MoEDecoder
+
+__all__ = ["ModelSize", "model_size"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """Numbers of parameters of the whole model, on all ranks; buffers do not count.
+
+    Args:
+        total: all, without multi-token prediction.
+        active: those that one token passes: K of E experts of each layer.
+        active_without_embedding: without the rows of the input embedding, unless it is also the output projection.
+        mtp: of the blocks for multi-token prediction.
+    """
+
+    total: int
+    active: int
+    active_without_embedding: int
+    mtp: int
+
+    def __str__(self) -> str:
+        """As logged at the start of a run."""
+        text = (
+            f"model params: {self.total:,} (per token: {self.active:,}; without input embedding: "
+            f"{self.active_without_embedding:,})"
+        )
+        return text + (f", and {self.mtp:,} for multi-token prediction" if self.mtp else "")
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Count.
+
+    Args:
+        model: holds one ``MoEDecoder``, under FSDP or not.
+    """
+    decoder = next(part for part in model.modules() if isinstance(part, MoEDecoder))
+    num_experts = decoder.moe.num_experts or 1
+    spread = (
+        1 if decoder.mesh is None else num_experts // len(decoder.mesh.layout.local_ids(decoder.mesh.rank))
+    )
+    own = list(decoder.parameters())
+    of_mtp = {id(parameter) for parameter in decoder.mtp.parameters()} if decoder.modern.mtp_layers else set()
+    total = active = mtp = 0
+    for parameter in own:
+        size = true_size(parameter) * (spread if hasattr(parameter, "expert") else 1)
+        if id(parameter) in of_mtp:
+            mtp += size
+            continue
+        total += size
+        active += size * decoder.moe.top_k // num_experts if hasattr(parameter, "expert") else size
+    embedding = 0 if decoder.share_input_output_embed else decoder.embed_tokens.weight.numel()
+    return ModelSize(total=total, active=active, active_without_embedding=active - embedding, mtp=mtp)
+
+
+def true_size(parameter: Tensor) -> int:
+    """Elements of the whole tensor; FSDP keeps them on the shard."""
+    size = getattr(parameter, "_orig_size", None)
+    return parameter.numel() if size is None else int(size.numel())
