@@ -2,6 +2,7 @@
 #
 #   make demo     train a small MoE language model beside a dense one, evaluate, sample, draw (3 minutes)
 #   make test     the test suite
+#   make test-reliability   the slow tests of faults, which make test leaves out
 #   make check    ruff and mypy
 #   make bench    time of the MoE layer against its dense limit
 #   make clean    remove .venv and everything that was built
@@ -39,7 +40,7 @@ RUN := $(VENV)/bin/python
 ready = $(VENV)/.ready-$(1)
 endif
 
-.PHONY: help demo test check bench clean FORCE
+.PHONY: help demo test test-reliability check bench clean FORCE
 
 help:
 	@sed -n '2,/^$$/s/^#\( \|$$\)//p' Makefile
@@ -48,7 +49,10 @@ demo: $(call ready,demo)
 	$(RUN) scripts/demo.py $(if $(TEXT),--text '$(TEXT)') $(if $(UPDATES),--updates '$(UPDATES)')
 
 test: $(call ready,test)
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -m 'not slow_reliability' $(PYTEST_ARGS)
+
+test-reliability: $(call ready,test)
+	$(RUN) -m pytest -m slow_reliability $(PYTEST_ARGS)
 
 check: $(call ready,dev)
 	$(RUN) -m ruff check .

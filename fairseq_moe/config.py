@@ -17,6 +17,7 @@ from fairseq_moe.modules import ScorerConfig, TopKConfig
 from fairseq_moe.modules.recompute import RECOMPUTABLE
 from fairseq_moe.modules.router import RouterConfig
 from fairseq_moe.modules.routing import SecondExpertPolicy
+from fairseq_moe.reliability import ReliabilityConfig
 from fairseq_moe.stock_flags import stock_flag_problems
 
 __all__ = ["MoEConfig", "moe_problems"]
@@ -272,6 +273,7 @@ def moe_problems(cfg: Any, *, world_size: int) -> list[str]:
     found += argument_problems(model if model is not None else {})
     found += modern_problems(model if model is not None else {})
     if moe.enabled:
+        found += ReliabilityConfig.from_args(model).problems()
         found += stock_flag_problems(cfg)
     return found
 

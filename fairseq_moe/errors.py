@@ -1,6 +1,13 @@
 """The exceptions that a user may meet, each one sentence: what, where, expected, found, what to do."""
 
-__all__ = ["CheckpointError", "ConfigError", "MoEError", "StockSeamError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "MoEError",
+    "NonFiniteError",
+    "RanksDisagreeError",
+    "StockSeamError",
+]
 
 
 class MoEError(Exception):
@@ -34,3 +41,11 @@ class CheckpointError(MoEError):
 
 class StockSeamError(MoEError):
     """The installed fairseq differs from the one that an adapter entry was written for."""
+
+
+class NonFiniteError(MoEError):
+    """Losses or gradients that are not finite have kept the run from going on."""
+
+
+class RanksDisagreeError(MoEError):
+    """Ranks that must do the same have done different things."""

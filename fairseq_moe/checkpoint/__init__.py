@@ -1,30 +1,82 @@
 """Checkpoints of MoE models: files, digests and layouts. No fairseq, no collectives.
 
-A checkpoint is a main file ``checkpoint*.pt``, which stock fairseq names, copies and deletes, and a set of
-expert shards beside it, ``experts/<update>-<id>/shard-<i>-of-<n>.safetensors``. The shards are written first;
-the main
-file, written last, names them with their sizes and digests, so a main file that exists is complete. Expert
-tensors are stored by global expert id and optimizer state by parameter name, so any number of ranks and any
-data-parallel backend reads what another wrote.
+A checkpoint is a small main file ``checkpoint*.pt``, which stock fairseq names, copies and deletes, and a set
+of shards beside it, ``shards/<update>-<id>/shard-<i>-of-<n>.safetensors``, which hold all tensors: dense ones,
+experts and optimizer state, each once. The shards are written first; the main file, written last, names them
+with their sizes and digests, so a main file that exists is complete. Tensors lie under the names of the
+model, experts under their global ids, so any number of ranks and any data-parallel backend reads what another
+wrote.
+
+Reading: ``Checkpoint.open(path)``, then ``verify`` and ``tensor``, ``content`` or ``load``. Writing, from one
+process: ``write_checkpoint``; from many: ``write_shard`` each, then ``commit_main`` in one of them. Both take
+tensors that are read only when they are written (``LazyTensor``), so that copying needs memory for one.
+
+Why not torch.distributed.checkpoint: its metadata goes through ``pickle.load`` and its byte entries through
+``weights_only=False``, so a foreign file can run code; its safetensors writer stores tensors only, one chunk
+per name and rank, and has no commit point unless it consolidates, that is, writes everything twice; and it
+verifies no content. What it would give is resharding, which rows by expert id and whole dense tensors make a
+matter of reading other rows. Later kinds of parallelism fit in the same way: a shard that holds part of a
+tensor (FSDP2, tensor parallelism) would say which slice in its metadata, as ``expert_ids`` now says which
+rows, and the reader would put slices together as it puts rows together now.
 """
 
 from fairseq_moe.checkpoint.branch import BranchCheckpoint, find_branch_checkpoint
-from fairseq_moe.checkpoint.files import UNREADABLE, load_plain, plain_globals, unreadable, write_plain
-from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ShardEntry
-from fairseq_moe.checkpoint.sets import prune_sets, read_experts, write_shard
+from fairseq_moe.checkpoint.files import (
+    UNREADABLE,
+    check_records,
+    copy_atomically,
+    load_plain,
+    plain_globals,
+    unreadable,
+)
+from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ModelShape, ShardEntry
+from fairseq_moe.checkpoint.opened import shard_problem
+from fairseq_moe.checkpoint.plan import find_aliases, share_of
+from fairseq_moe.checkpoint.reader import Checkpoint
+from fairseq_moe.checkpoint.sets import (
+    commit_main,
+    newest_intact,
+    prune_sets,
+    remove_set,
+    write_checkpoint,
+)
+from fairseq_moe.checkpoint.shards import (
+    LazyTensor,
+    SetId,
+    ShardContent,
+    has_expert_rows,
+    key_of,
+    split_key,
+    write_shard,
+)
 
 __all__ = [
     "MANIFEST_KEY",
     "UNREADABLE",
     "BranchCheckpoint",
+    "Checkpoint",
+    "LazyTensor",
     "Manifest",
+    "ModelShape",
+    "SetId",
+    "ShardContent",
     "ShardEntry",
+    "check_records",
+    "commit_main",
+    "copy_atomically",
+    "find_aliases",
     "find_branch_checkpoint",
+    "has_expert_rows",
+    "key_of",
     "load_plain",
+    "newest_intact",
     "plain_globals",
     "prune_sets",
-    "read_experts",
+    "remove_set",
+    "shard_problem",
+    "share_of",
+    "split_key",
     "unreadable",
-    "write_plain",
+    "write_checkpoint",
     "write_shard",
 ]

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.checkpoint.files import load_plain
-from fairseq_moe.checkpoint.sets import ExpertState
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["BranchCheckpoint", "find_branch_checkpoint"]
+__all__ = ["BranchCheckpoint", "ExpertState", "find_branch_checkpoint"]
+
+# (model tensors by parameter name, optimizer state by parameter name and state name)
+ExpertState = tuple[dict[str, Tensor], dict[str, dict[str, Any]]]
 
 _FILE = re.compile(r"(?P<stem>.+?)-(shared|rank-\d+)(?P<shard>-shard\d+)?\.pt")
 _EXPERT = re.compile(

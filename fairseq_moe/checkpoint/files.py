@@ -2,10 +2,13 @@
 
 import argparse
 import hashlib
+import io
 import os
 import pickle
 import struct
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,13 @@ from typing import Any
 import torch
 
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.faults import fault
 
 __all__ = [
+    "TEMPORARY",
     "UNREADABLE",
+    "check_records",
+    "copy_atomically",
     "load_plain",
     "plain_globals",
     "sha256_of",
@@ -35,26 +42,74 @@ UNREADABLE = (
     ValueError,
     pickle.UnpicklingError,
     struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
 )
+TEMPORARY = ".tmp-"  # between a file's name and the number of the process that is writing it
 _CHUNK_BYTES = 1 << 22
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file, then put it in place; a failure leaves ``path`` as it was."""
+def write_atomically(path: Path, chunks: Iterable[bytes | memoryview], *, kind: str, num_bytes: int) -> str:
+    """Write a temporary file beside ``path``, flush it to disk, then put it in place, once and for all.
+
+    Whatever happens, ``path`` is either as it was or complete; an error leaves no temporary file.
+
+    Args:
+        path: its directory is made if need be.
+        chunks: the bytes, in order.
+        kind: ``shard``, ``main`` or ``copy``; names the places of ``fairseq_moe.faults``.
+        num_bytes: length of all chunks together.
+
+    Returns:
+        the sha256 of the bytes, hexadecimal.
+
+    Raises:
+        OSError: the disk is full, the directory cannot be written, ...
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
+    digest, written, is_half = hashlib.sha256(), 0, False
     try:
-        write(temporary)
-        _flush_to_disk(temporary)
+        with temporary.open("wb") as file:
+            fault(f"save.{kind}_opened")
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                written += len(chunk)
+                if not is_half and 2 * written >= num_bytes:
+                    is_half = True
+                    file.flush()
+                    fault(f"save.{kind}_half")
+            file.flush()
+            fault(f"save.{kind}_written")
+            os.fsync(file.fileno())
+        fault(f"save.{kind}_flushed")
         os.replace(temporary, path)
+        fault(f"save.{kind}_renamed")
     finally:
         temporary.unlink(missing_ok=True)
-    _flush_to_disk(path.parent)
+    _flush_directory(path.parent)
+    return digest.hexdigest()
 
 
 def write_plain(path: Path, state: dict[str, Any]) -> None:
-    """Save tensors and plain Python values with ``torch.save``, atomically."""
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    """Save small tensors and plain Python values with ``torch.save``, atomically."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getbuffer()
+    write_atomically(path, _pieces(data), kind="main", num_bytes=len(data))
+
+
+def copy_atomically(source: Path, target: Path) -> None:
+    """Copy a small file; ``target`` is either what it was or the whole copy."""
+    data = memoryview(source.read_bytes())
+    write_atomically(target, _pieces(data), kind="copy", num_bytes=len(data))
+
+
+def _pieces(data: memoryview) -> Iterator[memoryview]:
+    """At least two of them, so that half a file is something that can happen."""
+    size = max(1, min(_CHUNK_BYTES, (len(data) + 1) // 2))
+    return (data[start : start + size] for start in range(0, len(data), size))
 
 
 def unreadable(path: Path | str, error: Exception) -> CheckpointError:
@@ -67,7 +122,7 @@ def unreadable(path: Path | str, error: Exception) -> CheckpointError:
 
 
 def load_plain(path: Path, *, lazily: bool = False) -> dict[str, Any]:
-    """Load a file of tensors and plain Python values.
+    """Load a file of tensors and plain Python values, once its records' checksums are found right.
 
     Args:
         path: a ``torch.save`` file.
@@ -77,6 +132,7 @@ def load_plain(path: Path, *, lazily: bool = False) -> dict[str, Any]:
         CheckpointError: the file cannot be read, or asks for more than tensors and plain values.
     """
     try:
+        check_records(path)
         with plain_globals():
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if lazily else None)
     except UNREADABLE as error:
@@ -84,6 +140,23 @@ def load_plain(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a checkpoint (a dictionary).")
     return state
+
+
+def check_records(path: Path) -> None:
+    """Compare every record of a ``torch.save`` file with its CRC, which torch's own reader does not do.
+
+    Files that are no zip archives (those of torch before 1.6) have no checksums and are left alone.
+
+    Raises:
+        ValueError: a record differs from its checksum; or one of ``UNREADABLE``.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"record {damaged} differs from its checksum")
 
 
 def plain_globals() -> AbstractContextManager[None]:
@@ -103,7 +176,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush_to_disk(path: Path) -> None:
+def _flush_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The list of expert shards that a main file carries."""
+"""The list of shards that a main file carries, and what it says about the model."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -6,10 +6,10 @@ from typing import Any
 
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["MANIFEST_KEY", "Manifest", "ShardEntry"]
+__all__ = ["MANIFEST_KEY", "Manifest", "ModelShape", "ShardEntry"]
 
 MANIFEST_KEY = "fairseq_moe"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +18,9 @@ class ShardEntry:
 
     Args:
         file: path relative to the main file's directory, with forward slashes.
-        expert_ids: global ids, in the order of the rows of its tensors.
+        expert_ids: global ids of the experts in it, in the order of the rows of its expert tensors.
         num_bytes: size of the file.
-        sha256: digest of the file.
+        sha256: digest of the file, hexadecimal.
     """
 
     file: str
@@ -30,57 +30,96 @@ class ShardEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes that decide whether a checkpoint fits a model.
+
+    Args:
+        num_experts: E of every MoE layer.
+        top_k: K, experts per token; None in files of version 1.
+        model_dim: D, width of the model; None in files of version 1.
+        expert_dim: F, hidden width of an expert; None in files of version 1.
+        num_layers: of the decoder, dense layers included; None in files of version 1.
+    """
+
+    num_experts: int
+    top_k: int | None = None
+    model_dim: int | None = None
+    expert_dim: int | None = None
+    num_layers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What belongs to one checkpoint.
 
     Args:
+        version: 2 (all tensors in the shards), or 1 (dense tensors in the main file; read, never written).
+        run_id: of the training run, kept by resumed ones; None in version 1.
         update: optimizer updates done.
-        num_experts: E of every MoE layer.
+        shape: of the model.
         shards: together they hold every expert once.
     """
 
+    version: int = _VERSION
+    run_id: str | None
     update: int
-    num_experts: int
+    shape: ModelShape
     shards: list[ShardEntry]
+
+    @property
+    def set_dir(self) -> str:
+        """The directory of the shards, relative to the main file's directory; also names the set."""
+        return str(PurePosixPath(self.shards[0].file).parent)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all shards together."""
+        return sum(entry.num_bytes for entry in self.shards)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the main file."""
-        return {"version": _VERSION, **asdict(self)}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any, *, source: Path) -> "Manifest":
-        """Check and read what ``to_dict`` made.
+        """Check and read what ``to_dict`` made, now or in version 1.
 
         Raises:
             CheckpointError: another version, missing fields, experts missing or twice, or a path that leaves
-            the
-                checkpoint's directory.
+                the checkpoint's directory.
         """
         try:
-            if values["version"] != _VERSION:
+            version = values["version"]
+            if version not in (1, _VERSION):
                 raise CheckpointError(
-                    f"{source} has checkpoint format {values['version']}, expected {_VERSION}; use the "
+                    f"{source} has checkpoint format {version!r}, expected 1 or {_VERSION}; use the "
                     "fairseq_moe that wrote it or a newer one."
                 )
-            shards = [ShardEntry(**entry) for entry in values["shards"]]
             manifest = cls(
-                update=int(values["update"]), num_experts=int(values["num_experts"]), shards=shards
+                version=version,
+                run_id=values["run_id"] if version > 1 else None,
+                update=int(values["update"]),
+                shape=ModelShape(**values["shape"])
+                if version > 1
+                else ModelShape(num_experts=values["num_experts"]),
+                shards=[ShardEntry(**entry) for entry in values["shards"]],
             )
-            listed = sorted(int(expert) for shard in shards for expert in shard.expert_ids)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the list of expert shards in {source} is damaged ({error}).") from error
-        if listed != list(range(manifest.num_experts)):
-            raise CheckpointError(
-                f"{source} lists experts {listed}, expected each of 0..{manifest.num_experts - 1} once."
-            )
-        for shard in shards:
-            _check_inside(shard.file, source)
+            manifest._check(source)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the list of shards in {source} is damaged ({error}).") from error
         return manifest
 
-
-def _check_inside(file: str, source: Path) -> None:
-    path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or "\\" in file:
-        raise CheckpointError(
-            f"{source} names the shard {file!r}, which is not a plain path below its directory."
-        )
+    def _check(self, source: Path) -> None:
+        listed = sorted(int(expert) for entry in self.shards for expert in entry.expert_ids)
+        if listed != list(range(self.shape.num_experts)):
+            raise CheckpointError(
+                f"{source} lists experts {listed}, expected each of 0..{self.shape.num_experts - 1} once."
+            )
+        for entry in self.shards:
+            path = PurePosixPath(entry.file)
+            if path.is_absolute() or ".." in path.parts or "\\" in entry.file or len(path.parts) != 3:
+                raise CheckpointError(
+                    f"{source} names the shard {entry.file!r}, which is not a plain path below its directory."
+                )
+        if len({str(PurePosixPath(entry.file).parent) for entry in self.shards}) != 1:
+            raise CheckpointError(f"{source} names shards of several sets, expected one.")

@@ -1,194 +1,147 @@
-"""Sets of expert shards: safetensors files whose tensors have one row per expert.
+"""Whole checkpoints in a directory: writing one, finding the newest that is intact, deleting what is old."""
 
-Keys are ``model/<parameter name>`` and ``optimizer/<parameter name>/<state name>``. Optimizer values that
-have no
-row per expert (Adam's step counter) lie in the file's metadata.
-"""
-
-import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from fairseq_moe.checkpoint.files import load_plain, sha256_of, write_atomically
-from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ShardEntry
+from fairseq_moe.checkpoint.files import TEMPORARY, load_plain, write_plain
+from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ModelShape, ShardEntry
+from fairseq_moe.checkpoint.reader import Checkpoint
+from fairseq_moe.checkpoint.shards import SETS_DIR, SetId, ShardContent, write_shard
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.faults import fault
 
-__all__ = ["SETS_DIR", "ExpertState", "prune_sets", "read_experts", "write_shard"]
+__all__ = ["commit_main", "newest_intact", "prune_sets", "remove_set", "write_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
-SETS_DIR = "experts"
-
-# (model tensors by parameter name, optimizer state by parameter name and state name)
-ExpertState = tuple[dict[str, Tensor], dict[str, dict[str, Any]]]
+_SETS_DIRS = (SETS_DIR, "experts")  # the second is that of format version 1
 
 
-def write_shard(
-    directory: Path,
-    set_name: str,
-    *,
-    index: int,
-    num_shards: int,
-    expert_ids: Sequence[int],
-    state: ExpertState,
-) -> ShardEntry:
-    """Write one owner's experts.
-
-    Args:
-        directory: where the main file will lie.
-        set_name: name of the set, the same for all shards.
-        index: number of this shard.
-        num_shards: number of shards of the set.
-        expert_ids: global ids of the rows.
-        state: tensors of shape (len(expert_ids), ...).
-
-    Returns:
-        its entry for the manifest.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    model, optimizer = state
-    tensors = {f"model/{name}": tensor for name, tensor in model.items()}
-    whole: dict[str, dict[str, Any]] = {}
-    for name, values in optimizer.items():
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == len(expert_ids):
-                tensors[f"optimizer/{name}/{key}"] = value
-            else:
-                whole.setdefault(name, {})[key] = value.item() if isinstance(value, Tensor) else value
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    metadata = {"expert_ids": json.dumps(list(expert_ids)), "optimizer": json.dumps(whole)}
-    path = directory / SETS_DIR / set_name / f"shard-{index}-of-{num_shards}.safetensors"
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-    return ShardEntry(
-        file=path.relative_to(directory).as_posix(),
-        expert_ids=list(expert_ids),
-        num_bytes=path.stat().st_size,
-        sha256=sha256_of(path),
-    )
-
-
-def read_experts(
-    directory: Path, manifest: Manifest, *, expert_ids: Sequence[int], with_optimizer: bool
-) -> ExpertState:
-    """The given experts, gathered from the shards that hold them.
-
-    Args:
-        directory: where the main file lies.
-        manifest: its list of shards.
-        expert_ids: global ids wanted, in this order.
-        with_optimizer: read optimizer state too.
-
-    Returns:
-        tensors of shape (len(expert_ids), ...).
-
-    Raises:
-        CheckpointError: a shard is missing, damaged, or not the one that the main file names.
-    """
-    rows: dict[str, dict[int, Tensor]] = {}
-    whole: dict[str, dict[str, list[Any]]] = {}
-    wanted = set(expert_ids)
-    for entry in manifest.shards:
-        here = [expert for expert in entry.expert_ids if expert in wanted]
-        if here:
-            _read_shard(directory / entry.file, entry, here, rows, whole, with_optimizer=with_optimizer)
-    model: dict[str, Tensor] = {}
-    optimizer: dict[str, dict[str, Any]] = {}
-    for key, by_expert in rows.items():
-        stacked = torch.stack([by_expert[expert] for expert in expert_ids])
-        kind, name = key.split("/", 1)
-        if kind == "model":
-            model[name] = stacked
-        else:
-            name, state_name = name.rsplit("/", 1)
-            optimizer.setdefault(name, {})[state_name] = stacked
-    for name, values in whole.items():
-        for state_name, found in values.items():
-            optimizer.setdefault(name, {})[state_name] = _one_value(found, name, state_name, directory)
-    return model, optimizer
-
-
-def _read_shard(
+def write_checkpoint(
     path: Path,
-    entry: ShardEntry,
-    wanted: list[int],
-    rows: dict[str, dict[int, Tensor]],
-    whole: dict[str, dict[str, list[Any]]],
     *,
-    with_optimizer: bool,
-) -> None:
-    _verify(path, entry)
+    state: dict[str, Any],
+    run_id: str | None,
+    update: int,
+    shape: ModelShape,
+    contents: Iterable[ShardContent],
+    num_shards: int,
+) -> Manifest:
+    """Write a complete checkpoint from one process, tensor by tensor: the shards, then the main file.
+
+    ``write_checkpoint(target, state=c.state, run_id=c.manifest.run_id, update=c.manifest.update,
+    shape=c.manifest.shape, contents=c.split(n), num_shards=n)`` gives a ``Checkpoint`` c another number of
+    shards.
+
+    Args:
+        path: of the main file.
+        state: what the main file holds besides the manifest and tensors.
+        run_id: of the training run (None: a new one).
+        update: optimizer updates done.
+        shape: of the model.
+        contents: of each shard, in order; together every tensor once.
+        num_shards: how many they are.
+
+    Raises:
+        OSError: a file cannot be written; then there is no trace of the checkpoint.
+        CheckpointError: the content cannot be stored in this format.
+    """
+    set_id = SetId.new(run_id=run_id, update=update)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            ids = json.loads(metadata["expert_ids"])
-            if ids != entry.expert_ids:
-                raise CheckpointError(
-                    f"{path} holds experts {ids}, its checkpoint expects {entry.expert_ids}."
-                )
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                if key.startswith("model/") or with_optimizer:
-                    tensor = file.get_tensor(key)
-                    rows.setdefault(key, {}).update({expert: tensor[ids.index(expert)] for expert in wanted})
-            if with_optimizer:
-                for name, values in json.loads(metadata["optimizer"]).items():
-                    for state_name, value in values.items():
-                        whole.setdefault(name, {}).setdefault(state_name, []).append(value)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read expert shard {path} ({error}); restore it from a copy."
-        ) from error
+        entries = [
+            write_shard(path.parent, set_id, index=index, num_shards=num_shards, content=content)
+            for index, content in enumerate(contents)
+        ]
+        return commit_main(path, state=state, set_id=set_id, shape=shape, entries=entries)
+    except BaseException:
+        remove_set(path.parent, set_id)
+        raise
 
 
-def _verify(path: Path, entry: ShardEntry) -> None:
-    if not path.is_file():
-        raise CheckpointError(
-            f"expert shard {path} (experts {entry.expert_ids}) is missing; copy the directory {SETS_DIR}/ "
-            "along with the checkpoint file."
-        )
-    num_bytes = path.stat().st_size
-    if num_bytes != entry.num_bytes:
-        raise CheckpointError(
-            f"expert shard {path} has {num_bytes} bytes, expected {entry.num_bytes}; it is damaged."
-        )
-    digest = sha256_of(path)
-    if digest != entry.sha256:
-        raise CheckpointError(
-            f"expert shard {path} has sha256 {digest}, expected {entry.sha256}; it is damaged."
-        )
+def commit_main(
+    path: Path, *, state: dict[str, Any], set_id: SetId, shape: ModelShape, entries: list[ShardEntry]
+) -> Manifest:
+    """Write the main file of a set whose shards are all written: from then on the checkpoint exists.
+
+    Args:
+        path: of the main file.
+        state: what it holds besides the manifest; ``model`` becomes empty.
+        set_id: of the set.
+        shape: of the model.
+        entries: what ``write_shard`` returned for each shard.
+
+    Raises:
+        OSError: it cannot be written; what was at ``path`` before is still there.
+        CheckpointError: the shards do not hold each expert once.
+    """
+    manifest = Manifest(run_id=set_id.run_id, update=set_id.update, shape=shape, shards=entries)
+    Manifest.from_dict(manifest.to_dict(), source=path)
+    write_plain(path, {**state, "model": {}, MANIFEST_KEY: manifest.to_dict()})
+    return manifest
 
 
-def _one_value(found: list[Any], name: str, state_name: str, directory: Path) -> Any:
-    if any(value != found[0] for value in found):
-        raise CheckpointError(
-            f"the optimizer state {state_name} of {name} in {directory} differs between expert shards and "
-            "cannot be merged; resume with as many ranks as wrote it, or pass --reset-optimizer."
-        )
-    return found[0]
+def remove_set(directory: Path, set_id: SetId) -> None:
+    """Delete the shards of a set that did not become complete."""
+    shutil.rmtree(directory / SETS_DIR / set_id.name, ignore_errors=True)
 
 
-def prune_sets(directory: Path) -> None:
-    """Delete the sets that no main file in ``directory`` names; nothing if any main file cannot be read."""
-    sets = [path for path in (directory / SETS_DIR).glob("*") if path.is_dir()]
-    named: set[Path] = set()
-    for main in directory.glob("*.pt"):
+def newest_intact(directory: Path) -> Path | None:
+    """The main file of the checkpoint with the most updates of which every byte is as it was written.
+
+    Reads whole checkpoints, newest first, until one is intact. Dense checkpoints do not count.
+    """
+    found = []
+    for path in sorted(directory.glob("*.pt")):
         try:
-            state = load_plain(main, lazily=True)
-            if MANIFEST_KEY in state:
-                manifest = Manifest.from_dict(state[MANIFEST_KEY], source=main)
-                named.update((directory / entry.file).parent for entry in manifest.shards)
-        except CheckpointError as error:
-            logger.warning("old expert shards are kept: %s", error)
-            return
-    for path in sets:
-        if path not in named:
+            checkpoint = Checkpoint.open(path)
+        except CheckpointError:
+            continue
+        found.append((checkpoint.manifest.update, path.stat().st_mtime_ns, checkpoint))
+    for _, _, checkpoint in sorted(found, key=lambda entry: entry[:2], reverse=True):
+        try:
+            checkpoint.verify()
+        except CheckpointError:
+            continue
+        return checkpoint.path
+    return None
+
+
+def prune_sets(directory: Path, *, committed: Path) -> None:
+    """Delete what earlier saves have left and no main file names, after a save that succeeded.
+
+    A set, or a temporary file of a writer that was killed, goes when it is older than the main file just
+    written and no main file in ``directory`` names it. If any main file cannot be read, nothing goes: it
+    might name any of them.
+
+    Args:
+        directory: of the main files.
+        committed: the main file just written.
+    """
+    now_ns = committed.stat().st_mtime_ns
+    fault("save.before_prune")
+    try:
+        named = set(_named_sets(directory))
+    except CheckpointError as error:
+        logger.warning("Old shards are kept, because a main file might name them: %s", error)
+        return
+    for path in (path for name in _SETS_DIRS for path in (directory / name).glob("*")):
+        if path.is_dir() and path not in named and _newest_ns(path) < now_ns:
             shutil.rmtree(path, ignore_errors=True)
+            fault("save.pruned_one")
+    for path in directory.glob(f"*.pt{TEMPORARY}*"):
+        if path.stat().st_mtime_ns < now_ns:
+            path.unlink(missing_ok=True)
+
+
+def _named_sets(directory: Path) -> Iterator[Path]:
+    for main in directory.glob("*.pt"):
+        state = load_plain(main, lazily=True)
+        if MANIFEST_KEY in state:
+            yield directory / Manifest.from_dict(state[MANIFEST_KEY], source=main).set_dir
+
+
+def _newest_ns(directory: Path) -> int:
+    return max(path.stat().st_mtime_ns for path in (directory, *directory.glob("*")))

@@ -24,6 +24,7 @@ from fairseq_moe.models.embedding import build_word_embedding
 from fairseq_moe.models.megatron_flags import MegatronFlags, add_list_arguments
 from fairseq_moe.models.modern_flags import ModernFlags
 from fairseq_moe.models.presets import register_presets
+from fairseq_moe.models.reliability_flags import ReliabilityFlags
 from fairseq_moe.modern import ModernConfig
 
 __all__ = ["MoETransformerLanguageModel", "MoETransformerLanguageModelConfig", "adopt_architectures"]
@@ -32,7 +33,9 @@ _NAME = "transformer_lm"
 
 
 @dataclass
-class MoETransformerLanguageModelConfig(TransformerLanguageModelConfig, MegatronFlags, ModernFlags):
+class MoETransformerLanguageModelConfig(
+    TransformerLanguageModelConfig, MegatronFlags, ModernFlags, ReliabilityFlags
+):
     """Stock's flags and the expert flags, with the moe branch's names and defaults."""
 
     moe_freq: int = field(default=0, metadata={"help": "every N-th decoder layer has experts; 0: none"})

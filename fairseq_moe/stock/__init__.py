@@ -5,15 +5,18 @@ stock's behaviour to the bit: every seam that concerns experts asks first whethe
 """
 
 from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
-    checkpointing,
     communication,
     dictionary,
     evaluate,
     fsdp,
     gradients,
     launch,
+    loading,
     optim,
     parsing,
+    retention,
+    saving,
+    stopping,
     training,
     wrappers,
 )

@@ -24,9 +24,16 @@ if has_FSDP:
         load_full_model_state,
         named_optimizer_state,
         sharded_optimizer_state,
+        tensor_bytes,
     )
 
-__all__ = ["full_model_state", "load_full_model_state", "named_optimizer_state", "sharded_optimizer_state"]
+__all__ = [
+    "full_model_state",
+    "load_full_model_state",
+    "named_optimizer_state",
+    "sharded_optimizer_state",
+    "tensor_bytes",
+]
 
 _TEST = "tests/distributed/test_fsdp.py"
 

@@ -1,10 +1,11 @@
 """The state of a model under FSDP by parameter name: gathered from the shards, and put back.
 
-Names are those of the model without wrappers. The functions are called by every rank. Dense tensors come out
-on rank 0 only; experts come out on every rank, each rank its own, gathered from the ranks that share them.
+Names are those of the model without wrappers. The functions are called by every rank. Tensors are gathered
+from the ranks that share them, experts too; a rank keeps those that it is asked to keep, one flat parameter at
+a time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +14,16 @@ import torch.nn.functional as F
 from fairscale.nn.data_parallel import FullyShardedDataParallel
 from torch import Tensor, nn
 
-from fairseq_moe.distributed import rank
 from fairseq_moe.distributed.sharding import all_gather_flat
 from fairseq_moe.errors import CheckpointError
 
 __all__ = [
     "full_model_state",
+    "keep_all",
     "load_full_model_state",
     "named_optimizer_state",
     "sharded_optimizer_state",
+    "tensor_bytes",
 ]
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_fpw_module")
@@ -45,20 +47,17 @@ class _FlatParameter:
     shapes: list[torch.Size]
     aliases: dict[str, str]
 
-    @property
-    def is_kept_here(self) -> bool:
-        """Whether this rank's checkpoint files need the tensors."""
-        return hasattr(self.parameter, "expert") or rank() == 0
-
-    def gather(self, shard: Tensor) -> list[Tensor]:
-        """The whole tensors on CPU, each in memory of its own, none where they are not kept; collective."""
+    def gather(self, shard: Tensor, is_kept: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The whole tensors that are kept, by name, on CPU in memory of their own; collective."""
         full = shard.detach()
         if self.owner.world_size > 1:
             full = all_gather_flat(full, self.owner.process_group)
-        if not self.is_kept_here:
-            return []
         parts = full[: sum(self._numels)].split(self._numels)
-        return [part.view(shape).to("cpu", copy=True) for part, shape in zip(parts, self.shapes, strict=True)]
+        return {
+            name: part.view(shape).to("cpu", copy=True)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+            if is_kept(name)
+        }
 
     def shard(self, tensors: Iterable[Tensor]) -> Tensor:
         """This rank's part of the tensors, in fresh memory."""
@@ -72,19 +71,39 @@ class _FlatParameter:
         return [shape.numel() for shape in self.shapes]
 
 
-def full_model_state(model: nn.Module) -> dict[str, Tensor]:
+def keep_all(name: str) -> bool:
+    """Every tensor is kept."""
+    return True
+
+
+def tensor_bytes(model: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
+    """Bytes of each tensor that ``full_model_state`` would give, and further names of some (tied weights)."""
+    sizes, aliases = {}, {}
+    for flat in _flat_parameters(model):
+        itemsize = flat.parameter.dtype.itemsize
+        sizes.update(
+            {name: shape.numel() * itemsize for name, shape in zip(flat.names, flat.shapes, strict=True)}
+        )
+        aliases.update(flat.aliases)
+    sizes.update({name: buffer.numel() * buffer.dtype.itemsize for name, buffer, _ in _buffers(model)})
+    return sizes, aliases
+
+
+def full_model_state(model: nn.Module, is_kept: Callable[[str], bool] = keep_all) -> dict[str, Tensor]:
     """Parameters and buffers by name, on CPU in fresh memory; collective.
 
-    Rank 0 gets all dense tensors; each rank gets its own experts, (L, ...) each.
+    Each rank gets its own experts, (L, ...) each.
+
+    Args:
+        model: the FSDP root.
+        is_kept: which names this rank keeps; aliases are asked for under their tensor's name.
     """
     state = {}
     for flat in _flat_parameters(model):
-        tensors = flat.gather(flat.parameter.data)
-        state.update(zip(flat.names, tensors, strict=False))
-        if tensors:
-            state.update({alias: state[name] for alias, name in flat.aliases.items()})
-    if rank() == 0:
-        for name, buffer, owner in _buffers(model):
+        state.update(flat.gather(flat.parameter.data, is_kept))
+        state.update({alias: state[name] for alias, name in flat.aliases.items() if name in state})
+    for name, buffer, owner in _buffers(model):
+        if is_kept(name):
             is_halved = owner is not None and owner.mixed_precision and buffer.dtype == torch.float16
             state[name] = (buffer.float() if is_halved else buffer).detach().to("cpu", copy=True)
     return state
@@ -117,16 +136,18 @@ def load_full_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None
             flat.owner._free_full_params()
 
 
-def named_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, dict[str, Any]]:
+def named_optimizer_state(
+    model: nn.Module, optimizer: Any, is_kept: Callable[[str], bool] = keep_all
+) -> dict[str, dict[str, Any]]:
     """Optimizer state by parameter name, tensors in the parameter's own shape; collective.
 
     Args:
         model: the FSDP root.
         optimizer: a fairseq optimizer over its parameters.
+        is_kept: which names this rank keeps.
 
     Returns:
-        As ``full_model_state``: dense on rank 0, experts on their ranks. Scalars are repeated for each name.
-        A parameter without state is left out.
+        As ``full_model_state``. Scalars are repeated for each name. A parameter without state is left out.
     """
     state = optimizer.state_dict()["state"]
     index_of = _optimizer_indices(optimizer)
@@ -136,13 +157,15 @@ def named_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, dict[st
         for key in sorted(entries):
             value = entries[key]
             if _has_shape(value):
-                values: list[Any] = flat.gather(value)
-            elif flat.is_kept_here:
-                scalar = value.detach().cpu() if isinstance(value, Tensor) else value
-                values = [scalar.clone() if isinstance(scalar, Tensor) else scalar for _ in flat.names]
+                values: dict[str, Any] = flat.gather(value, is_kept)
             else:
-                values = []
-            for name, own in zip(flat.names, values, strict=False):
+                scalar = value.detach().cpu() if isinstance(value, Tensor) else value
+                values = {
+                    name: scalar.clone() if isinstance(scalar, Tensor) else scalar
+                    for name in flat.names
+                    if is_kept(name)
+                }
+            for name, own in values.items():
                 named.setdefault(name, {})[key] = own
     return named
 

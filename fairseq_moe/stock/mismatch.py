@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from omegaconf import open_dict
-from torch import Tensor, nn
+from torch import nn
 
 from fairseq_moe.config import MoEConfig
 
@@ -16,20 +16,21 @@ _SHAPE_FLAGS = (
     "decoder_embed_dim",
     "decoder_ffn_embed_dim",
     "decoder_attention_heads",
+    "decoder_learned_pos",
     "share_decoder_input_output_embed",
 )
 _MAX_LISTED = 3
 
 
 def model_problems(
-    saved: Mapping[str, Any], wanted: Any, tensors: Mapping[str, Tensor], model: nn.Module
+    saved: Mapping[str, Any], wanted: Any, shapes: Mapping[str, tuple[int, ...]], model: nn.Module
 ) -> list[str]:
     """One phrase per difference that keeps the tensors from loading.
 
     Args:
         saved: the checkpoint's model configuration.
         wanted: this run's model configuration.
-        tensors: the checkpoint's dense tensors.
+        shapes: of the checkpoint's tensors, with this rank's experts.
         model: this run's model; its shapes are compared where it is not sharded.
     """
     problems = []
@@ -40,6 +41,8 @@ def model_problems(
     for name, of_checkpoint, of_run in (
         ("moe_freq", old.moe_freq, new.moe_freq),
         (_expert_flag(new), old.num_experts, new.num_experts),
+        ("moe_top1_expert", old.moe_top1_expert, new.moe_top1_expert),
+        ("moe_router_topk", old.megatron.top_k, new.megatron.top_k),
         ("moe_layer_freq", old.megatron.moe_layer_freq, new.megatron.moe_layer_freq),
         (
             "alternate_decoder_ffn_embed_dim",
@@ -58,7 +61,7 @@ def model_problems(
     new_width = new.expert_dim or wanted.decoder_ffn_embed_dim
     if new.enabled and old.enabled and old_width != new_width:
         problems.append(_differs("moe_expert_ffn_dim", old_width, new_width))
-    return problems or _shape_problems(tensors, model)
+    return problems or _shape_problems(shapes, model)
 
 
 def _expert_flag(config: MoEConfig) -> str:
@@ -70,14 +73,14 @@ def _differs(name: str, saved: Any, wanted: Any) -> str:
     return f"{flag} is {saved} in the checkpoint and {wanted} in this run"
 
 
-def _shape_problems(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+def _shape_problems(saved: Mapping[str, tuple[int, ...]], model: nn.Module) -> list[str]:
     if any(hasattr(p, "_is_sharded") for p in model.parameters()):
         return []
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     problems = [
-        f"{name} has shape {tuple(tensors[name].shape)} in the checkpoint and {shape} in this run"
+        f"{name} has shape {saved[name]} in the checkpoint and {shape} in this run"
         for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
+        if name in saved and saved[name] != shape
     ]
     return problems[:_MAX_LISTED]
 

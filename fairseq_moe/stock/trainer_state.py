@@ -1,33 +1,77 @@
 """A trainer's state under parameter names, whatever wrapper is around the model."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from fairseq_moe.checkpoint import ShardContent, find_aliases, has_expert_rows, share_of
+from fairseq_moe.distributed import rank
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.stock.optimizer_state import indexed_optimizer_state, named_optimizer_state
 
-__all__ = ["load_optimizer", "model_state", "named_optimizer"]
+__all__ = ["load_optimizer", "named_optimizer", "snapshot"]
 
 
-def model_state(trainer: Any) -> dict[str, Tensor]:
-    """All ranks: dense tensors (complete on rank 0) and this rank's experts, by canonical name."""
+def snapshot(trainer: Any, decoder: MoEDecoder) -> ShardContent:
+    """All ranks: the tensors and optimizer state that this rank writes into a checkpoint.
+
+    Dense tensors are spread over all ranks, experts are written by one replica. On a CPU, tensors that are
+    not sharded are those of the model itself: training must wait until they are written.
+    """
+    assert decoder.mesh is not None
+    layout = decoder.mesh.layout
+    sizes, aliases = _tensor_bytes(trainer)
+    experts = sum(size for name, size in sizes.items() if has_expert_rows(name))
+    is_written = share_of(
+        rank(),
+        expert_bytes=[experts if layout.is_owner(other) else 0 for other in range(layout.world_size)],
+        dense_bytes={name: size for name, size in sizes.items() if not has_expert_rows(name)},
+        aliases=aliases,
+    )
+    model = _model_state(trainer, is_written)
+    return ShardContent(
+        expert_ids=list(layout.local_ids(rank())) if layout.is_owner(rank()) else [],
+        model={name: tensor for name, tensor in model.items() if name not in aliases},
+        optimizer=named_optimizer(trainer, is_written),
+        aliases={alias: name for alias, name in aliases.items() if is_written(name)},
+    )
+
+
+def _tensor_bytes(trainer: Any) -> tuple[dict[str, int], dict[str, str]]:
+    """Bytes of each tensor of this rank's model, and further names of some of them, on every rank alike."""
+    if trainer.is_fsdp:
+        from fairseq_moe.stock.fsdp import tensor_bytes
+
+        return tensor_bytes(trainer.model)
+    state = trainer.get_model().state_dict()
+    aliases = find_aliases(state)
+    return {name: tensor.nbytes for name, tensor in state.items() if name not in aliases}, aliases
+
+
+def _model_state(trainer: Any, is_written: Callable[[str], bool]) -> dict[str, Tensor]:
     if trainer.is_fsdp:
         from fairseq_moe.stock.fsdp import full_model_state
 
-        return full_model_state(trainer.model)
-    return trainer.get_model().state_dict()
+        return full_model_state(trainer.model, is_written)
+    return {name: tensor for name, tensor in trainer.get_model().state_dict().items() if is_written(name)}
 
 
-def named_optimizer(trainer: Any) -> dict[str, dict[str, Any]]:
+def _keep_all(name: str) -> bool:
+    return True
+
+
+def named_optimizer(trainer: Any, is_written: Callable[[str], bool] = _keep_all) -> dict[str, dict[str, Any]]:
     """All ranks: optimizer state by canonical parameter name; empty with --no-save-optimizer-state."""
     if trainer.cfg.checkpoint.no_save_optimizer_state:
         return {}
     if trainer.is_fsdp:
         from fairseq_moe.stock.fsdp import named_optimizer_state as sharded_named_optimizer_state
 
-        return sharded_named_optimizer_state(trainer.model, trainer.optimizer)
-    return named_optimizer_state(trainer.get_model(), trainer.optimizer)
+        return sharded_named_optimizer_state(trainer.model, trainer.optimizer, is_written)
+    named = named_optimizer_state(trainer.get_model(), trainer.optimizer)
+    return {name: values for name, values in named.items() if is_written(name)}
 
 
 def load_optimizer(trainer: Any, saved: dict[str, Any], *, overrides: Any, reset_lr_scheduler: bool) -> None:

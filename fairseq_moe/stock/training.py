@@ -1,7 +1,7 @@
 """The training loop around an MoE model: dummy batches, start-up messages, memory and load statistics."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,12 +11,15 @@ from fairseq.tasks.fairseq_task import FairseqTask
 from torch import Tensor, nn
 
 from fairseq_moe.criterions import MoECrossEntropyCriterion
+from fairseq_moe.distributed import world_size
 from fairseq_moe.load_record import LOAD_KEY, LoadRecord, append_record
 from fairseq_moe.megatron_args import argument_warnings
 from fairseq_moe.models.decoder import MoEDecoder
+from fairseq_moe.reliability import ReliabilityConfig
 from fairseq_moe.stock.evaluate import dummy_batch
 from fairseq_moe.stock.models import moe_decoder
 from fairseq_moe.stock.seam import seam
+from fairseq_moe.stock.step_guard import StepGuard
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,10 @@ def trainer_init(
     stock(self, cfg, task, model, criterion, quantizer)
     if decoder is not None:
         _record_load_after_validation(self, task, decoder)
+        # Where the seams of a step find it: on the trainer, on its task and beside the experts.
+        guard = StepGuard(ReliabilityConfig.from_args(cfg.model))
+        self.moe_guard = task.moe_guard = decoder.moe_guard = guard
+        guard.signals.listen()
 
 
 def _log_sizes(model: nn.Module) -> None:
@@ -132,6 +139,9 @@ def train_step(
     loss, sample_size, logged = stock(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad or is_dummy
     )
+    guard = getattr(self, "moe_guard", None)
+    if guard is not None:
+        guard.see_loss(loss)
     return _without_dummy(loss, sample_size, logged) if is_dummy else (loss, sample_size, logged)
 
 
@@ -191,24 +201,40 @@ def optimizer_step(
 @seam(
     "fairseq.trainer:Trainer.train_step",
     signature="(self, samples, raise_oom)",
-    stock_does="shows numbers per update, no tensors",
-    breaks="the load of each expert of each layer is not to be seen",
-    we_do="append it to moe_load.jsonl in the save directory every --log-interval updates",
-    test="tests/e2e/test_training.py",
+    stock_does="shows numbers per update, no tensors; on several ranks, goes on alone after running out of "
+    "memory, and saves crash.pt after other errors",
+    breaks="the load of each expert of each layer is not to be seen; the other ranks wait for this one in an "
+    "exchange, while it waits for them in another",
+    we_do="append the load to moe_load.jsonl in the save directory every --log-interval updates; every error "
+    "of one of several ranks ends it, without a word to the others",
+    test="tests/reliability/test_r24_rank_fails.py",
 )
 def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise_oom: bool = False) -> Any:
     decoder = moe_decoder(self.get_model())
-    if decoder is not None:
-        for router in decoder.routers():
-            router.begin_update()
-    output = stock(self, samples, raise_oom)
+    if decoder is None:
+        return stock(self, samples, raise_oom)
+    for router in decoder.routers():
+        router.begin_update()
+    self.moe_guard.begin_update()
+    with _no_crash_checkpoint(self):
+        output = stock(self, samples, raise_oom or world_size() > 1)
     update = self.get_num_updates()
     if output is None or update % self.cfg.common.log_interval != 0 or not self.is_data_parallel_master:
         return output
     meters = metrics.get_meters("train_inner")
-    if decoder is not None and meters is not None and LOAD_KEY in meters:
+    if meters is not None and LOAD_KEY in meters:
         _write_load(self, decoder, meters[LOAD_KEY].sum, split="train")
     return output
+
+
+@contextmanager
+def _no_crash_checkpoint(trainer: Any) -> Iterator[None]:
+    """Saving takes all ranks, and the others do not know that this one is in trouble."""
+    trainer.save_checkpoint = lambda filename, extra_state: None  # stock calls it inside for crash.pt only
+    try:
+        yield
+    finally:
+        del trainer.save_checkpoint
 
 
 def _record_load_after_validation(trainer: Any, task: Any, decoder: MoEDecoder) -> None:

@@ -3,7 +3,6 @@
 Run: ``OMP_NUM_THREADS=1 pytest tests/distributed/test_checkpoint.py``.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
+from tests.helpers.checkpoints import assert_same, contents, manifest_of
 from tests.helpers.ranks import USER_DIR, CommandResult, run_cli, run_ranks
 
 MODEL = [
@@ -33,31 +32,6 @@ TRAINING = [
 def train(data: Path, save_dir: Path, *flags: Any, world_size: int = 2) -> CommandResult:
     argv = [data, "--user-dir", USER_DIR, *MODEL, *TRAINING, "--save-dir", save_dir, *flags]
     return run_cli("fairseq_cli.train", argv, world_size=world_size)
-
-
-def contents(main: Path) -> dict[str, Any]:
-    """Everything a checkpoint says about parameters, experts in the order of their global ids."""
-    state = torch.load(main, weights_only=True)
-    found = {f"model/{name}": tensor for name, tensor in state["model"].items()}
-    for name, values in state["last_optimizer_state"]["named"].items():
-        found |= {f"optimizer/{name}/{key}": value for key, value in values.items()}
-    rows: dict[str, dict[int, torch.Tensor]] = {}
-    for shard in state["fairseq_moe"]["shards"]:
-        with safe_open(main.parent / shard["file"], framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                rows.setdefault(key, {}).update(zip(shard["expert_ids"], file.get_tensor(key), strict=True))
-            for name, values in json.loads(file.metadata()["optimizer"]).items():
-                found |= {f"optimizer/{name}/{key}": value for key, value in values.items()}
-    return found | {
-        key: torch.stack([by_id[expert] for expert in sorted(by_id)]) for key, by_id in rows.items()
-    }
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert sorted(found) == sorted(expected)
-    for key, value in expected.items():
-        same = torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value
-        assert same, key
 
 
 def load_and_save(rank: int, argv: list[str]) -> int:
@@ -143,7 +117,8 @@ def test_replicated_experts_are_written_once(text_data: Path, tmp_path: Path, ba
     assert train(text_data, tmp_path / "one", "--max-update", "2", *few, world_size=1).exit_code == 0
     source = tmp_path / "one" / "checkpoint_last.pt"
     resave(text_data, source, tmp_path / "four", world_size=4, backend=backend, extra=few)
-    assert len(list((tmp_path / "four").glob("experts/*/*.safetensors"))) == 2
+    main = tmp_path / "four" / "checkpoint_last.pt"
+    assert sorted(shard["expert_ids"] for shard in manifest_of(main)["shards"]) == [[], [], [0], [1]]
     assert_same(contents(tmp_path / "four" / "checkpoint_last.pt"), contents(source))
 
 
@@ -179,9 +154,9 @@ def _flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "damage", "said"),
     [
-        ("experts/*/shard-1-of-2.safetensors", Path.unlink, "is missing"),
-        ("experts/*/shard-1-of-2.safetensors", _flip, "it is damaged"),
-        ("experts/*/shard-0-of-2.safetensors", _cut, "it is damaged"),
+        ("shards/*/shard-1-of-2.safetensors", Path.unlink, "is missing"),
+        ("shards/*/shard-1-of-2.safetensors", _flip, "it is damaged"),
+        ("shards/*/shard-0-of-2.safetensors", _cut, "it is damaged"),
         ("checkpoint_last.pt", _cut, "cannot read checkpoint file"),
     ],
 )
@@ -278,48 +253,14 @@ def test_a_checkpoint_of_another_model_names_both_values(
     assert "Traceback" not in result.output
 
 
-def save_with_a_full_disk(rank: int, argv: list[str]) -> str:
-    """As ``load_and_save``, but rank 1 cannot write its experts."""
-    from fairseq_moe.errors import CheckpointError
-    from fairseq_moe.stock import checkpointing
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    if rank == 1:
-        checkpointing.write_shard = refuse
-    try:
-        load_and_save(rank, argv)
-    except CheckpointError as error:
-        return str(error)
-    return "saved"
-
-
-def test_a_failed_save_leaves_the_last_good_checkpoint(
-    trained: Path, text_data: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(trained, tmp_path / "copy")
-    before = contents(tmp_path / "copy" / "checkpoint_last.pt")
-    argv = [
-        str(text_data), *MODEL, *TRAINING, "--save-dir", str(tmp_path / "copy"), "--ddp-backend",
-        "legacy_ddp", "--distributed-world-size", "2",
-    ]  # fmt: skip
-    said = run_ranks(save_with_a_full_disk, 2, argv)
-    assert said[0] == said[1]
-    assert "rank 1 could not write its experts" in said[0]
-    assert_same(contents(tmp_path / "copy" / "checkpoint_last.pt"), before)
-    assert not list((tmp_path / "copy").rglob("*.tmp*"))
-
-
 def test_retention_deletes_the_sets_that_no_file_names(text_data: Path, tmp_path: Path) -> None:
     flags = ["--save-interval-updates", "1", "--keep-interval-updates", "2", "--max-update", "5"]
     assert train(text_data, tmp_path, *flags).exit_code == 0
     mains = sorted(path.name for path in tmp_path.glob("*.pt"))
     assert mains == ["checkpoint_1_4.pt", "checkpoint_1_5.pt", "checkpoint_last.pt"]
     named = {contents_set(tmp_path / main) for main in mains}
-    assert {path.name for path in (tmp_path / "experts").iterdir()} == named
+    assert {path.name for path in (tmp_path / "shards").iterdir()} == named
 
 
 def contents_set(main: Path) -> str:
-    shards = torch.load(main, weights_only=True)["fairseq_moe"]["shards"]
-    return str(Path(shards[0]["file"]).parent.name)
+    return str(Path(manifest_of(main)["shards"][0]["file"]).parent.name)

@@ -3,7 +3,6 @@
 Run with ``pytest tests/distributed/test_grad_norm.py``.
 """
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -101,41 +100,23 @@ def _run_into_bad_gradient(
         update(trainer, [make_batch(step + 10 * rank)])
     before = _state(trainer)
     scale = trainer.optimizer.scaler.loss_scale if trainer.cfg.common.fp16 else None
-    try:
-        outcome = "stepped" if update(trainer, [make_batch(rank)]) else "skipped"
-    except FloatingPointError as error:
-        outcome = f"raised: {error}"
+    outcome = "stepped" if update(trainer, [make_batch(rank)]) else "skipped"
     after = _state(trainer)
     changed = [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
     found = {"outcome": outcome, "changed": changed, "updates": trainer.get_num_updates()}
-    if outcome == "skipped":
+    if scale is not None:
         found["scale"] = trainer.optimizer.scaler.loss_scale / scale
     return found
 
 
-def _log_of_bad_gradient(rank: int, save_dir: str) -> list[str]:
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("fairseq_moe.stock.gradients").addHandler(handler)
-    _run_into_bad_gradient(rank, ["--moe-expert-count", 2], save_dir, math.inf, True)
-    return messages
-
-
-def test_the_bad_gradient_is_named_by_its_rank_alone(tmp_path: Path) -> None:
-    name = "decoder.layers.1.moe_layer.experts.fc1_weight"
-    sentence = f"the gradient of {name} on rank 1 is not finite; no rank takes this step."
-    assert run_ranks(_log_of_bad_gradient, 2, str(tmp_path)) == [[], [sentence]]
-
-
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp", "fully_sharded"])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_bad_expert_gradient_of_one_rank_stops_all_ranks_before_the_step(
+def test_bad_expert_gradient_of_one_rank_makes_all_ranks_skip_the_update(
     backend: str, value: float, tmp_path: Path
 ) -> None:
     flags = ["--ddp-backend", backend]
     for found in run_ranks(_run_into_bad_gradient, 2, flags, str(tmp_path), value, True, timeout=40):
-        assert found == {"outcome": "raised: gradients are Nan/Inf", "changed": [], "updates": BAD_UPDATE}
+        assert found == {"outcome": "skipped", "changed": [], "updates": BAD_UPDATE}
 
 
 @pytest.mark.parametrize(
@@ -157,10 +138,10 @@ def test_overflow_in_one_expert_skips_the_update_on_all_ranks(
         assert found == {"outcome": "skipped", "changed": [], "updates": BAD_UPDATE, "scale": 0.5}
 
 
-def test_bad_dense_gradient_stops_all_ranks(tmp_path: Path) -> None:
+def test_bad_dense_gradient_makes_all_ranks_skip_the_update(tmp_path: Path) -> None:
     flags = ["--ddp-backend", "legacy_ddp"]
     for found in run_ranks(_run_into_bad_gradient, 2, flags, str(tmp_path), math.nan, False, timeout=40):
-        assert found == {"outcome": "raised: gradients are Nan/Inf", "changed": [], "updates": BAD_UPDATE}
+        assert found == {"outcome": "skipped", "changed": [], "updates": BAD_UPDATE}
 
 
 def _leave_experts_out() -> None:
@@ -175,6 +156,7 @@ def test_these_tests_see_a_norm_that_leaves_experts_out(tmp_path: Path) -> None:
 
 
 def _disagree(rank: int, save_dir: str) -> str:
+    from fairseq_moe.errors import RanksDisagreeError
     from tests.helpers.tiny import build_trainer, make_batch, update
 
     trainer = build_trainer(["--save-dir", save_dir])
@@ -186,7 +168,7 @@ def _disagree(rank: int, save_dir: str) -> str:
             trainer.get_model().decoder.layers[0].fc1.bias.grad.mul_(1.01)
 
     trainer.optimizer.all_reduce_grads = reduce_wrongly
-    with pytest.raises(FloatingPointError) as caught:
+    with pytest.raises(RanksDisagreeError) as caught:
         update(trainer, [make_batch(rank)])
     return str(caught.value)
 

@@ -3,6 +3,7 @@
 The commands of the two GPU scripts are those of the README of fairseq's moe branch, flag by flag.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -136,6 +137,14 @@ def test_every_way_of_bench_layer_gives_gradients_and_the_table_has_a_row_per_si
     assert result["dense limit"]["ratio"] == 1.0
     assert len(bench.table([result, result]).splitlines()) == 4
     json.dumps(result)
+
+
+def test_every_row_of_bench_routing_runs_forward_and_backward() -> None:
+    bench = load("bench_routing.py")
+    args = argparse.Namespace(tokens=64, model_dim=8, hidden_dim=8, experts=16, rounds=1)
+    results = bench.measure(args)
+    assert [row["routing"] for row in results] == list(bench.ROWS)
+    assert len(bench.table(results).splitlines()) == 2 + len(bench.ROWS)
 
 
 def test_bench_train_reads_the_speed_of_the_updates_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

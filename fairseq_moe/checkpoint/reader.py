@@ -1,0 +1,276 @@
+"""Reading a checkpoint: all of it or any part, for any number of ranks, one tensor at a time.
+
+Reading takes two steps, so that ranks can share the first: ``verify`` compares shards with the digests of the
+main file; then tensors are read by name. A reader trusts nothing else of a file: it executes nothing, follows
+no link, and safetensors refuses headers that are too long or point outside the file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairseq_moe.checkpoint.files import load_plain
+from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ShardEntry
+from fairseq_moe.checkpoint.opened import OpenShard, shard_problem
+from fairseq_moe.checkpoint.plan import find_aliases, share_of
+from fairseq_moe.checkpoint.shards import (
+    LazyTensor,
+    ShardContent,
+    has_expert_rows,
+    key_of,
+    split_key,
+)
+from fairseq_moe.errors import CheckpointError
+
+__all__ = ["Checkpoint"]
+
+_MAX_LISTED = 4
+
+
+class _Place(NamedTuple):
+    shard: OpenShard
+    key: str
+
+
+@dataclass
+class Checkpoint:
+    """A main file and the shards that it names. Opening reads the main file alone.
+
+    Args:
+        path: of the main file.
+        state: what the main file holds besides the manifest: fairseq's ``cfg``, ``extra_state``,
+            ``optimizer_history``, ``last_optimizer_state`` (hyper-parameters of the groups, loss scale), ...
+        manifest: its list of shards.
+
+    >>> checkpoint = Checkpoint.open(Path("checkpoint_last.pt"))  # doctest: +SKIP
+    >>> checkpoint.verify()  # doctest: +SKIP
+    >>> checkpoint.tensor("model/decoder.embed_tokens.weight").load()  # doctest: +SKIP
+    """
+
+    path: Path
+    state: dict[str, Any]
+    manifest: Manifest
+    _old_dense: dict[str, Tensor]
+    _old_optimizer: dict[str, dict[str, Any]]
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Read the main file ``path``; its shards are neither opened nor verified yet.
+
+        Raises:
+            CheckpointError: it cannot be read, or is no MoE checkpoint of this package.
+        """
+        state = load_plain(path)
+        if MANIFEST_KEY not in state:
+            raise CheckpointError(
+                f"{path} names no shards: it is a dense checkpoint or was not written by fairseq_moe."
+            )
+        return cls.from_state(path, state)
+
+    @classmethod
+    def from_state(cls, path: Path, state: dict[str, Any]) -> "Checkpoint":
+        """The same for a main file that is loaded already; takes manifest and tensors out of ``state``."""
+        manifest = Manifest.from_dict(state.pop(MANIFEST_KEY), source=path)
+        if manifest.version > 1:
+            return cls(path, state, manifest, {}, {})
+        dense, state["model"] = state["model"], {}
+        optimizer = (state["last_optimizer_state"] or {}).pop("named", {})
+        return cls(path, state, manifest, dense, optimizer)
+
+    # --- step one
+
+    def verify(self, entries: Sequence[ShardEntry] | None = None) -> None:
+        """Compare shards with their sizes and digests.
+
+        Args:
+            entries: of the manifest (None: all).
+
+        Raises:
+            CheckpointError: names every shard that is missing, damaged or of another save, and what is lost.
+        """
+        wanted = self.manifest.shards if entries is None else entries
+        problems = [found for entry in wanted if (found := shard_problem(self.path, self.manifest, entry))]
+        if problems:
+            more = f" And {len(problems) - _MAX_LISTED} more." if len(problems) > _MAX_LISTED else ""
+            raise CheckpointError(" ".join(problems[:_MAX_LISTED]) + more)
+
+    # --- step two
+
+    def keys(self) -> list[str]:
+        """The key of every tensor, ``model/<parameter>`` or ``optimizer/<parameter>/<state>``, aliases too."""
+        return sorted(self._places)
+
+    def tensor(self, key: str, expert_ids: Sequence[int] | None = None) -> LazyTensor:
+        """One tensor, whole, read when its ``load`` is called.
+
+        Args:
+            key: one of ``keys``.
+            expert_ids: rows of an expert tensor, in this order (None: all E). No meaning for other tensors.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        places = self._places.get(key)
+        if not places:
+            raise CheckpointError(f"{self.path} has no tensor {key}.")
+        first = places[0]
+        if isinstance(first, Tensor):
+            return LazyTensor(dtype=first.dtype, shape=tuple(first.shape), load=lambda: first)
+        shape, dtype = first.shard.shapes[first.key], first.shard.dtypes[first.key]
+        if not (has_expert_rows(key) and shape):
+            return LazyTensor(dtype=dtype, shape=shape, load=lambda: self._same(key))
+        ids = list(range(self.manifest.shape.num_experts) if expert_ids is None else expert_ids)
+        shape = (len(ids), *shape[1:])
+        return LazyTensor(
+            dtype=dtype, shape=shape, load=lambda: self._rows(key, ids, torch.empty(shape, dtype=dtype))
+        )
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """Optimizer state that is no tensor, by parameter and state name.
+
+        Raises:
+            CheckpointError: shards disagree on that of an expert parameter, so it cannot be merged.
+        """
+        merged = {
+            name: {state: value for state, value in values.items() if not isinstance(value, Tensor)}
+            for name, values in self._old_optimizer.items()
+        }
+        for shard in self._shards:
+            for name, values in shard.scalars.items():
+                for state, value in values.items():
+                    if merged.setdefault(name, {}).setdefault(state, value) != value:
+                        raise self._differs(f"the optimizer state {state} of {name}")
+        return merged
+
+    def aliases(self) -> dict[str, str]:
+        """Further names of parameters (tied weights), with the name under which the tensor is stored."""
+        found = {alias: name for shard in self._shards for alias, name in shard.aliases.items()}
+        return found | find_aliases(self._old_dense)
+
+    def content(self, *, expert_ids: Sequence[int], with_optimizer: bool = True) -> ShardContent:
+        """Everything, with these experts, as tensors that are read when they are used.
+
+        Args:
+            expert_ids: global ids, in this order.
+            with_optimizer: optimizer state too.
+        """
+        content = ShardContent(expert_ids=list(expert_ids), aliases=self.aliases())
+        for key in self.keys():
+            name, state = split_key(key)
+            if state is None and name not in content.aliases:
+                content.model[name] = self.tensor(key, expert_ids)
+            elif state is not None and with_optimizer:
+                content.optimizer.setdefault(name, {})[state] = self.tensor(key, expert_ids)
+        if with_optimizer:
+            for name, values in self.scalars().items():
+                content.optimizer.setdefault(name, {}).update(values)
+        return content
+
+    def split(self, num_shards: int, *, with_optimizer: bool = True) -> list[ShardContent]:
+        """Everything, divided over ``num_shards`` shards as that many ranks would write it.
+
+        Args:
+            num_shards: at most E get experts, which must divide evenly over min(num_shards, E).
+            with_optimizer: optimizer state too.
+
+        Raises:
+            CheckpointError: the experts do not divide evenly.
+        """
+        num_experts = self.manifest.shape.num_experts
+        num_owners = min(num_shards, num_experts)
+        if num_shards < 1 or num_experts % num_owners:
+            raise CheckpointError(
+                f"{self.path} has {num_experts} experts, which do not divide over {num_shards} shards."
+            )
+        per_shard = num_experts // num_owners
+        ids = [range(i * per_shard, (i + 1) * per_shard) for i in range(num_owners)]
+        ids += [range(0)] * (num_shards - num_owners)
+        parts = [self.content(expert_ids=own, with_optimizer=with_optimizer) for own in ids]
+        expert_bytes = [part.expert_bytes() for part in parts]
+        return [
+            part.part(
+                share_of(
+                    index,
+                    expert_bytes=expert_bytes,
+                    dense_bytes=part.dense_bytes(),
+                    aliases=part.aliases,
+                )
+            )
+            for index, part in enumerate(parts)
+        ]
+
+    def load(
+        self, *, expert_ids: Sequence[int], with_optimizer: bool
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+        """``content`` in memory: parameters by name, aliases included, and optimizer state by name."""
+        content = self.content(expert_ids=expert_ids, with_optimizer=with_optimizer)
+        model = {name: _loaded(tensor) for name, tensor in content.model.items()}
+        model |= {alias: model[name] for alias, name in content.aliases.items()}
+        optimizer = {
+            name: {state: _loaded(value) for state, value in values.items()}
+            for name, values in content.optimizer.items()
+        }
+        return model, optimizer
+
+    # --- inside
+
+    @cached_property
+    def _shards(self) -> list[OpenShard]:
+        return [OpenShard.open(self.path, entry) for entry in self.manifest.shards]
+
+    @cached_property
+    def _places(self) -> dict[str, list[Any]]:
+        """For each key the shards that hold it, as ``_Place``, or its tensor (dense, of version 1)."""
+        places: dict[str, list[Any]] = {}
+        for shard in self._shards:
+            for key in shard.shapes:
+                places.setdefault(key, []).append(_Place(shard, key))
+                if len(places[key]) > 1 and not has_expert_rows(key):
+                    raise CheckpointError(f"{key} lies in two shards of {shard.path.parent}, expected one.")
+        for name, tensor in self._old_dense.items():
+            places[key_of(name)] = [tensor]
+        for name, values in self._old_optimizer.items():
+            for state, value in values.items():
+                if isinstance(value, Tensor):
+                    places[key_of(name, state)] = [value]
+        for alias, name in self.aliases().items():
+            places[key_of(alias)] = places[key_of(name)]
+        return places
+
+    def _same(self, key: str) -> Tensor:
+        """A tensor that every shard that has it must have alike."""
+        found = [place.shard.tensor(place.key) for place in self._places[key]]
+        if not all(torch.equal(found[0], other) for other in found[1:]):
+            raise self._differs(key)
+        return found[0]
+
+    def _differs(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{what} in {self.path.parent / self.manifest.set_dir} differs between shards and cannot be "
+            "merged; resume with as many ranks as wrote it, or pass --reset-optimizer."
+        )
+
+    def _rows(self, key: str, ids: list[int], out: Tensor) -> Tensor:
+        """The rows of the experts ``ids``, in that order, in ``out``."""
+        where = {expert: row for row, expert in enumerate(ids)}
+        found = 0
+        for shard, stored_key in self._places[key]:
+            here = [i for i, expert in enumerate(shard.expert_ids) if expert in where]
+            if here:
+                first = min(here)
+                rows = shard.rows(stored_key, first, max(here) + 1)
+                for i in here:
+                    out[where[shard.expert_ids[i]]] = rows[i - first]
+                found += len(here)
+        if found != len(ids):
+            raise CheckpointError(f"{key} of {self.path} has {found} of the experts {ids}.")
+        return out
+
+
+def _loaded(value: Any) -> Any:
+    return value.load() if isinstance(value, LazyTensor) else value

@@ -1,0 +1,239 @@
+"""One shard: a safetensors file with whole dense tensors and some rows of each expert tensor.
+
+Keys are ``model/<parameter>`` and ``optimizer/<parameter>/<state>``. The tensors of an expert parameter have
+one row per expert of the shard, in the order of its ``expert_ids``; every other tensor is whole. What is no
+tensor (Adam's step), which names are further names of a tensor (tied weights), and which run, update and set
+the shard belongs to, stands as JSON in the file's metadata.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_moe.checkpoint.files import write_atomically
+from fairseq_moe.checkpoint.manifest import ShardEntry
+from fairseq_moe.errors import CheckpointError
+
+__all__ = [
+    "DTYPES",
+    "SETS_DIR",
+    "LazyTensor",
+    "SetId",
+    "ShardContent",
+    "StoredTensor",
+    "has_expert_rows",
+    "key_of",
+    "split_key",
+    "write_shard",
+]
+
+SETS_DIR = "shards"
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazyTensor:
+    """A tensor that is read when it is written, so that a copy of a checkpoint needs memory for one tensor.
+
+    Args:
+        dtype: of what ``load`` returns.
+        shape: of what ``load`` returns.
+        load: reads it.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+
+
+StoredTensor = Tensor | LazyTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetId:
+    """What makes the shards of one save belong together.
+
+    Args:
+        run_id: of the training run, kept when it is resumed.
+        update: optimizer updates done.
+        name: the set's directory below ``SETS_DIR``; another one for each save.
+    """
+
+    run_id: str
+    update: int
+    name: str
+
+    @classmethod
+    def new(cls, *, run_id: str | None, update: int) -> "SetId":
+        """A name that no other save has; ``run_id`` None starts a new run."""
+        return cls(
+            run_id=run_id or os.urandom(8).hex(), update=update, name=f"{update}-{os.urandom(4).hex()}"
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """What each shard of the set says about itself."""
+        return {"format": "2", "run_id": self.run_id, "update": str(self.update), "set": self.name}
+
+
+@dataclass(kw_only=True)
+class ShardContent:
+    """What one shard holds.
+
+    Args:
+        expert_ids: global ids of the rows of the expert tensors.
+        model: parameters and buffers by name.
+        optimizer: state of a parameter by its name and the state's name: tensors, numbers, booleans, strings.
+        aliases: further names of tensors in ``model`` (tied weights).
+    """
+
+    expert_ids: list[int] = field(default_factory=list)
+    model: dict[str, StoredTensor] = field(default_factory=dict)
+    optimizer: dict[str, dict[str, Any]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor by its key, with all expert rows checked to be there."""
+        found = {key_of(name): tensor for name, tensor in self.model.items()}
+        for name, values in self.optimizer.items():
+            found |= {key_of(name, state): value for state, value in values.items() if _is_tensor(value)}
+        for key, tensor in found.items():
+            shape = tuple(tensor.shape)
+            if has_expert_rows(key) and shape and shape[0] != len(self.expert_ids):
+                raise CheckpointError(
+                    f"{key} has shape {shape}, expected one row for each of {len(self.expert_ids)} experts; "
+                    "its state cannot be saved."
+                )
+        return found
+
+    def part(self, is_written: Callable[[str], bool]) -> "ShardContent":
+        """The tensors and the state of those names; see ``share_of``."""
+        return ShardContent(
+            expert_ids=self.expert_ids,
+            model={name: tensor for name, tensor in self.model.items() if is_written(name)},
+            optimizer={name: values for name, values in self.optimizer.items() if is_written(name)},
+            aliases={alias: name for alias, name in self.aliases.items() if is_written(name)},
+        )
+
+    def expert_bytes(self) -> int:
+        """Bytes of all expert tensors, of the model alone."""
+        return sum(_num_bytes(tensor) for name, tensor in self.model.items() if has_expert_rows(name))
+
+    def dense_bytes(self) -> dict[str, int]:
+        """Bytes of each dense tensor of the model that has a place of its own."""
+        return {name: _num_bytes(tensor) for name, tensor in self.model.items() if not has_expert_rows(name)}
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """The optimizer state that is no tensor."""
+        return {
+            name: {state: value for state, value in values.items() if not _is_tensor(value)}
+            for name, values in self.optimizer.items()
+        }
+
+
+def has_expert_rows(name: str) -> bool:
+    """Whether the parameter (or key) of that name has one row per expert."""
+    return ".moe_layer.experts." in name
+
+
+def key_of(name: str, state: str | None = None) -> str:
+    """The key of a parameter, or of one tensor of its optimizer state."""
+    return f"model/{name}" if state is None else f"optimizer/{name}/{state}"
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """The inverse of ``key_of``.
+
+    Raises:
+        ValueError: it is no key of this format.
+    """
+    kind, _, name = key.partition("/")
+    if kind == "model":
+        return name, None
+    if kind != "optimizer" or "/" not in name:
+        raise ValueError(f"unknown key {key!r}")
+    name, _, state = name.rpartition("/")
+    return name, state
+
+
+def write_shard(
+    directory: Path, set_id: SetId, *, index: int, num_shards: int, content: ShardContent
+) -> ShardEntry:
+    """Write one shard, tensor by tensor, atomically.
+
+    Args:
+        directory: where the main file will lie.
+        set_id: of the set, the same for all its shards.
+        index: number of this shard, from 0.
+        num_shards: number of shards of the set.
+        content: what it holds.
+
+    Returns:
+        its entry for the manifest.
+
+    Raises:
+        OSError: the file cannot be written; there is no trace of it.
+        CheckpointError: the content cannot be stored in this format.
+    """
+    path = directory / SETS_DIR / set_id.name / f"shard-{index}-of-{num_shards}.safetensors"
+    tensors = content.tensors()
+    for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{key} is {tensor.dtype}, which safetensors files cannot hold.")
+    keys = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))  # so that all are aligned
+    metadata = set_id.metadata() | {
+        "expert_ids": json.dumps(content.expert_ids),
+        "optimizer": json.dumps(content.scalars()),
+        "aliases": json.dumps(content.aliases),
+    }
+    header, num_bytes = _header({key: tensors[key] for key in keys}, metadata)
+    chunks = _chunks(header, (tensors[key] for key in keys))
+    digest = write_atomically(path, chunks, kind="shard", num_bytes=num_bytes)
+    return ShardEntry(
+        file=path.relative_to(directory).as_posix(),
+        expert_ids=list(content.expert_ids),
+        num_bytes=num_bytes,
+        sha256=digest,
+    )
+
+
+def _header(tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) -> tuple[bytes, int]:
+    """The bytes in front of the first tensor, and the size of the whole file."""
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for key, tensor in tensors.items():
+        start, end = end, end + _num_bytes(tensor)
+        entries[key] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + end
+
+
+def _chunks(header: bytes, tensors: Iterator[StoredTensor]) -> Iterator[bytes | memoryview]:
+    yield header
+    for stored in tensors:
+        tensor = stored if isinstance(stored, Tensor) else stored.load()
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+
+
+def _num_bytes(tensor: StoredTensor) -> int:
+    return int(torch.Size(tensor.shape).numel()) * tensor.dtype.itemsize
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor | LazyTensor)

@@ -1,0 +1,136 @@
+"""Faults on request, for the reliability tests: one named place in the code, one rank, one action.
+
+``FAIRSEQ_MOE_FAULT="save.main_half@0=kill"`` kills rank 0 when it has written half of a main file.
+``point@rank@nth=action`` waits for the nth time that the rank comes by (from 1). Without the variable,
+``fault`` looks at the environment and returns.
+"""
+
+import errno
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairseq_moe.distributed import rank
+from fairseq_moe.errors import ConfigError
+
+__all__ = ["ACTIONS", "POINTS", "VARIABLE", "InjectedError", "fault"]
+
+VARIABLE = "FAIRSEQ_MOE_FAULT"
+
+# Every place at which the code calls ``fault``, and where that is. A test compares this table with the code.
+POINTS: dict[str, str] = {
+    "save.begin": "every rank knows that a checkpoint is wanted",
+    "save.after_snapshot": "this rank's tensors are collected",
+    "save.shard_opened": "the temporary file of this rank's shard is there, empty",
+    "save.shard_half": "half of its bytes are written",
+    "save.shard_written": "all bytes are written, none flushed",
+    "save.shard_flushed": "the bytes are on disk, under the temporary name",
+    "save.shard_renamed": "the shard has its name",
+    "save.after_shard": "the directory entry of the shard is on disk",
+    "save.agreed": "all ranks know that all shards are written",
+    "save.main_opened": "rank 0: the temporary main file is there, empty",
+    "save.main_half": "half of its bytes are written",
+    "save.main_written": "all bytes are written, none flushed",
+    "save.main_flushed": "the bytes are on disk, under the temporary name",
+    "save.main_renamed": "the main file has its name: the checkpoint is complete",
+    "save.committed": "all ranks know that the checkpoint is complete",
+    "save.copy_opened": "rank 0: the temporary copy (checkpoint_last.pt, ...) is there, empty",
+    "save.copy_half": "half of its bytes are written",
+    "save.copy_written": "all bytes are written, none flushed",
+    "save.copy_flushed": "the bytes are on disk, under the temporary name",
+    "save.copy_renamed": "the copy has its name",
+    "save.before_prune": "rank 0: stock has deleted old main files, their shards are still there",
+    "save.pruned_one": "one old set of shards is deleted",
+    "save.end": "the rank goes back to training",
+}
+
+ACTIONS = {
+    "kill": "SIGKILL to itself",
+    "stop": "SIGSTOP to itself: alive, and silent",
+    "raise": "InjectedError",
+    "enospc": "OSError: no space left on device",
+    "oom": "torch.OutOfMemoryError",
+    "nan": "fills the tensor that the place hands over with NaN",
+    "sleep:SECONDS": "sleeps",
+}
+
+
+class InjectedError(RuntimeError):
+    """What the action ``raise`` raises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    point: str
+    rank: int
+    nth: int
+    action: str
+
+
+_counts: dict[str, int] = {}
+
+
+def fault(point: str, tensor: Tensor | None = None) -> None:
+    """A place at which a test may ask for a fault; nothing happens unless ``FAIRSEQ_MOE_FAULT`` names it.
+
+    Args:
+        point: one of ``POINTS``.
+        tensor: what the action ``nan`` fills.
+
+    Raises:
+        ConfigError: the variable names no known point or action.
+    """
+    text = os.environ.get(VARIABLE)
+    if text is None:
+        return
+    wanted = _parse(text)
+    if wanted.point != point or wanted.rank != rank():
+        return
+    _counts[text] = _counts.get(text, 0) + 1
+    if _counts[text] == wanted.nth:
+        _act(wanted, tensor)
+
+
+def _parse(text: str) -> _Wanted:
+    where, _, action = text.partition("=")
+    point, *numbers = where.split("@")
+    known = action in ACTIONS or (action.startswith("sleep:") and _is_number(action[len("sleep:") :]))
+    if point not in POINTS or not known or len(numbers) not in (1, 2) or not all(map(str.isdigit, numbers)):
+        raise ConfigError(
+            [
+                f"{VARIABLE} is {text!r}, expected point@rank=action or point@rank@nth=action with one of the "
+                f"points {', '.join(POINTS)} and one of the actions {', '.join(ACTIONS)}."
+            ]
+        )
+    return _Wanted(point=point, rank=int(numbers[0]), nth=int([*numbers, "1"][1]), action=action)
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+def _act(wanted: _Wanted, tensor: Tensor | None) -> None:
+    match wanted.action:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "raise":
+            raise InjectedError(f"injected at {wanted.point}")
+        case "enospc":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        case "oom":
+            raise torch.OutOfMemoryError(f"out of memory (injected at {wanted.point})")
+        case "nan":
+            if tensor is None:
+                raise ConfigError(
+                    [f"{VARIABLE}: {wanted.point} hands over no tensor, so nan is no action there."]
+                )
+            with torch.no_grad():
+                tensor.fill_(torch.nan)
+        case _:
+            time.sleep(float(wanted.action.removeprefix("sleep:")))

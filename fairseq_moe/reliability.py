@@ -1,0 +1,45 @@
+"""The flags about failures as one typed record, and every reason to refuse them."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fairseq_moe.megatron_args import getter
+
+__all__ = ["ReliabilityConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityConfig:
+    """Flags of ``transformer_lm`` that say when to give up; see their help texts in ``models``."""
+
+    max_failed_saves: int = 3
+    max_skipped_updates: int = 10
+    collective_timeout_sec: float = 600.0
+
+    @classmethod
+    def from_args(cls, args: Any) -> "ReliabilityConfig":
+        """Read the fields that ``args`` (namespace, config, mapping) has; the others keep their defaults."""
+        get = getter(args)
+        found = {entry.name: get(entry.name) for entry in fields(cls)}
+        return cls(**{name: value for name, value in found.items() if value is not None})
+
+    def problems(self) -> list[str]:
+        """One sentence per value that cannot be honoured."""
+        found = []
+        if self.max_failed_saves < 1:
+            found.append(
+                f"--max-failed-saves is {self.max_failed_saves}, expected at least 1: the number of saves in a "
+                "row that may fail before the run ends."
+            )
+        if self.max_skipped_updates < 1:
+            found.append(
+                f"--max-skipped-updates is {self.max_skipped_updates}, expected at least 1: the number of "
+                "updates in a row that may be skipped before the run ends."
+            )
+        if not (math.isfinite(self.collective_timeout_sec) and self.collective_timeout_sec > 0):
+            found.append(
+                f"--collective-timeout-sec is {self.collective_timeout_sec}, expected a number of seconds "
+                "above 0."
+            )
+        return found

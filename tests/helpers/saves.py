@@ -1,0 +1,62 @@
+"""A tiny trainer that trains and saves through stock's own functions. For forked ranks only."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fairseq import checkpoint_utils
+
+from fairseq_moe.distributed import rank
+from fairseq_moe.faults import VARIABLE
+from tests.helpers.tiny import build_trainer, make_batch, update
+
+__all__ = ["ADAM", "TinyRun"]
+
+ADAM = ["--optimizer", "adam", "--adam-betas", "(0.9,0.98)", "--lr", "0.01"]
+
+
+class TinyRun:
+    """A run of fairseq-train in small: updates on random words, saves and loads.
+
+    Args:
+        save_dir: where checkpoints go.
+        flags: in addition to those of ``tests.helpers.tiny`` and Adam.
+    """
+
+    def __init__(self, save_dir: Path, *flags: Any) -> None:
+        self.trainer = build_trainer([*ADAM, "--save-dir", save_dir, *flags])
+        self.checkpoint_cfg = self.trainer.cfg.checkpoint
+        self._end_of_epoch = False
+
+    @property
+    def num_updates(self) -> int:
+        """Updates done."""
+        return int(self.trainer.get_num_updates())
+
+    def train(self, num_updates: int) -> list[dict[str, float]]:
+        """What each of so many updates logs; its words depend on its number and the rank alone."""
+        return [
+            update(self.trainer, [make_batch(100 * self.num_updates + rank())]) for _ in range(num_updates)
+        ]
+
+    def save(
+        self, *, val_loss: float | None = None, end_of_epoch: bool = False, fault: str | None = None
+    ) -> Any:
+        """Save as stock's training loop does, maybe with an injected fault."""
+        epoch_itr = SimpleNamespace(
+            epoch=1,
+            end_of_epoch=lambda: end_of_epoch,
+            state_dict=lambda: {"epoch": 1, "iterations_in_epoch": self.num_updates},
+        )
+        if fault is not None:
+            os.environ[VARIABLE] = fault
+        try:
+            return checkpoint_utils.save_checkpoint(self.checkpoint_cfg, self.trainer, epoch_itr, val_loss)
+        finally:
+            os.environ.pop(VARIABLE, None)
+
+    def load(self, filename: Path | None = None) -> Any:
+        """What ``Trainer.load_checkpoint`` returns for a file (None: checkpoint_last.pt)."""
+        path = filename or Path(self.checkpoint_cfg.save_dir) / "checkpoint_last.pt"
+        return self.trainer.load_checkpoint(str(path))
