@@ -25,8 +25,9 @@ class IdentityDictionary(Dictionary):
     def __init__(self, line: IdentityLine) -> None:
         super().__init__(add_special_symbols=False)
         self.line = line
-        for token in range(line.vocab_size):
-            self.add_symbol(str(token))
+        self.symbols = [str(token) for token in range(line.vocab_size)]
+        self.indices = {word: token for token, word in enumerate(self.symbols)}
+        self.count = [1] * line.vocab_size
         self.pad_index = self.unk_index = line.vocab_size
         self.bos_index = self.pad_index if line.bos is None else line.bos
         self.eos_index = self.pad_index if line.eos is None else line.eos
@@ -46,6 +47,10 @@ class IdentityDictionary(Dictionary):
                 "hf_tokenizers, or python -m fairseq_moe.convert preprocess)."
             )
         return int(sym)
+
+    def add_symbol(self, word: str, n: int = 1, overwrite: bool = False) -> int:
+        """Stock's signature; there is nothing to add, so ``word`` must be there already."""
+        return self.index(word)
 
     def save(self, f: Any) -> None:
         """Write the one line of its file to ``f``, a path or an open file."""

@@ -107,7 +107,7 @@ def read_tensor(stored: StoredTensor) -> Tensor:
         CheckpointError: the file has changed or cannot be read.
     """
     flat = torch.empty(stored.num_bytes, dtype=torch.uint8)
-    view = memoryview(flat.numpy())
+    view: memoryview = flat.numpy().data
     done = 0
     try:
         with stored.path.open("rb", buffering=0) as file:
@@ -155,4 +155,5 @@ class SafetensorsWriter:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's bytes, without a copy if it is contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    view: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view
