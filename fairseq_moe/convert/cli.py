@@ -70,7 +70,12 @@ def _preprocess(args: argparse.Namespace) -> None:
     if not texts:
         raise MoEError("there is no text; give --trainpref, --validpref or --testpref.")
     counts = preprocess(
-        args.model, args.destdir, texts, tokenizer=args.tokenizer, append_eos=not args.no_append_eos
+        args.model,
+        args.destdir,
+        texts,
+        tokenizer=args.tokenizer,
+        prepend_bos=args.prepend_bos,
+        append_eos=not args.no_append_eos,
     )
     for split, count in counts.items():
         print(f"{split}: {count} tokens")
@@ -138,6 +143,9 @@ def _add_preprocess(command: argparse.ArgumentParser) -> None:
     command.add_argument("--destdir", type=Path, required=True, metavar="DIR", help="directory to be made")
     command.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="default: hf/tokenizer.json of the model"
+    )
+    command.add_argument(
+        "--prepend-bos", action="store_true", help="begin lines with the model's beginning token"
     )
     command.add_argument("--no-append-eos", action="store_true", help="do not end lines with the end token")
     command.set_defaults(run=_preprocess)

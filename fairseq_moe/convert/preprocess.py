@@ -24,6 +24,7 @@ def preprocess(
     texts: dict[str, Path],
     *,
     tokenizer: Path | None = None,
+    prepend_bos: bool = False,
     append_eos: bool = True,
 ) -> dict[str, int]:
     """Encode texts line by line, as ``fairseq-preprocess --only-source`` does.
@@ -33,24 +34,28 @@ def preprocess(
         destdir: directory to be made.
         texts: a file of UTF-8 text for each split (train, valid, test).
         tokenizer: another tokenizer.json.
+        prepend_bos: begin each line with the model's beginning token.
         append_eos: end each line with the model's end token.
 
     Returns:
         tokens of each split.
 
     Raises:
-        MoEError: there is no such tokenizer, dictionary or text, or the model has no end token.
+        MoEError: there is no such tokenizer, dictionary or text, or the model lacks a token that is asked for.
     """
     dictionary = load_identity(model / "dict.txt")
     if dictionary is None:
         raise CheckpointError(
             f"{model / 'dict.txt'} is no identity dictionary; give a directory that from-hf made."
         )
-    if append_eos and dictionary.line.eos is None:
+    line = dictionary.line
+    if append_eos and line.eos is None:
         raise MoEError(f"{model / 'dict.txt'} names no end token; pass --no-append-eos.")
-    encoder = load_tokenizer(
-        tokenizer or model / COMPANIONS / "tokenizer.json", vocab_size=dictionary.line.vocab_size
-    )
+    if prepend_bos and line.bos is None:
+        raise MoEError(f"{model / 'dict.txt'} names no beginning token; leave out --prepend-bos.")
+    before = [dictionary.bos()] if prepend_bos else []
+    after = [dictionary.eos()] if append_eos else []
+    encoder = load_tokenizer(tokenizer or model / COMPANIONS / "tokenizer.json", vocab_size=line.vocab_size)
     counts = {}
     with appearing(destdir) as directory:
         dictionary.save(str(directory / "dict.txt"))
@@ -60,7 +65,7 @@ def preprocess(
             counts[split] = 0
             for chunk in _chunks(path):
                 for ids in encode_lines(encoder, chunk):
-                    item = torch.tensor([*ids, dictionary.eos()] if append_eos else ids, dtype=torch.int64)
+                    item = torch.tensor([*before, *ids, *after], dtype=torch.int64)
                     counts[split] += len(item)
                     builder.add_item(item)
             builder.finalize(f"{prefix}.idx")

@@ -97,9 +97,9 @@ def test_text_becomes_data_with_the_models_own_ids(
     for item, line in zip(data, TEXT, strict=True):
         assert item.tolist() == [*map(int, bpe.encode(line).split()), 1]
     assert f"train: {sum(len(item) for item in data)} tokens" in capsys.readouterr().out
-    assert main([*command, str(tmp_path / "bare"), "--no-append-eos"]) == 0
-    bare = data_utils.load_indexed_dataset(str(tmp_path / "bare" / "train"), dictionary, "mmap")
-    assert bare[0].tolist() == data[0].tolist()[:-1]
+    assert main([*command, str(tmp_path / "other"), "--no-append-eos", "--prepend-bos"]) == 0
+    other = data_utils.load_indexed_dataset(str(tmp_path / "other" / "train"), dictionary, "mmap")
+    assert other[0].tolist() == [0, *data[0].tolist()[:-1]]
 
 
 def test_what_preprocess_cannot_do_is_one_sentence(
