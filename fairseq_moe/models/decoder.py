@@ -14,6 +14,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerConfig, TransformerDecoder
 from fairseq.modules.checkpoint_activations import _checkpointed_forward
@@ -238,6 +239,19 @@ class MoEDecoder(TransformerDecoder):
             state_dict.setdefault(f"{name}.version", torch.tensor([3.0]))
         upgraded: dict[str, Tensor] = super().upgrade_state_dict_named(state_dict, name)
         return upgraded
+
+    def get_normalized_probs(
+        self, net_output: tuple[Tensor, Any], log_probs: bool, sample: dict[str, Any] | None = None
+    ) -> Tensor:
+        """Stock's; outside training, padding that is beyond the vocabulary gets a column, and never a chance.
+
+        Stock's generators and scorers look it up by its number.
+        """
+        found: Tensor = super().get_normalized_probs(net_output, log_probs, sample)
+        num_missing = self.padding_idx + 1 - found.shape[-1]
+        if self.training or num_missing <= 0:
+            return found
+        return F.pad(found, (0, num_missing), value=float("-inf") if log_probs else 0.0)
 
     @contextmanager
     def _talk_to_moe_layers(self, tokens: TokenInfo) -> Iterator[list[MoEAux | None]]:

@@ -6,6 +6,7 @@ stock's behaviour to the bit: every seam that concerns experts asks first whethe
 
 from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
     communication,
+    dictionary,
     evaluate,
     failing,
     fsdp,

@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {"faults"},
     {"checkpoint"},
     {"criterions", "models", "optim", "tasks"},
+    {"convert"},
     {"stock"},
     {"checkpoint_tools", "inspect", "inspect_load", "inspect_plot", "inspect_table"},
 ]
