@@ -78,8 +78,11 @@ class Checkpoint:
         manifest = Manifest.from_dict(state.pop(MANIFEST_KEY), source=path)
         if manifest.version > 1:
             return cls(path, state, manifest, {}, {})
-        dense, state["model"] = state["model"], {}
-        optimizer = (state["last_optimizer_state"] or {}).pop("named", {})
+        try:
+            dense, state["model"] = state["model"], {}
+            optimizer = (state["last_optimizer_state"] or {}).pop("named", {})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is of format 1 and damaged ({error}).") from error
         return cls(path, state, manifest, dense, optimizer)
 
     # --- step one

@@ -235,7 +235,7 @@ def _open_dense(path: Path, state: dict[str, Any]) -> Source:
         raise CheckpointError(f"{path} holds no model; expected a checkpoint of fairseq.")
     return Source(
         path=path,
-        kind="dense checkpoint of stock fairseq",
+        kind="dense checkpoint of fairseq",
         state={**state, "model": {}},
         files=[path],
         update=_update(state),

@@ -289,7 +289,7 @@ def test_inspect_says_what_it_is(
     [
         ("format 1", "fairseq_moe, format 1"),
         ("moe branch", "moe branch"),
-        ("dense", "dense checkpoint of stock"),
+        ("dense", "dense checkpoint of fairseq"),
     ],
 )
 def test_inspect_detects_other_formats(
