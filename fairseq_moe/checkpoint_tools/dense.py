@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from fairseq_moe.checkpoint import LazyTensor, ShardContent, has_expert_rows
@@ -20,6 +21,7 @@ from fairseq_moe.megatron_args import MEGATRON_ARGS
 from fairseq_moe.modern import ModernConfig
 from fairseq_moe.progress import progress
 from fairseq_moe.reliability import ReliabilityConfig
+from fairseq_moe.stock.untrusted import refuse_programs
 
 __all__ = ["MODEL_FLAGS_OF_PLUGIN", "to_dense"]
 
@@ -51,8 +53,9 @@ def to_dense(path: Path, to: Path, *, expert: int | None) -> None:
         expert: global id of the expert that every layer takes; None: the mean of all experts.
 
     Raises:
-        CheckpointError: the checkpoint is dense or damaged, has shared experts, or dense layers of another width
-            than the experts; there is no such expert; or ``to`` is taken or cannot be written.
+        CheckpointError: the checkpoint is dense or damaged, has shared experts, blocks that stock does not know,
+            flags that stock would run, or dense layers of another width than the experts; there is no such expert;
+            or ``to`` is taken or cannot be written.
     """
     check_target(to)
     source = open_source(path)
@@ -70,6 +73,9 @@ def to_dense(path: Path, to: Path, *, expert: int | None) -> None:
     width = _width(source.path, content)
     with damage_as_sentence(path):
         state = _stock_state(source.state, width)
+        flags = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+    for group in ("model", "task"):
+        refuse_programs(flags.get(group))  # stock alone would run them
     write_dense(to, state=state, content=content)
 
 

@@ -1,5 +1,6 @@
 """New checkpoints: never over an existing file, at once and complete, or not at all."""
 
+import fcntl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +10,13 @@ from fairseq_moe.checkpoint import ModelShape, ShardContent, split_content, writ
 from fairseq_moe.checkpoint_tools.tracking import content_bytes, tracked
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.progress import progress
+from fairseq_moe.stock.lock import LOCK_NAME
 
 __all__ = ["check_target", "write_dense", "write_shards"]
 
 
 def check_target(to: Path) -> None:
-    """Refuse a name that is taken, or that the code which deletes old shards would not look at.
+    """Refuse a name that is taken or does not end in .pt, and the save directory of a run that is going on.
 
     Raises:
         CheckpointError: says what to do.
@@ -26,6 +28,25 @@ def check_target(to: Path) -> None:
             f"--to is {to}, expected a name that ends in .pt: the shards beside it are kept as long as a .pt file "
             "names them."
         )
+    if _is_locked(to.parent / LOCK_NAME):
+        raise CheckpointError(
+            f"a training run saves its checkpoints to {to.parent}, and would delete shards that are not finished; "
+            "give a --to in another directory."
+        )
+
+
+def _is_locked(lock: Path) -> bool:
+    """Whether a running process holds the lock of a save directory."""
+    if not lock.is_file():
+        return False
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks has none that are held
+            return False
+    return False
 
 
 def write_shards(

@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.stock.seam import seam
 
+__all__ = ["refuse_programs"]
+
 # What a literal is written with, arithmetic included ("[(512, 3)] * 4"), and names, of which plain words consist.
 # Everything else can run something: a call, but also a comprehension, which assigns to attributes.
 _HARMLESS = (
@@ -34,7 +36,7 @@ _HARMLESS = (
 )
 def build_model(stock: Callable[..., Any], cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
     if from_checkpoint:
-        _refuse_programs(cfg)
+        refuse_programs(cfg)
     return stock(cfg, task, from_checkpoint)
 
 
@@ -48,11 +50,16 @@ def build_model(stock: Callable[..., Any], cfg: Any, task: Any, from_checkpoint:
 )
 def setup_task(stock: Callable[..., Any], cfg: Any, **kwargs: Any) -> Any:
     if kwargs.get("from_checkpoint"):
-        _refuse_programs(cfg)
+        refuse_programs(cfg)
     return stock(cfg, **kwargs)
 
 
-def _refuse_programs(cfg: Any) -> None:
+def refuse_programs(cfg: Any) -> None:
+    """Refuse flags of which one is more than a literal.
+
+    Raises:
+        CheckpointError: names the flag.
+    """
     try:
         found = [(name, text) for name, text in _texts("", _plain(cfg)) if _is_program(text)]
     except OmegaConfBaseException as error:

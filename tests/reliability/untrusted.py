@@ -121,7 +121,7 @@ def _unpickle_everything() -> None:
 def _take_programs() -> None:
     import fairseq_moe.stock.untrusted as untrusted
 
-    untrusted._refuse_programs = lambda cfg: None
+    untrusted.refuse_programs = lambda cfg: None
 
 
 MUTATIONS: dict[str, Callable[[], None]] = {

@@ -1,6 +1,7 @@
 """`fairseq-moe-checkpoint`: what each tool writes, from every format, and every sentence it may end with."""
 
 import contextlib
+import fcntl
 import io
 import os
 import re
@@ -161,6 +162,32 @@ def test_damage_is_not_copied(tool: str, two: Path, capsys: pytest.CaptureFixtur
     assert "it is damaged" in said
     assert f"The newest intact checkpoint there is {two / 'other.pt'}" in said
     assert not (two / "b.pt").exists()
+
+
+def test_without_the_guards_files_are_lost_and_damage_gets_good_digests(
+    two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mutation of the two tests above."""
+    monkeypatch.setattr("fairseq_moe.checkpoint_tools.copying.check_target", lambda to: None)
+    monkeypatch.setattr(
+        "fairseq_moe.checkpoint_tools.source.Source.require_intact", lambda self, advance: None
+    )
+    (two / "b.pt").write_text("precious")
+    flip(two / manifest_of(two / "a.pt")["shards"][0]["file"])
+    run("consolidate", two / "a.pt", "--to", two / "b.pt")
+    run("verify", two / "b.pt")
+
+
+@pytest.mark.parametrize("tool", WRITERS)
+def test_the_directory_of_a_run_that_goes_on_is_left_alone(
+    tool: str, two: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (two / "new").mkdir()
+    with (two / "new" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = ends_with_sentence(capsys, *write_command(tool, two, two / "new" / "b.pt"))
+        assert f"a training run saves its checkpoints to {two / 'new'}" in said
+    run(*write_command(tool, two, two / "new" / "b.pt"))  # nobody holds it any more
 
 
 @pytest.mark.parametrize("tool", WRITERS)
