@@ -15,6 +15,7 @@ class ReliabilityConfig:
 
     max_skipped_updates: int = 10
     collective_timeout_sec: float = 600.0
+    skip_loss_spikes_factor: float | None = None
 
     @classmethod
     def from_args(cls, args: Any) -> "ReliabilityConfig":
@@ -35,5 +36,10 @@ class ReliabilityConfig:
             found.append(
                 f"--collective-timeout-sec is {self.collective_timeout_sec}, expected a number of seconds "
                 "above 0."
+            )
+        factor = self.skip_loss_spikes_factor
+        if factor is not None and not (math.isfinite(factor) and factor > 0):
+            found.append(
+                f"--skip-loss-spikes-factor is {factor}, expected a number above 0; leave it out to skip none."
             )
         return found

@@ -11,7 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PID_FOLDER", "SIGNAL_AT", "signal_at", "train", "train_then_be_killed", "train_without"]
+__all__ = [
+    "PID_FOLDER",
+    "SIGNAL_AT",
+    "signal_at",
+    "train",
+    "train_then_be_killed",
+    "train_until_a_user_error",
+    "train_without",
+]
 
 SIGNAL_AT = "TEST_SIGNAL_AT"
 PID_FOLDER = "TEST_PID_FOLDER"
@@ -48,10 +56,9 @@ def train() -> None:
 
 
 def train_without() -> None:
-    """fairseq-train without the guard that the first argument names."""
-    import fairseq_cli.train
-
+    """As ``train``, without the guard that the first argument names."""
     import fairseq_moe.stock.failing as failing
+    import fairseq_moe.stock.signals as signals
     import fairseq_moe.stock.training as training
 
     match sys.argv.pop(1):
@@ -59,7 +66,23 @@ def train_without() -> None:
             failing.Watchdog.of_this_process = lambda: None  # type: ignore[method-assign, assignment]
         case "end at out of memory":
             training.world_size = lambda: 1  # type: ignore[attr-defined]
-    fairseq_cli.train.cli_main()
+        case "handlers":
+            signals.Signals.listen = lambda self: None  # type: ignore[method-assign]
+    train()
+
+
+def train_until_a_user_error() -> None:
+    """As ``train``; in the second update rank 1 alone meets an error that is the user's to mend."""
+    import fairseq.trainer
+
+    from fairseq_moe.errors import MoEError
+
+    def refuse(trainer: Any, *args: Any) -> None:
+        if trainer.data_parallel_rank == 1 and trainer.get_num_updates() == 1:
+            raise MoEError("mend this.")
+
+    _before(fairseq.trainer.Trainer, "clip_grad_norm", refuse)
+    train()
 
 
 def train_then_be_killed() -> None:

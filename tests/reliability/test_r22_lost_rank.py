@@ -106,6 +106,17 @@ def test_out_of_memory_in_validation_is_told_too(text_data: Path, tmp_path: Path
     assert "fairseq_moe: error: rank 1 failed at update 2: OutOfMemoryError" in result.outputs[0]
 
 
+def test_a_user_error_of_one_rank_is_a_sentence_on_all(text_data: Path, tmp_path: Path) -> None:
+    argv = train_argv(text_data, tmp_path, *_FLAGS)
+    result = run_cli(
+        "tests.reliability.starts", argv, world_size=2, function="train_until_a_user_error", may_die=True
+    )
+    assert result.exit_codes == [3, 2]
+    assert _errors(result.outputs[0]) == ["fairseq_moe: error: rank 1 failed at update 2: mend this."]
+    assert _errors(result.outputs[1]) == ["fairseq_moe: error: mend this."]
+    assert "Traceback" not in result.output
+
+
 def _run_without(guard: str, data: Path, save_dir: Path, fault: str) -> CommandResult:
     argv = [guard, *train_argv(data, save_dir, *_FLAGS, "--collective-timeout-sec", _TIMEOUT_SEC)]
     return run_cli(
