@@ -14,7 +14,16 @@ ROOT = Path(__file__).parent
 
 INSPECT = ["matplotlib>=3.8", "rich>=13"]
 DEMO = [*INSPECT, "sentencepiece>=0.2"]
-TEST = [*DEMO, "tensorboard>=2.16", "pytest>=8", "pytest-timeout>=2.3"]
+HF = ["tokenizers>=0.20", "transformers>=5"]
+# The reference that converted models are compared with: another release may compute something else.
+TEST = [
+    *DEMO,
+    "tensorboard>=2.16",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "tokenizers>=0.20",
+    "transformers==5.23.0",
+]
 DEV = [*TEST, "mypy>=1.15", "ruff>=0.9"]
 
 
@@ -55,11 +64,18 @@ setup(
     ],
     extras_require={
         "fairseq": ["ve-fairseq==0.12.3"],
+        "hf": HF,
         "inspect": INSPECT,
         "demo": DEMO,
         "tensorboard": ["tensorboard>=2.16"],
         "test": TEST,
         "dev": DEV,
     },
-    entry_points={"console_scripts": ["fairseq-moe-inspect = fairseq_moe.inspect:main"]},
+    entry_points={
+        "console_scripts": [
+            "fairseq-moe-checkpoint = fairseq_moe.checkpoint_tools.command:main",
+            "fairseq-moe-convert = fairseq_moe.convert.cli:main",
+            "fairseq-moe-inspect = fairseq_moe.inspect:main",
+        ]
+    },
 )

@@ -14,6 +14,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerConfig, TransformerDecoder
 from fairseq.modules.checkpoint_activations import _checkpointed_forward
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.distributed import ParallelMesh, parallel_mesh, world_size
+from fairseq_moe.load_watch import LoadWatch
 from fairseq_moe.models.decoder_layer import MoEDecoderLayer, build_moe_layer
 from fairseq_moe.models.modern_layer import ModernDecoderLayer, build_norm, ffn_activation, init_weights
 from fairseq_moe.models.mtp import MTPBlock
@@ -59,6 +61,7 @@ class MoEDecoder(TransformerDecoder):
         # Which layers have experts, from 0: read from the flags once, not in each forward pass.
         indices = range(self.num_layers) if self.moe.enabled else ()
         self.moe_layers = [index for index in indices if self.moe.is_moe_layer(index)]
+        self.load_watch = LoadWatch(layers=self.moe_layers, top_k=self.moe.top_k)
 
     def _prepare_modern(self, args: Any) -> Any:
         """What stock's constructor must know of our blocks."""
@@ -199,6 +202,7 @@ class MoEDecoder(TransformerDecoder):
         extra["moe_aux"] = auxes
         extra["moe_loss_coefficients"] = self.moe.loss_coefficients
         extra["moe_per_layer_logging"] = self.moe.moe_per_layer_logging
+        extra["moe_load_watch"] = self.load_watch
         extra["l_aux"] = [None if aux is None else aux.balance_loss for aux in auxes]
         return x, extra
 
@@ -238,6 +242,19 @@ class MoEDecoder(TransformerDecoder):
             state_dict.setdefault(f"{name}.version", torch.tensor([3.0]))
         upgraded: dict[str, Tensor] = super().upgrade_state_dict_named(state_dict, name)
         return upgraded
+
+    def get_normalized_probs(
+        self, net_output: tuple[Tensor, Any], log_probs: bool, sample: dict[str, Any] | None = None
+    ) -> Tensor:
+        """Stock's; outside training, padding that is beyond the vocabulary gets a column, and never a chance.
+
+        Stock's generators and scorers look it up by its number.
+        """
+        found: Tensor = super().get_normalized_probs(net_output, log_probs, sample)
+        num_missing = self.padding_idx + 1 - found.shape[-1]
+        if self.training or num_missing <= 0:
+            return found
+        return F.pad(found, (0, num_missing), value=float("-inf") if log_probs else 0.0)
 
     @contextmanager
     def _talk_to_moe_layers(self, tokens: TokenInfo) -> Iterator[list[MoEAux | None]]:

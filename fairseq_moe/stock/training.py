@@ -32,12 +32,10 @@ logger = logging.getLogger(__name__)
 @seam(
     "fairseq.trainer:Trainer.__init__",
     signature="(self, cfg, task, model, criterion, quantizer)",
-    stock_does="counts the parameters of FSDP shards, loads checkpoints on rank 0 only, and leaves freed memory "
-    "to the C library",
-    breaks="the logged sizes are those of a shard; other ranks need other experts; on a CPU the gradients of "
-    "many experts get new pages from the system in every update",
+    stock_does="counts the parameters of FSDP shards, and loads checkpoints on rank 0 only",
+    breaks="the logged sizes are those of a shard; other ranks need other experts",
     we_do="log true sizes in the branch's words, load on all ranks, warn of a criterion without gate loss, "
-    "write the load of the experts after each validation, and on a CPU keep freed memory",
+    "and write the load of the experts after each validation",
     test="tests/e2e/test_training.py",
 )
 def trainer_init(

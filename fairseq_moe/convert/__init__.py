@@ -1,0 +1,9 @@
+"""Published mixture-of-experts models: from Hugging Face directories to our checkpoints and back.
+
+Works on files: no GPU, no network, no process group, no transformers, and memory for one tensor at a time.
+"""
+
+from fairseq_moe.convert.from_hf import Conversion, from_hf
+from fairseq_moe.convert.to_hf import to_hf
+
+__all__ = ["Conversion", "from_hf", "to_hf"]

@@ -1,0 +1,49 @@
+"""Directories that appear complete or not at all, and the small files that travel with a model."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fairseq_moe.errors import CheckpointError
+
+__all__ = ["appearing", "copy_companions"]
+
+_WEIGHTS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors"})
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """Inside, fill the directory that is yielded; at the end it becomes ``target``, after an error it is gone.
+
+    Raises:
+        CheckpointError: ``target`` exists, or cannot be made.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists; nothing is overwritten, so give another place or remove it.")
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        os.rename(temporary, target)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target} ({error}); there is no trace of it.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy what is beside the weights of a model: config.json, tokenizer, license, ...; returns the names."""
+    names = [
+        path.name
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.suffix not in _WEIGHTS
+        and not path.name.endswith(".index.json")
+        and not path.name.startswith(".")
+    ]
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names

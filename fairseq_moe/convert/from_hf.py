@@ -1,0 +1,208 @@
+"""From a Hugging Face directory to our checkpoint, one of our tensors at a time.
+
+``OUT/checkpoint.pt`` and ``OUT/shards`` are the checkpoint, ``OUT/dict.txt`` is its dictionary, ``OUT/flags.txt`` what
+fairseq-train must be told to build the model, ``OUT/hf`` holds config.json, tokenizer and whatever else was
+beside the weights, and ``OUT/hf/conversion.json`` how the weights were laid out, so that the way back leads to
+the same names and files.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_moe.convert.dictionary_file import dictionary_text
+from fairseq_moe.convert.directories import appearing, copy_companions
+from fairseq_moe.convert.families import fp8_block, read_config
+from fairseq_moe.convert.flags import command_line
+from fairseq_moe.convert.names import OurTensor, copied_names, is_fused, mtp_prefix, tensor_table
+from fairseq_moe.convert.progress import progress
+from fairseq_moe.convert.safetensors_dir import TensorDir, digest_of, read_json
+from fairseq_moe.convert.spec import ModelSpec
+from fairseq_moe.convert.store import CHECKPOINT, COMPANIONS, CONVERSION, Assembled, write_model
+from fairseq_moe.errors import CheckpointError
+
+__all__ = ["Conversion", "from_hf"]
+
+_MAX_LISTED = 5
+
+
+@dataclass(kw_only=True)
+class Conversion:
+    """What a conversion did.
+
+    Args:
+        target: what was written.
+        spec: what the model is.
+        digest: of the tensors on Hugging Face's side, whatever files they lie in.
+        num_tensors: on Hugging Face's side.
+        num_bytes: of those tensors.
+        notes: sentences that the user should read.
+    """
+
+    target: Path
+    spec: ModelSpec
+    digest: str
+    num_tensors: int
+    num_bytes: int
+    notes: list[str] = field(default_factory=list)
+
+
+def from_hf(
+    source: Path, target: Path, *, expert_parallel_size: int = 1, fp8_to: torch.dtype = torch.bfloat16
+) -> Conversion:
+    """Convert.
+
+    Args:
+        source: directory with config.json and safetensors files.
+        target: directory to be made.
+        expert_parallel_size: shards over which the experts are spread; any number of ranks reads them.
+        fp8_to: dtype of weights that are FP8 there.
+
+    Raises:
+        ConfigError: the model is none that we know.
+        CheckpointError: the files are not that model, or ``target`` exists.
+    """
+    values = read_json(source / "config.json")
+    where = str(source / "config.json")
+    spec, block = read_config(values, source=where), fp8_block(values, source=where)
+    if spec.routing.num_experts % expert_parallel_size:
+        raise CheckpointError(
+            f"{spec.routing.num_experts} experts do not divide over --expert-parallel-size "
+            f"{expert_parallel_size}."
+        )
+    with appearing(target) as directory:
+        tensors = TensorDir.open(source, fp8_block=block, fp8_to=fp8_to)
+        spec, notes = _without_absent_mtp(spec, tensors)
+        table = tensor_table(spec, fused=is_fused(tensors.stored))
+        copies = {copy: name for copy, name in copied_names(spec).items() if copy in tensors.stored}
+        check_tensors(tensors, table, copies)
+        num_bytes = sum(tensor.num_bytes for tensor in tensors.stored.values())
+        with progress(f"{source.name} to {target.name}", num_bytes) as advance:
+            write_model(
+                directory,
+                spec=spec,
+                tensors=[_assembled(tensors, tensor, advance) for tensor in table],
+                num_shards=expert_parallel_size,
+            )
+        _check_copies(tensors, copies)
+        digest = digest_of(
+            tensors.digests, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.stored.items()}
+        )
+        _write_companions(source, directory, values, spec, tensors, digest)
+    if block is not None:
+        notes.append(
+            f"FP8 weights are now {str(fp8_to).removeprefix('torch.')}; the way back does not quantise."
+        )
+    return Conversion(
+        target=target / CHECKPOINT,
+        spec=spec,
+        digest=digest,
+        num_tensors=len(tensors.stored),
+        num_bytes=num_bytes,
+        notes=notes,
+    )
+
+
+def _without_absent_mtp(spec: ModelSpec, tensors: TensorDir) -> tuple[ModelSpec, list[str]]:
+    """transformers writes no prediction blocks, and yet writes how many there were."""
+    prefix = mtp_prefix(spec, 0)
+    if not spec.mtp_layers or any(name.startswith(prefix) for name in tensors.stored):
+        return spec, []
+    note = f"config.json names {spec.mtp_layers} multi-token prediction blocks, the files hold none."
+    return replace(spec, mtp_layers=0), [note]
+
+
+def check_tensors(tensors: TensorDir, table: Sequence[OurTensor], copies: dict[str, str]) -> None:
+    """Refuse missing, surplus and mis-shaped tensors, and parts of one of our tensors that differ in dtype.
+
+    Raises:
+        CheckpointError: with their names.
+    """
+    expected = {block.name: block.shape for tensor in table for block in tensor.blocks}
+    expected |= {copy: expected[name] for copy, name in copies.items()}
+    found = {name: tensors.stored[name].shape for name in tensors.names()}
+    problems = []
+    if missing := [name for name in expected if name not in found]:
+        problems.append(f"lacks {_listed(missing)}")
+    if surplus := sorted(name for name in found if name not in expected):
+        problems.append(f"has {_listed(surplus)}, which the model of its config.json does not have")
+    problems += [
+        f"has {name} of shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ][:_MAX_LISTED]
+    for tensor in table:
+        dtypes = {tensors.dtype(block.name) for block in tensor.blocks if block.name in found}
+        if len(dtypes) > 1:
+            problems.append(f"has parts of {tensor.name} in {' and '.join(sorted(map(str, dtypes)))}")
+    if problems:
+        raise CheckpointError(f"{tensors.path} {'; it '.join(problems)}.")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more
+
+
+def _check_copies(tensors: TensorDir, copies: dict[str, str]) -> None:
+    for copy, name in copies.items():
+        tensors.read(copy)
+        if tensors.digests[copy] != tensors.digests[name]:
+            raise CheckpointError(
+                f"{copy} of {tensors.path} differs from {name}, of which it should be a copy; this model cannot "
+                "be converted."
+            )
+
+
+def _assembled(tensors: TensorDir, tensor: OurTensor, advance: Callable[[int], None]) -> Assembled:
+    dtype = tensors.dtype(tensor.blocks[0].name)
+
+    def load(expert_ids: Sequence[int] | None) -> Tensor:
+        blocks = tensor.blocks
+        if expert_ids is not None and blocks[0].expert is not None:
+            blocks = tuple(block for block in blocks if block.expert in expert_ids)
+        for block in blocks:
+            stored = tensors.stored[block.name]
+            share = (
+                1.0 if block.expert is not None or expert_ids is None else len(expert_ids) / tensor.shape[0]
+            )
+            advance(int(stored.num_bytes * share))
+        if len(blocks) == 1 and blocks[0].expert is None:
+            rows = None if expert_ids is None else (expert_ids[0], expert_ids[-1] + 1)
+            return tensors.read(blocks[0].name, rows=rows)
+        shape = tensor.shape if expert_ids is None else (len(expert_ids), *tensor.shape[1:])
+        whole = torch.empty(shape, dtype=dtype)
+        for block in blocks:
+            place = (
+                whole if block.expert is None or expert_ids is None else whole[block.expert - expert_ids[0]]
+            )
+            place[block.first_row : block.first_row + block.shape[0]] = tensors.read(block.name)
+        return whole
+
+    return Assembled(name=tensor.name, shape=tensor.shape, dtype=dtype, load=load)
+
+
+def _write_companions(
+    source: Path,
+    directory: Path,
+    values: dict[str, Any],
+    spec: ModelSpec,
+    tensors: TensorDir,
+    digest: str,
+) -> None:
+    companions = directory / COMPANIONS
+    companions.mkdir()
+    copy_companions(source, companions)
+    record = {
+        "digest": digest,
+        "quantized": any(tensors.dtype(name) != tensors.stored[name].dtype for name in tensors.names()),
+        "weight_map": {name: tensors.file_of(name) for name in tensors.names()},
+    }
+    (companions / CONVERSION).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (directory / "flags.txt").write_text("\n".join(command_line(spec)) + "\n", encoding="utf-8")
+    (directory / "dict.txt").write_text(dictionary_text(spec.vocab_size, values), encoding="utf-8")

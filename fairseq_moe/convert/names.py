@@ -1,0 +1,190 @@
+"""Which of our tensors is which of Hugging Face's, and of what shape: one table for both directions.
+
+Each of our tensors is made of blocks, and each block is one tensor of the other side: the gate matrix is the
+upper half of the rows of ``fc1``, the up matrix the lower half; with per-expert names every expert is a block
+of the stack, with fused names the stack is one block.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from fairseq_moe.convert.spec import ModelSpec
+
+__all__ = ["Block", "OurTensor", "copied_names", "is_fused", "mtp_prefix", "tensor_table"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """A tensor of the other side, and its place in ours.
+
+    Args:
+        name: Hugging Face's.
+        shape: of the block.
+        expert: global id of the expert whose row of our stack this is; None: not of one expert.
+        first_row: where it starts on the axis of output features.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    first_row: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OurTensor:
+    """One of our tensors.
+
+    Args:
+        name: ours.
+        shape: whole, with all E experts.
+        blocks: what it is made of; together they cover it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    blocks: tuple[Block, ...]
+
+
+def is_fused(names: Iterable[str]) -> bool:
+    """Whether a checkpoint with these names stacks its experts, as transformers 5 does in memory."""
+    return any(name.endswith(".experts.gate_up_proj") for name in names)
+
+
+def mtp_prefix(spec: ModelSpec, block: int) -> str:
+    """Where Hugging Face puts prediction block ``block``: after the last layer of the decoder."""
+    return f"model.layers.{spec.num_layers + block}."
+
+
+def copied_names(spec: ModelSpec) -> dict[str, str]:
+    """Names under which a checkpoint may repeat a tensor, with the name of the tensor."""
+    head = "model.embed_tokens.weight" if spec.tied else "lm_head.weight"
+    copies = {"lm_head.weight": "model.embed_tokens.weight"} if spec.tied else {}
+    for block in range(spec.mtp_layers):
+        copies[mtp_prefix(spec, block) + "embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[mtp_prefix(spec, block) + "shared_head.head.weight"] = head
+    return copies
+
+
+def tensor_table(spec: ModelSpec, *, fused: bool) -> list[OurTensor]:
+    """Every tensor of the model, in its order.
+
+    Args:
+        spec: what the model is.
+        fused: experts are stacked on the other side too.
+    """
+    dim, vocab = spec.model_dim, spec.vocab_size
+    table = [_same("decoder.embed_tokens.weight", "model.embed_tokens.weight", (vocab, dim))]
+    for index, is_moe in enumerate(spec.moe_layers):
+        table += _layer(spec, f"decoder.layers.{index}.", f"model.layers.{index}.", is_moe, fused)
+    table.append(_same("decoder.layer_norm.weight", "model.norm.weight", (dim,)))
+    if not spec.tied:
+        table.append(_same("decoder.output_projection.weight", "lm_head.weight", (vocab, dim)))
+    for block in range(spec.mtp_layers):
+        ours, theirs = f"decoder.mtp.{block}.", mtp_prefix(spec, block)
+        table += [
+            _same(f"{ours}embed_norm.weight", f"{theirs}enorm.weight", (dim,)),
+            _same(f"{ours}hidden_norm.weight", f"{theirs}hnorm.weight", (dim,)),
+            _same(f"{ours}proj.weight", f"{theirs}eh_proj.weight", (dim, 2 * dim)),
+            *_layer(spec, f"{ours}layer.", theirs, True, fused),
+            _same(f"{ours}norm.weight", f"{theirs}shared_head.norm.weight", (dim,)),
+        ]
+    return table
+
+
+def _same(ours: str, theirs: str, shape: tuple[int, ...]) -> OurTensor:
+    return OurTensor(name=ours, shape=shape, blocks=(Block(name=theirs, shape=shape),))
+
+
+def _layer(spec: ModelSpec, ours: str, theirs: str, is_moe: bool, fused: bool) -> Iterator[OurTensor]:
+    dim = (spec.model_dim,)
+    yield _same(f"{ours}self_attn_layer_norm.weight", f"{theirs}input_layernorm.weight", dim)
+    attention = _grouped_attention if spec.mla is None else _latent_attention
+    yield from attention(spec, f"{ours}self_attn.", f"{theirs}self_attn.")
+    yield _same(f"{ours}final_layer_norm.weight", f"{theirs}post_attention_layernorm.weight", dim)
+    if is_moe:
+        yield from _moe(spec, f"{ours}moe_layer.", theirs, fused)
+    else:
+        assert spec.dense_ffn_dim is not None
+        yield from _glu(ours, f"{theirs}mlp.", spec.model_dim, spec.dense_ffn_dim)
+
+
+def _grouped_attention(spec: ModelSpec, ours: str, theirs: str) -> Iterator[OurTensor]:
+    dim = spec.model_dim
+    q_dim, kv_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    for name, other, shape in (
+        ("q_proj", "q_proj", (q_dim, dim)),
+        ("k_proj", "k_proj", (kv_dim, dim)),
+        ("v_proj", "v_proj", (kv_dim, dim)),
+        ("out_proj", "o_proj", (dim, q_dim)),
+    ):
+        yield _same(f"{ours}{name}.weight", f"{theirs}{other}.weight", shape)
+        if spec.attention_bias == "all" or (spec.attention_bias == "qkv" and name != "out_proj"):
+            yield _same(f"{ours}{name}.bias", f"{theirs}{other}.bias", shape[:1])
+    if spec.qk_norm != "none":
+        per_head = spec.qk_norm == "head"
+        for name, size in (("q_norm", q_dim), ("k_norm", kv_dim)):
+            shape_1 = (spec.head_dim if per_head else size,)
+            yield _same(f"{ours}{name}.weight", f"{theirs}{name}.weight", shape_1)
+
+
+def _latent_attention(spec: ModelSpec, ours: str, theirs: str) -> Iterator[OurTensor]:
+    assert spec.mla is not None
+    mla, dim, heads = spec.mla, spec.model_dim, spec.num_heads
+    if mla.q_lora_rank is None:
+        yield _same(f"{ours}q_proj.weight", f"{theirs}q_proj.weight", (heads * spec.head_dim, dim))
+    else:
+        rank = mla.q_lora_rank
+        yield _same(f"{ours}q_a_proj.weight", f"{theirs}q_a_proj.weight", (rank, dim))
+        yield _same(f"{ours}q_a_norm.weight", f"{theirs}q_a_layernorm.weight", (rank,))
+        yield _same(f"{ours}q_b_proj.weight", f"{theirs}q_b_proj.weight", (heads * spec.head_dim, rank))
+    rank = mla.kv_lora_rank
+    kv_dim = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    yield _same(
+        f"{ours}kv_a_proj.weight", f"{theirs}kv_a_proj_with_mqa.weight", (rank + mla.qk_rope_head_dim, dim)
+    )
+    yield _same(f"{ours}kv_a_norm.weight", f"{theirs}kv_a_layernorm.weight", (rank,))
+    yield _same(f"{ours}kv_b_proj.weight", f"{theirs}kv_b_proj.weight", (kv_dim, rank))
+    yield _same(f"{ours}out_proj.weight", f"{theirs}o_proj.weight", (dim, heads * mla.v_head_dim))
+
+
+def _glu(ours: str, theirs: str, dim: int, hidden: int) -> Iterator[OurTensor]:
+    """A SwiGLU network: the gate's rows, then those of up, then down."""
+    yield OurTensor(
+        name=f"{ours}fc1.weight",
+        shape=(2 * hidden, dim),
+        blocks=(
+            Block(name=f"{theirs}gate_proj.weight", shape=(hidden, dim)),
+            Block(name=f"{theirs}up_proj.weight", shape=(hidden, dim), first_row=hidden),
+        ),
+    )
+    yield _same(f"{ours}fc2.weight", f"{theirs}down_proj.weight", (dim, hidden))
+
+
+def _moe(spec: ModelSpec, ours: str, theirs: str, fused: bool) -> Iterator[OurTensor]:
+    dim, hidden, num_experts = spec.model_dim, spec.expert_ffn_dim, spec.routing.num_experts
+    published_mixtral = spec.family == "mixtral" and not fused
+    theirs += "block_sparse_moe." if published_mixtral else "mlp."
+    yield _same(f"{ours}router.weight", f"{theirs}gate.weight", (num_experts, dim))
+    if spec.routing.expert_bias:
+        yield _same(f"{ours}router.expert_bias", f"{theirs}gate.e_score_correction_bias", (num_experts,))
+    stacked = (num_experts, 2 * hidden, dim), (num_experts, dim, hidden)
+    if fused:
+        yield _same(f"{ours}experts.fc1_weight", f"{theirs}experts.gate_up_proj", stacked[0])
+        yield _same(f"{ours}experts.fc2_weight", f"{theirs}experts.down_proj", stacked[1])
+    else:
+        gate, up, down = ("w1", "w3", "w2") if published_mixtral else ("gate_proj", "up_proj", "down_proj")
+        fc1, fc2 = [], []
+        for expert in range(num_experts):
+            own = f"{theirs}experts.{expert}."
+            fc1 += [
+                Block(name=f"{own}{gate}.weight", shape=(hidden, dim), expert=expert),
+                Block(name=f"{own}{up}.weight", shape=(hidden, dim), expert=expert, first_row=hidden),
+            ]
+            fc2.append(Block(name=f"{own}{down}.weight", shape=(dim, hidden), expert=expert))
+        yield OurTensor(name=f"{ours}experts.fc1_weight", shape=stacked[0], blocks=tuple(fc1))
+        yield OurTensor(name=f"{ours}experts.fc2_weight", shape=stacked[1], blocks=tuple(fc2))
+    if spec.shared_ffn_dim is not None:
+        shared = "shared_expert." if spec.shared_gate else "shared_experts."
+        yield from _glu(f"{ours}shared_experts.", f"{theirs}{shared}", dim, spec.shared_ffn_dim)
+        if spec.shared_gate:
+            yield _same(f"{ours}shared_experts.gate.weight", f"{theirs}shared_expert_gate.weight", (1, dim))

@@ -1,0 +1,159 @@
+"""One safetensors file, read and written tensor by tensor, with memory for one tensor.
+
+The library maps files into memory, so that a pass over a large one fills the memory it can get; and it writes
+a file from tensors that all exist at once. The format is simple: eight bytes with the length of a JSON
+header, the header (name, dtype, shape and place of each tensor), the bytes.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_moe.errors import CheckpointError
+
+__all__ = ["DTYPES", "SafetensorsWriter", "StoredTensor", "bytes_of", "read_header", "read_tensor"]
+
+# In the order in which the library sorts tensors by dtype: largest alignment first.
+DTYPES = {
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+_ORDER = {dtype: index for index, dtype in enumerate(DTYPES.values())}
+_MAX_HEADER_BYTES = 100_000_000  # as in the library
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Args:
+        path: of the file.
+        dtype: of its elements.
+        shape: of the tensor.
+        offset: of its first byte in the file.
+    """
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, first: int, end: int) -> "StoredTensor":
+        """The part from row ``first`` to row ``end``, exclusive."""
+        shape = (end - first, *self.shape[1:])
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return StoredTensor(
+            path=self.path, dtype=self.dtype, shape=shape, offset=self.offset + first * row_bytes
+        )
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, by name.
+
+    Raises:
+        CheckpointError: it cannot be read, is cut off, or is no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        found = dict(_entries(path, header, start=8 + length))
+        end = max((tensor.offset + tensor.num_bytes for tensor in found.values()), default=8 + length)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no safetensors file or is damaged ({error}); fetch it again."
+        ) from error
+    if end != size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, expected {end} by its header: it is cut off or damaged; fetch it again."
+        )
+    return found
+
+
+def _entries(path: Path, header: dict[str, Any], *, start: int) -> Iterator[tuple[str, StoredTensor]]:
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        tensor = StoredTensor(
+            path=path, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), offset=start + first
+        )
+        if first < 0 or last - first != tensor.num_bytes or any(size < 0 for size in tensor.shape):
+            raise ValueError(f"{name} of shape {tensor.shape} takes bytes {first} to {last}")
+        yield name, tensor
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """The tensor, in memory of its own.
+
+    Raises:
+        CheckpointError: the file has changed or cannot be read.
+    """
+    flat = torch.empty(stored.num_bytes, dtype=torch.uint8)
+    view: memoryview = flat.numpy().data
+    done = 0
+    try:
+        with stored.path.open("rb", buffering=0) as file:
+            file.seek(stored.offset)
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise OSError("it has become shorter")
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"cannot read {stored.path} ({error}).") from error
+    return flat.view(stored.dtype).reshape(stored.shape)
+
+
+class SafetensorsWriter:
+    """A file that is being written; the bytes of its tensors come in the order of ``names``.
+
+    Args:
+        path: of the file, which must not exist.
+        shapes: dtype and shape of each tensor.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        self.names = sorted(shapes, key=lambda name: (_ORDER[shapes[name][0]], name))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in self.names:
+            dtype, shape = shapes[name]
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAME_OF[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        self.num_bytes = end
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = path.open("xb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, tensors: Iterable[Tensor]) -> None:
+        """Write all tensors, flush them to disk and close the file."""
+        with self._file:
+            for tensor in tensors:
+                self._file.write(bytes_of(tensor))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, without a copy if it is contiguous."""
+    view: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view

@@ -1,0 +1,43 @@
+"""Dictionaries of converted models in stock's language modelling task and in its generators."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fairseq_moe.convert.dictionary import load_identity
+from fairseq_moe.stock.seam import seam
+
+
+@seam(
+    "fairseq.tasks.language_modeling:Dictionary",
+    signature=None,
+    stock_does="puts four words of its own in front of those of dict.txt",
+    breaks="all token ids of a converted model are shifted, and one of them means padding",
+    we_do="a dict.txt that begins with #identity gives a dictionary whose words are the ids, with padding "
+    "beyond them",
+    test="tests/unit/test_convert_dictionary.py",
+)
+def language_modeling_dictionary(stock: Any) -> Any:
+    class LanguageModelingDictionary(stock):  # type: ignore[misc]
+        @classmethod
+        def load(cls, f: Any, add_special_symbols: bool = True) -> Any:
+            identity = load_identity(f) if isinstance(f, str) else None
+            return stock.load(f, add_special_symbols) if identity is None else identity
+
+    return LanguageModelingDictionary
+
+
+@seam(
+    "fairseq.sequence_generator:SequenceGenerator.__init__",
+    signature="(self, models, tgt_dict, beam_size, max_len_a, max_len_b, max_len, min_len, normalize_scores, "
+    "len_penalty, unk_penalty, temperature, match_source_len, no_repeat_ngram_size, search_strategy, eos, "
+    "symbols_to_strip_from_output, lm_model, lm_weight, tokens_to_suppress)",
+    stock_does="takes the length of the dictionary for the number of columns that models give",
+    breaks="with padding beyond the words of the dictionary, models give a column for it too",
+    we_do="count up to padding",
+    test="tests/e2e/test_convert.py",
+)
+def sequence_generator(
+    stock: Callable[..., None], self: Any, models: Any, tgt_dict: Any, *args: Any, **kwargs: Any
+) -> None:
+    stock(self, models, tgt_dict, *args, **kwargs)
+    self.vocab_size = max(self.vocab_size, tgt_dict.pad() + 1)

@@ -1,0 +1,173 @@
+"""Tiny models of every family, made with transformers: vocabulary 97, random weights far from their start values.
+
+Their ids 0..3 are ordinary tokens, the original context is short, so that YaRN's stretched positions occur, and sizes
+are unequal, so that a mistaken transposition or order shows.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["HF_MODELS", "build_hf_model", "import_transformers"]
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+_YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    }
+}
+_MLA = {
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+}
+# name -> (class of the configuration, its arguments)
+HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": (
+        "MixtralConfig",
+        {"num_key_value_heads": 2, "intermediate_size": 24, "num_local_experts": 4, **_ROPE},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            **_MLA,
+            **_YARN,
+            "q_lora_rank": 20,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 3,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 4.0,
+        },
+    ),
+    "deepseek_v2_lite": (
+        "DeepseekV2Config",
+        {
+            **_MLA,
+            **_YARN,
+            "q_lora_rank": None,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 3,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_MLA,
+            **_YARN,
+            "q_lora_rank": 20,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+        },
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_key_value_heads": 2,
+            "intermediate_size": 40,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [1],
+            **_ROPE,
+        },
+    ),
+    "olmoe": (
+        "OlmoeConfig",
+        {
+            "num_key_value_heads": 2,
+            "intermediate_size": 12,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "clip_qkv": 0.5,
+            **_ROPE,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "intermediate_size": 40,
+            "moe_intermediate_size": 12,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            **_ROPE,
+        },
+    ),
+}
+
+
+def import_transformers() -> Any:
+    """transformers, quiet."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def build_hf_model(
+    name: str, directory: Path, *, dtype: torch.dtype = torch.float32, shard: str = "10GB", **changes: Any
+) -> Path:
+    """Write a model into ``directory`` and return it.
+
+    Args:
+        name: one of ``HF_MODELS``.
+        directory: to be made.
+        dtype: of the weights.
+        shard: largest size of a file, as transformers takes it.
+        changes: arguments of ``save_pretrained``, or of the configuration with the prefix ``config_``.
+    """
+    transformers = import_transformers()
+    kind, arguments = HF_MODELS[name]
+    own = {key.removeprefix("config_"): value for key, value in changes.items() if key.startswith("config_")}
+    saving = {key: value for key, value in changes.items() if not key.startswith("config_")}
+    config = getattr(transformers, kind)(**{**_COMMON, **arguments, **own})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # norms that are all ones would hide a swap
+        for label, buffer in model.named_buffers():
+            if label.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard, **saving)
+    (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
+    return directory

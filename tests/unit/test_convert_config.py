@@ -1,0 +1,248 @@
+"""config.json in both styles to a model and back; what is not understood is refused by name."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fairseq_moe.convert.config_writer import write_config
+from fairseq_moe.convert.families import fp8_block, read_config
+from fairseq_moe.convert.flags import command_line, flags_of, spec_of
+from fairseq_moe.convert.names import tensor_table
+from fairseq_moe.convert.spec import Yarn
+from fairseq_moe.errors import ConfigError
+
+YARN_V4 = {
+    "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096, "type": "yarn",
+}  # fmt: skip
+MIXTRAL: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
+    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 32000,
+}  # fmt: skip
+DEEPSEEK: dict[str, Any] = {
+    "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "ep_size": 1, "hidden_act": "silu",
+    "initializer_range": 0.02, "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_layer_freq": 1,
+    "pretraining_tp": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+    "rope_scaling": YARN_V4, "rope_theta": 10000, "seq_aux": True, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "v_head_dim": 128,
+}  # fmt: skip
+DEEPSEEK_V2 = DEEPSEEK | {
+    "first_k_dense_replace": 1, "hidden_size": 5120, "intermediate_size": 12288, "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1536, "n_group": 8, "n_routed_experts": 160, "n_shared_experts": 2,
+    "norm_topk_prob": False, "num_attention_heads": 128, "num_experts_per_tok": 6, "num_hidden_layers": 60,
+    "num_key_value_heads": 128, "q_lora_rank": 1536, "routed_scaling_factor": 16.0, "scoring_func": "softmax",
+    "topk_group": 3, "topk_method": "group_limited_greedy", "vocab_size": 102400,
+}  # fmt: skip
+DEEPSEEK_V2_LITE = DEEPSEEK_V2 | {
+    "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_group": 1,
+    "n_routed_experts": 64, "num_attention_heads": 16, "num_hidden_layers": 27, "num_key_value_heads": 16,
+    "q_lora_rank": None, "routed_scaling_factor": 1.0, "topk_group": 1, "topk_method": "greedy",
+}  # fmt: skip
+DEEPSEEK_V3 = DEEPSEEK | {
+    "first_k_dense_replace": 3, "hidden_size": 7168, "intermediate_size": 18432, "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
+    "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+    "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid", "topk_group": 4, "topk_method": "noaux_tc", "vocab_size": 129280,
+    "quantization_config": {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+    },
+}  # fmt: skip
+QWEN2 = {
+    "attention_dropout": 0.0, "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151643,
+    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+    "max_position_embeddings": 131072, "max_window_layers": 28, "model_type": "qwen2_moe",
+    "moe_intermediate_size": 2560, "norm_topk_prob": False, "num_attention_heads": 28, "num_experts": 64,
+    "num_experts_per_tok": 8, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 20480,
+    "sliding_window": 65536, "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+QWEN3 = {
+    "attention_bias": False, "attention_dropout": 0.0, "decoder_sparse_step": 1, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+    "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
+    "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+OLMOE = {
+    "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None, "hidden_act": "silu", "hidden_size": 2048,
+    "initializer_range": 0.02, "intermediate_size": 1024, "max_position_embeddings": 4096, "model_type": "olmoe",
+    "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+    "num_hidden_layers": 16, "num_key_value_heads": 16, "output_router_logits": False, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False,
+    "vocab_size": 50304,
+}  # fmt: skip
+# Published settings, with the number of values in all tensors: parameters, and for V3 the 58 router biases of 256
+# and the prediction block (with its bias).
+PUBLISHED = {
+    "mixtral": (MIXTRAL, 46_702_792_704),
+    "deepseek_v2": (DEEPSEEK_V2, 235_741_434_880),
+    "deepseek_v2_lite": (DEEPSEEK_V2_LITE, 15_706_484_224),
+    "deepseek_v3": (DEEPSEEK_V3, 671_026_404_352 + 58 * 256 + 11_610_068_224),
+    "qwen2_moe": (QWEN2, 57_408_658_944),
+    "qwen3_moe": (QWEN3, 30_532_122_624),
+    "olmoe": (OLMOE, 6_919_161_856),
+}
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    found = 1
+    for size in shape:
+        found *= size
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("fused", [False, True])
+def test_published_settings_give_the_published_number_of_values(name: str, fused: bool) -> None:
+    values, expected = PUBLISHED[name]
+    table = tensor_table(read_config(values), fused=fused)
+    assert sum(_numel(tensor.shape) for tensor in table) == expected
+    assert sum(_numel(block.shape) for tensor in table for block in tensor.blocks) == expected
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_model_survives_flags_and_a_new_config(name: str) -> None:
+    spec = read_config(PUBLISHED[name][0])
+    assert spec_of(flags_of(spec), vocab_size=spec.vocab_size, max_positions=spec.max_positions) == spec
+    assert read_config(write_config(spec, dtype="bfloat16")) == spec
+    assert read_config(write_config(spec, like=PUBLISHED[name][0], dtype="bfloat16")) == spec
+
+
+def test_rope_is_read_in_both_forms_and_written_in_both() -> None:
+    old = read_config(DEEPSEEK_V2)
+    form = {key: value for key, value in YARN_V4.items() if key != "type"}
+    new_keys = {key: value for key, value in DEEPSEEK_V2.items() if not key.startswith("rope_")}
+    new_keys["rope_parameters"] = {**form, "rope_type": "yarn", "rope_theta": 10000}
+    assert read_config(new_keys) == old
+    assert old.rope.yarn == Yarn(
+        factor=40, original_max_positions=4096, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0
+    )
+    written = write_config(old, like=new_keys, dtype="bfloat16")
+    assert written["rope_theta"] == 10000
+    assert written["rope_scaling"]["type"] == written["rope_scaling"]["rope_type"] == "yarn"
+    assert written["rope_parameters"]["rope_theta"] == 10000
+    assert "type" not in written["rope_parameters"]
+
+
+def test_what_is_absent_means_what_the_published_code_means() -> None:
+    mixtral, qwen2 = read_config(MIXTRAL), read_config(QWEN2)
+    assert (mixtral.head_dim, mixtral.norm_eps, mixtral.routing.normalized) == (128, 1e-5, True)
+    assert (qwen2.attention_bias, qwen2.shared_gate, qwen2.routing.normalized) == ("qkv", True, False)
+    assert read_config(QWEN2 | {"mlp_only_layers": [0, 3], "decoder_sparse_step": 2}).moe_layers[:6] == (
+        False, True, False, False, False, True,
+    )  # fmt: skip
+    assert read_config(DEEPSEEK_V3).moe_layers == (False,) * 3 + (True,) * 58
+    assert read_config(DEEPSEEK_V2_LITE).routing.num_groups is None
+    assert fp8_block(DEEPSEEK_V3) == (128, 128)
+    assert fp8_block(MIXTRAL) is None
+
+
+REFUSED = {
+    "model_type": (
+        MIXTRAL,
+        {"model_type": "llama"},
+        "model_type 'llama', expected one of mixtral, deepseek_v2",
+    ),
+    "no model_type": (MIXTRAL, {"model_type": None}, "model_type None"),
+    "topk_method": (
+        DEEPSEEK_V2,
+        {"topk_method": "noaux_tc"},
+        "topk_method 'noaux_tc', expected one of greedy",
+    ),
+    "V3 topk_method": (DEEPSEEK_V3, {"topk_method": "greedy"}, "topk_method 'greedy', expected 'noaux_tc'"),
+    "scoring": (DEEPSEEK_V3, {"scoring_func": "softmax"}, "scoring_func 'softmax', expected 'sigmoid'"),
+    "V2 renormalised": (DEEPSEEK_V2, {"norm_topk_prob": True}, "norm_topk_prob True, expected False"),
+    "layer step": (DEEPSEEK_V2, {"moe_layer_freq": 2}, "moe_layer_freq 2, expected 1"),
+    "rope type": (MIXTRAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+    "rope setting": (DEEPSEEK_V2, {"rope_scaling": {**YARN_V4, "truncate": False}}, "rope setting truncate"),
+    "yarn without a size": (
+        MIXTRAL,
+        {"rope_scaling": {"type": "yarn", "factor": 4}},
+        "yarn without original_max",
+    ),
+    "no rope": (MIXTRAL, {"rope_theta": None}, "neither rope_parameters nor rope_theta"),
+    "two ropes": (MIXTRAL, {"rope_parameters": {"rope_theta": 1e4}}, "which contradicts its rope_theta"),
+    "sliding window": (MIXTRAL, {"sliding_window": 4096}, "sliding_window 4096"),
+    "Qwen's window": (QWEN2, {"use_sliding_window": True}, "use_sliding_window True, expected False"),
+    "layer types": (QWEN2, {"layer_types": ["sliding_attention"]}, "layer_types other than full_attention"),
+    "activation": (MIXTRAL, {"hidden_act": "gelu"}, "hidden_act 'gelu', expected 'silu'"),
+    "jitter": (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1"),
+    "MLA bias": (DEEPSEEK_V2, {"attention_bias": True}, "attention_bias True, expected False"),
+    "unknown key": (
+        QWEN3,
+        {"attn_output_gate": True},
+        "key attn_output_gate (True), which fairseq_moe does not",
+    ),
+    "missing key": (
+        MIXTRAL,
+        {"num_key_value_heads": "eight"},
+        "num_key_value_heads 'eight', expected a number",
+    ),
+    "no experts": (MIXTRAL, {"num_local_experts": None}, "no num_local_experts or num_experts"),
+    "quantisation": (
+        MIXTRAL,
+        {"quantization_config": {"quant_method": "awq"}},
+        "quantization_config with quant_method 'awq'",
+    ),
+    "groups": (DEEPSEEK_V2, {"n_group": 7}, "experts that do not divide over n_group groups"),
+    "heads": (MIXTRAL, {"num_key_value_heads": 5}, "not a multiple of num_key_value_heads"),
+    "one expert": (QWEN3, {"num_experts_per_tok": 1}, "norm_topk_prob with one expert per token"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_another_model_is_refused_by_name(name: str) -> None:
+    values, change, expected = REFUSED[name]
+    read_config(values)
+    fp8_block(values)
+    with pytest.raises(ConfigError) as caught:
+        read_config(values | change)
+    assert expected in str(caught.value)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_config_that_describes_another_model_is_not_written() -> None:
+    spec = read_config(MIXTRAL)
+    with pytest.raises(ConfigError, match="there expert_ffn_dim is 14336, expected 8"):
+        write_config(replace(spec, expert_ffn_dim=8), like=MIXTRAL, dtype="bfloat16")
+    with pytest.raises(
+        ConfigError, match="model_type mixtral cannot describe this model: there qk_norm is 'none'"
+    ):
+        write_config(replace(spec, qk_norm="head"), dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rotary_fraction": 0.5}, "--rotary-fraction 0.5"),
+        ({"decoder_normalization": "layernorm"}, "--decoder-normalization rmsnorm"),
+        ({"no_scale_embedding": False}, "--no-scale-embedding"),
+        ({"use_xmoe": True}, "--use-xmoe"),
+        ({"moe_expert_capacity_factor": 1.25}, "--moe-expert-capacity-factor"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "--moe-router-load-balancing-type sinkhorn"),
+        ({"moe_router_score_function": "sqrtsoftplus"}, "--moe-router-score-function sqrtsoftplus"),
+        ({"num_experts": None}, "cannot be written as one of them"),
+    ],
+)
+def test_flags_that_no_family_has_are_refused_by_name(change: dict[str, Any], expected: str) -> None:
+    flags = flags_of(read_config(MIXTRAL))
+    with pytest.raises(ConfigError) as caught:
+        spec_of(flags | change, vocab_size=9, max_positions=9)
+    assert expected in str(caught.value)
+
+
+def test_the_command_line_says_what_the_flags_say() -> None:
+    lines = command_line(read_config(DEEPSEEK_V3))
+    assert lines[0] == "--arch transformer_lm"
+    assert "--moe-layer-freq ([0]*3+[1]*58)" in lines
+    assert "--rope-interleaved" in lines
+    assert "--max-target-positions 163840" in lines
+    assert not any(line.startswith("--share-decoder-input-output-embed") for line in lines)
