@@ -66,6 +66,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "fairseq-moe-checkpoint = fairseq_moe.checkpoint_tools.command:main",
             "fairseq-moe-convert = fairseq_moe.convert.cli:main",
             "fairseq-moe-inspect = fairseq_moe.inspect:main",
         ]

@@ -24,6 +24,7 @@ VARIABLE = "FAIRSEQ_MOE_FAULT"
 # Every place at which the code calls ``fault``, and where that is. A test compares this table with the code.
 POINTS: dict[str, str] = {
     "save.begin": "every rank knows that a checkpoint is wanted",
+    "save.background_begun": "with --save-in-background: the rank goes on, its shard is being written",
     "save.after_snapshot": "this rank's tensors are collected",
     "save.shard_opened": "the temporary file of this rank's shard is there, empty",
     "save.shard_half": "half of its bytes are written",
@@ -46,6 +47,8 @@ POINTS: dict[str, str] = {
     "save.before_prune": "rank 0: stock has deleted old main files, their shards are still there",
     "save.pruned_one": "one old set of shards is deleted",
     "save.end": "the rank goes back to training",
+    "train.forward": "before each training micro-batch",
+    "valid.forward": "before each validation batch",
 }
 
 ACTIONS = {

@@ -14,6 +14,7 @@ class ReliabilityConfig:
     """Flags of ``transformer_lm`` that say when to give up; see their help texts in ``models``."""
 
     max_failed_saves: int = 3
+    save_in_background: bool = False
     max_skipped_updates: int = 10
     collective_timeout_sec: float = 600.0
 

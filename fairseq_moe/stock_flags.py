@@ -58,6 +58,12 @@ STOCK_FLAGS = (
         reason="it averages all parameters, experts included; use legacy_ddp, pytorch_ddp or fully_sharded",
     ),
     StockFlag(
+        flag="--write-checkpoints-asynchronously",
+        group="checkpoint",
+        field="write_checkpoints_asynchronously",
+        reason="stock writes the file of rank 0 alone so, and no checkpoint_last.pt; use --save-in-background",
+    ),
+    StockFlag(
         flag="--decoder-layerdrop",
         group="model",
         field="decoder_layerdrop",
@@ -199,7 +205,7 @@ def stock_flag_problems(cfg: Any) -> list[str]:
         value = getattr(group, row.field, None) if group is not None else None
         if row.reason and row.refused(value):
             found.append(f"{row.flag} ({value}) does not work with an MoE model: {row.reason}.")
-    return found + _flat_fp16_problem(cfg) + _sharded_precision_problems(cfg)
+    return found + _flat_fp16_problem(cfg) + _sharded_precision_problems(cfg) + _block_problem(cfg)
 
 
 def _flat_fp16_problem(cfg: Any) -> list[str]:
@@ -229,3 +235,15 @@ def _sharded_precision_problems(cfg: Any) -> list[str]:
             "precision."
         )
     return found
+
+
+def _block_problem(cfg: Any) -> list[str]:
+    task, model = getattr(cfg, "task", None), cfg.model
+    block, limit = getattr(task, "tokens_per_sample", None), getattr(model, "max_target_positions", None)
+    cuts = str(getattr(task, "sample_break_mode", None)).lower() == "none"
+    if not cuts or block is None or limit is None or block <= limit:
+        return []
+    return [
+        f"--tokens-per-sample is {block}, but --max-target-positions is {limit}, so every block of text would be "
+        "left out as too long; lower the one or raise the other."
+    ]

@@ -28,10 +28,11 @@ from fairseq_moe.checkpoint.files import (
     load_plain,
     plain_globals,
     unreadable,
+    write_large,
 )
 from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ModelShape, ShardEntry
 from fairseq_moe.checkpoint.opened import shard_problem
-from fairseq_moe.checkpoint.plan import find_aliases, share_of
+from fairseq_moe.checkpoint.plan import find_aliases, share_of, split_content
 from fairseq_moe.checkpoint.reader import Checkpoint
 from fairseq_moe.checkpoint.sets import (
     commit_main,
@@ -75,8 +76,10 @@ __all__ = [
     "remove_set",
     "shard_problem",
     "share_of",
+    "split_content",
     "split_key",
     "unreadable",
     "write_checkpoint",
+    "write_large",
     "write_shard",
 ]

@@ -18,10 +18,12 @@ from torch import Tensor
 from fairseq_moe.checkpoint.files import load_plain
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["BranchCheckpoint", "ExpertState", "find_branch_checkpoint"]
+__all__ = ["BranchCheckpoint", "ExpertRows", "ExpertState", "find_branch_checkpoint"]
 
 # (model tensors by parameter name, optimizer state by parameter name and state name)
 ExpertState = tuple[dict[str, Tensor], dict[str, dict[str, Any]]]
+# The same, with one more level: the global id of an expert.
+ExpertRows = tuple[dict[str, dict[int, Tensor]], dict[str, dict[str, dict[int, Any]]]]
 
 _FILE = re.compile(r"(?P<stem>.+?)-(shared|rank-\d+)(?P<shard>-shard\d+)?\.pt")
 _EXPERT = re.compile(
@@ -84,31 +86,49 @@ class BranchCheckpoint:
             expert_ids: global ids, in this order.
             with_optimizer: read optimizer state too.
         """
+        model, optimizer = self.expert_rows(
+            num_experts=num_experts, expert_ids=expert_ids, with_optimizer=with_optimizer
+        )
+        return (
+            {name: torch.stack([rows[expert] for expert in expert_ids]) for name, rows in model.items()},
+            {
+                name: {key: _stacked([rows[expert] for expert in expert_ids]) for key, rows in values.items()}
+                for name, values in optimizer.items()
+            },
+        )
+
+    def expert_rows(
+        self, *, num_experts: int, expert_ids: Sequence[int], with_optimizer: bool, lazily: bool = False
+    ) -> ExpertRows:
+        """The same one by one, not stacked: by name (and state), then by expert.
+
+        Args:
+            num_experts: E.
+            expert_ids: global ids; others that lie in the same files come along.
+            with_optimizer: read optimizer state too.
+            lazily: map the files instead of reading them.
+        """
         per_file = max(num_experts // len(self.rank_files), 1)  # more files than experts: replicas follow
         model: dict[str, dict[int, Tensor]] = {}
         optimizer: dict[str, dict[str, dict[int, Any]]] = {}
-        for number in sorted({expert // per_file for expert in expert_ids}):
-            state = load_plain(self.rank_files[number])
+        for number, file in enumerate(self.rank_files):
+            if not any(expert // per_file == number for expert in expert_ids):
+                continue
+            state = load_plain(file, lazily=lazily)
             named = self._named(state, list(state["model"])) if with_optimizer else {}
             for name, tensor in state["model"].items():
                 stack, expert = self._place(name, number * per_file)
                 model.setdefault(stack, {})[expert] = tensor
                 for key, value in named.get(name, {}).items():
                     optimizer.setdefault(stack, {}).setdefault(key, {})[expert] = value
-        try:
-            return (
-                {name: torch.stack([rows[expert] for expert in expert_ids]) for name, rows in model.items()},
-                {
-                    name: {
-                        key: _stacked([rows[expert] for expert in expert_ids]) for key, rows in values.items()
-                    }
-                    for name, values in optimizer.items()
-                },
-            )
-        except KeyError as error:
-            raise CheckpointError(
-                f"expert {error} is in none of the rank files beside {self.shared}."
-            ) from error
+        states = [rows for values in optimizer.values() for rows in values.values()]
+        for rows in [*model.values(), *states] or [{}]:
+            missing = sorted(set(expert_ids) - set(rows))
+            if missing:
+                raise CheckpointError(
+                    f"expert {missing[0]} is in none of the rank files beside {self.shared}."
+                )
+        return model, optimizer
 
     def _place(self, name: str, first_expert: int) -> tuple[str, int]:
         match = _EXPERT.fullmatch(name)

@@ -28,6 +28,7 @@ __all__ = [
     "sha256_of",
     "unreadable",
     "write_atomically",
+    "write_large",
     "write_plain",
 ]
 
@@ -100,6 +101,21 @@ def write_plain(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, _pieces(data), kind="main", num_bytes=len(data))
 
 
+def write_large(path: Path, state: dict[str, Any]) -> None:
+    """``write_plain`` for a state of any size: it goes straight to the disk, past the places of ``faults``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_directory(path.parent)
+
+
 def copy_atomically(source: Path, target: Path) -> None:
     """Copy a small file; ``target`` is either what it was or the whole copy."""
     data = memoryview(source.read_bytes())
@@ -126,7 +142,7 @@ def load_plain(path: Path, *, lazily: bool = False) -> dict[str, Any]:
 
     Args:
         path: a ``torch.save`` file.
-        lazily: map the file instead of reading its tensors.
+        lazily: map the file instead of reading its tensors (files of torch before 1.6 are read all the same).
 
     Raises:
         CheckpointError: the file cannot be read, or asks for more than tensors and plain values.
@@ -134,7 +150,8 @@ def load_plain(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     try:
         check_records(path)
         with plain_globals():
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if lazily else None)
+            mmap = True if lazily and zipfile.is_zipfile(path) else None
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UNREADABLE as error:
         raise unreadable(path, error) from error
     if not isinstance(state, dict):

@@ -100,14 +100,15 @@ def shard_problem(main: Path, manifest: Manifest, entry: ShardEntry) -> str | No
         digest = sha256_of(path) if num_bytes == entry.num_bytes else None
     except OSError as error:
         return f"{shard} cannot be read ({error})."
+    said = _said(path)
+    other = None if said is None or manifest.version == 1 else _difference(said, main, manifest)
     if digest == entry.sha256:
-        return _identity_problem(shard, path, main, manifest)
-    mixed = _identity_problem(shard, path, main, manifest)
-    if mixed is not None and "belongs to" in mixed:
-        return mixed
-    if digest is None:
-        return f"{shard} has {num_bytes} bytes, expected {entry.num_bytes}; it is damaged."
-    return f"{shard} has sha256 {digest}, expected {entry.sha256}; it is damaged."
+        return None if other is None else f"{shard} {other}."
+    found = f"{num_bytes} bytes" if digest is None else f"sha256 {digest}"
+    expected = str(entry.num_bytes) if digest is None else entry.sha256
+    if other is None:
+        return f"{shard} has {found}, expected {expected}; it is damaged."
+    return f"{shard} has {found}, expected {expected}, and {other}."
 
 
 def _link(main: Path, entry: ShardEntry) -> str | None:
@@ -119,15 +120,17 @@ def _link(main: Path, entry: ShardEntry) -> str | None:
     return None
 
 
-def _identity_problem(shard: str, path: Path, main: Path, manifest: Manifest) -> str | None:
-    """What keeps a shard from being one of this save, as far as it says itself."""
+def _said(path: Path) -> dict[str, str] | None:
+    """A shard's metadata, if it can be read at all."""
     try:
         with safe_open(path, framework="pt") as file:
-            said = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        return f"{shard} cannot be read ({error}); it is damaged."
-    if manifest.version == 1:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
         return None
+
+
+def _difference(said: dict[str, str], main: Path, manifest: Manifest) -> str | None:
+    """How a shard's word about itself differs from the main file's."""
     expected = {
         "run_id": str(manifest.run_id),
         "update": str(manifest.update),
@@ -137,9 +140,9 @@ def _identity_problem(shard: str, path: Path, main: Path, manifest: Manifest) ->
     if found == expected:
         return None
     return (
-        f"{shard} belongs to run {found['run_id']}, update {found['update']}, set {found['set']}; {main.name} "
-        f"expects run {expected['run_id']}, update {expected['update']}, set {expected['set']}: these are files "
-        "of two saves, so restore all of them from one copy."
+        f"says that it belongs to run {found['run_id']}, update {found['update']}, set {found['set']}, where "
+        f"{main.name} expects run {expected['run_id']}, update {expected['update']}, set {expected['set']}: "
+        "restore all files of one save"
     )
 
 

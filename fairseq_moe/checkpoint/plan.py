@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from fairseq_moe.checkpoint.shards import has_expert_rows
+from fairseq_moe.checkpoint.shards import ShardContent, has_expert_rows
+from fairseq_moe.errors import CheckpointError
 
-__all__ = ["assign_owners", "find_aliases", "share_of"]
+__all__ = ["assign_owners", "find_aliases", "share_of", "split_content"]
 
 
 def share_of(
@@ -64,3 +65,35 @@ def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         else:
             first[place] = name
     return aliases
+
+
+def split_content(
+    content_of: Callable[[Sequence[int]], ShardContent], *, num_experts: int, num_shards: int
+) -> list[ShardContent]:
+    """Everything of a checkpoint, divided over ``num_shards`` shards as that many ranks would write it.
+
+    Args:
+        content_of: everything, with the given experts.
+        num_experts: E.
+        num_shards: at most E get experts, which must divide evenly over min(num_shards, E).
+
+    Raises:
+        CheckpointError: the experts do not divide evenly.
+    """
+    num_owners = min(num_shards, num_experts)
+    if num_shards < 1 or num_experts % num_owners:
+        raise CheckpointError(
+            f"{num_experts} experts do not divide over {num_shards} shards; choose a divisor of {num_experts}, "
+            "or more shards than experts."
+        )
+    per_shard = num_experts // num_owners
+    ids = [range(i * per_shard, (i + 1) * per_shard) for i in range(num_owners)]
+    ids += [range(0)] * (num_shards - num_owners)
+    parts = [content_of(own) for own in ids]
+    expert_bytes = [part.expert_bytes() for part in parts]
+    return [
+        part.part(
+            share_of(index, expert_bytes=expert_bytes, dense_bytes=part.dense_bytes(), aliases=part.aliases)
+        )
+        for index, part in enumerate(parts)
+    ]

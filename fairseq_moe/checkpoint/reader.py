@@ -17,7 +17,7 @@ from torch import Tensor
 from fairseq_moe.checkpoint.files import load_plain
 from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ShardEntry
 from fairseq_moe.checkpoint.opened import OpenShard, shard_problem
-from fairseq_moe.checkpoint.plan import find_aliases, share_of
+from fairseq_moe.checkpoint.plan import find_aliases, split_content
 from fairseq_moe.checkpoint.shards import (
     LazyTensor,
     ShardContent,
@@ -172,37 +172,12 @@ class Checkpoint:
         return content
 
     def split(self, num_shards: int, *, with_optimizer: bool = True) -> list[ShardContent]:
-        """Everything, divided over ``num_shards`` shards as that many ranks would write it.
-
-        Args:
-            num_shards: at most E get experts, which must divide evenly over min(num_shards, E).
-            with_optimizer: optimizer state too.
-
-        Raises:
-            CheckpointError: the experts do not divide evenly.
-        """
-        num_experts = self.manifest.shape.num_experts
-        num_owners = min(num_shards, num_experts)
-        if num_shards < 1 or num_experts % num_owners:
-            raise CheckpointError(
-                f"{self.path} has {num_experts} experts, which do not divide over {num_shards} shards."
-            )
-        per_shard = num_experts // num_owners
-        ids = [range(i * per_shard, (i + 1) * per_shard) for i in range(num_owners)]
-        ids += [range(0)] * (num_shards - num_owners)
-        parts = [self.content(expert_ids=own, with_optimizer=with_optimizer) for own in ids]
-        expert_bytes = [part.expert_bytes() for part in parts]
-        return [
-            part.part(
-                share_of(
-                    index,
-                    expert_bytes=expert_bytes,
-                    dense_bytes=part.dense_bytes(),
-                    aliases=part.aliases,
-                )
-            )
-            for index, part in enumerate(parts)
-        ]
+        """Everything, divided over ``num_shards`` shards; see ``split_content``."""
+        return split_content(
+            lambda expert_ids: self.content(expert_ids=expert_ids, with_optimizer=with_optimizer),
+            num_experts=self.manifest.shape.num_experts,
+            num_shards=num_shards,
+        )
 
     def load(
         self, *, expert_ids: Sequence[int], with_optimizer: bool

@@ -116,6 +116,18 @@ class ShardContent:
                 )
         return found
 
+    def copied(self) -> "ShardContent":
+        """The same in CPU memory of its own, for training to go on while it is written."""
+        return ShardContent(
+            expert_ids=self.expert_ids,
+            model={name: _copy(tensor) for name, tensor in self.model.items()},
+            optimizer={
+                name: {state: _copy(value) for state, value in values.items()}
+                for name, values in self.optimizer.items()
+            },
+            aliases=self.aliases,
+        )
+
     def part(self, is_written: Callable[[str], bool]) -> "ShardContent":
         """The tensors and the state of those names; see ``share_of``."""
         return ShardContent(
@@ -233,6 +245,10 @@ def _chunks(header: bytes, tensors: Iterator[StoredTensor]) -> Iterator[bytes | 
 
 def _num_bytes(tensor: StoredTensor) -> int:
     return int(torch.Size(tensor.shape).numel()) * tensor.dtype.itemsize
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def _is_tensor(value: Any) -> bool:

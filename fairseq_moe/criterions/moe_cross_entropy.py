@@ -21,6 +21,7 @@ from torch import Tensor
 from fairseq_moe.criterions.nll import summed_nll
 from fairseq_moe.criterions.per_layer import log_per_layer, per_layer_sums
 from fairseq_moe.load_record import LOAD_KEY
+from fairseq_moe.load_watch import LoadWatch
 from fairseq_moe.modules.rules import LOSSES
 from fairseq_moe.modules.stats import LAYER_STATS
 
@@ -58,12 +59,14 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         self.gate_loss_weight = moe_gate_loss_wt
         self.gate_loss_combine_method = str(moe_gate_loss_combine_method)
         self.gate_loss_transform = str(moe_gate_loss_transform)
+        self.load_watch: LoadWatch | None = None  # the model's; the adapter shows it the load of all ranks
 
     def forward(
         self, model: Any, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, Any, dict[str, Any]]:
         """Loss in nats, sample size, and sums for logging."""
         net_output = model(**sample["net_input"])
+        self.load_watch = net_output[1].get("moe_load_watch")
         inner_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
@@ -141,29 +144,29 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             return sum(log.get(key, 0) for log in logging_outputs)
 
         sample_size, ntokens, batches = total("sample_size"), total("ntokens"), total("batch_count")
-        metrics.log_scalar("loss", total("loss") / sample_size / math.log(2), sample_size, round=3)
-        metrics.log_scalar("moe_gate_loss", total("moe_gate_loss") / sample_size, sample_size, round=8)
+        # Batches of padding alone count for nothing: 0, not NaN, with weight 0.
+        per_sample, per_token, per_batch = sample_size or 1, ntokens or 1, batches or 1
+        metrics.log_scalar("loss", total("loss") / per_sample / math.log(2), sample_size, round=3)
+        metrics.log_scalar("moe_gate_loss", total("moe_gate_loss") / per_sample, sample_size, round=8)
         for name in _LOGGED_LOSSES:
             metrics.log_scalar(
-                f"moe_{name}_loss", total(f"moe_{name}_loss") / sample_size, sample_size, round=8
+                f"moe_{name}_loss", total(f"moe_{name}_loss") / per_sample, sample_size, round=8
             )
         if any("mtp_loss" in log for log in logging_outputs):
             metrics.log_scalar(
                 "mtp_loss", total("mtp_loss") / sample_size / math.log(2), sample_size, round=3
             )
         for name in LAYER_STATS:
-            metrics.log_scalar(name, total(name) / batches, batches, round=3)
+            metrics.log_scalar(name, total(name) / per_batch, batches, round=3)
         loads = [log[LOAD_KEY] for log in logging_outputs if LOAD_KEY in log]
         if loads:
             metrics.log_scalar_sum(LOAD_KEY, sum(loads))
         log_per_layer(logging_outputs, sample_size=sample_size, batches=batches)
-        metrics.log_scalar(
-            "inner_loss", total("inner_loss") / sample_size / math.log(2), sample_size, round=3
-        )
+        metrics.log_scalar("inner_loss", total("inner_loss") / per_sample / math.log(2), sample_size, round=3)
         perplexity_of = "inner_loss"
         if sample_size != ntokens:
             perplexity_of = "nll_loss"
-            metrics.log_scalar("nll_loss", total("inner_loss") / ntokens / math.log(2), ntokens, round=3)
+            metrics.log_scalar("nll_loss", total("inner_loss") / per_token / math.log(2), ntokens, round=3)
         metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters[perplexity_of].avg))
 
     @staticmethod

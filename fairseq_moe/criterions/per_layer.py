@@ -42,10 +42,10 @@ def log_per_layer(logging_outputs: list[dict[str, Any]], *, sample_size: Any, ba
     for key in keys:
         layer, what = key.removeprefix("_moe_").rsplit("_", 1)
         if what == "losses":
-            for name, value in zip(LOSSES, totals[key] / sample_size, strict=True):
+            for name, value in zip(LOSSES, totals[key] / (sample_size or 1), strict=True):
                 metrics.log_scalar(f"{layer}_{name}_loss", value, sample_size, priority=600, round=6)
         elif what == "stats":
-            means = dict(zip(LAYER_STATS, totals[key] / batches, strict=True))
+            means = dict(zip(LAYER_STATS, totals[key] / (batches or 1), strict=True))
             for name in _STATS:
                 metrics.log_scalar(f"{layer}_{name}", means[name], batches, priority=600, round=4)
         else:

@@ -9,17 +9,23 @@ from fairseq_moe.distributed.collectives import (
 )
 from fairseq_moe.distributed.exchange import GroupExchange
 from fairseq_moe.distributed.mesh import ParallelMesh, local_experts_only, parallel_mesh, rank, world_size
+from fairseq_moe.distributed.timeouts import set_collective_timeout
+from fairseq_moe.distributed.watchdog import PEER_LOST_EXIT_CODE, Watchdog, is_collective_failure
 
 __all__ = [
+    "PEER_LOST_EXIT_CODE",
     "GroupExchange",
     "ParallelMesh",
+    "Watchdog",
     "agree",
     "all_reduce_sum",
     "barrier",
     "broadcast_value",
     "gather_values",
+    "is_collective_failure",
     "local_experts_only",
     "parallel_mesh",
     "rank",
+    "set_collective_timeout",
     "world_size",
 ]

@@ -67,6 +67,12 @@ class ParallelMesh:
         """Ranks that hold the same experts; None in a single process."""
         return None if self.sparse is None else self.sparse.get_group("expert_replica")
 
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Every process group of the two meshes; none in a single process."""
+        meshes = [mesh for mesh in (self.dense, self.sparse) if mesh is not None]
+        return [group for mesh in meshes for group in mesh.get_all_groups()]
+
     def exchange(self) -> Exchange:
         """The token exchange between the ranks of this rank's row; local when the row has one rank."""
         if self.sparse is None or self.layout.ep_size == 1:

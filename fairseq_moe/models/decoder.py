@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.distributed import ParallelMesh, parallel_mesh, world_size
+from fairseq_moe.load_watch import LoadWatch
 from fairseq_moe.models.decoder_layer import MoEDecoderLayer, build_moe_layer
 from fairseq_moe.models.modern_layer import ModernDecoderLayer, build_norm, ffn_activation, init_weights
 from fairseq_moe.models.mtp import MTPBlock
@@ -57,6 +58,7 @@ class MoEDecoder(TransformerDecoder):
         # Which layers have experts, from 0: read from the flags once, not in each forward pass.
         indices = range(self.num_layers) if self.moe.enabled else ()
         self.moe_layers = [index for index in indices if self.moe.is_moe_layer(index)]
+        self.load_watch = LoadWatch(layers=self.moe_layers, top_k=self.moe.top_k)
 
     def _prepare_modern(self, args: Any) -> Any:
         """What stock's constructor must know of our blocks."""
@@ -197,6 +199,7 @@ class MoEDecoder(TransformerDecoder):
         extra["moe_aux"] = auxes
         extra["moe_loss_coefficients"] = self.moe.loss_coefficients
         extra["moe_per_layer_logging"] = self.moe.moe_per_layer_logging
+        extra["moe_load_watch"] = self.load_watch
         extra["l_aux"] = [None if aux is None else aux.balance_loss for aux in auxes]
         return x, extra
 

@@ -4,7 +4,7 @@ Stock refuses a second model of the same name, so the registry entries are repla
 Without a flag that asks for experts or our own blocks the stock model is built, by stock's code.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
 from fairseq.models import (
@@ -17,7 +17,11 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerL
 from hydra.core.config_store import ConfigStore
 from omegaconf import II
 
+from fairseq_moe.agreement import disagreements
 from fairseq_moe.config import MoEConfig
+from fairseq_moe.distributed import gather_values
+from fairseq_moe.errors import ConfigError
+from fairseq_moe.megatron_args import getter
 from fairseq_moe.models.attention import fuse_attention
 from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.models.embedding import build_word_embedding
@@ -127,6 +131,8 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
     def build_model(cls, args: Any, task: Any) -> TransformerLanguageModel:
         """Build the model that ``args`` describes; stock's own when no layer has experts."""
         moe = MoEConfig.from_args(args)
+        if moe.enabled:
+            _check_agreement(args)
         if moe.enabled or moe.is_pseudo_moe or ModernConfig.from_args(args).enabled:
             if args.max_target_positions is None:
                 args.max_target_positions = args.tokens_per_sample
@@ -137,6 +143,15 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
         if moe.fused_attention:
             fuse_attention(model)
         return model
+
+
+def _check_agreement(args: Any) -> None:
+    """Compare the model's flags over all ranks; with other ones they would exchange different things, or wait."""
+    get = getter(args)
+    own = {flag.name: str(get(flag.name)) for flag in fields(MoETransformerLanguageModelConfig)}
+    problems = disagreements(gather_values(own))
+    if problems:
+        raise ConfigError(problems)
 
 
 def adopt_architectures() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fairseq.models import register_model_architecture
+from fairseq.models import ARCH_MODEL_REGISTRY, register_model_architecture
 from fairseq.models.transformer_lm import base_lm_architecture
 
 __all__ = ["PRESETS", "Preset", "register_presets"]
@@ -246,5 +246,6 @@ def register_presets(store: Callable[[str, dict[str, Any]], None]) -> None:
         store: also told the name of each and its flags, for hydra.
     """
     for name, preset in PRESETS.items():
-        register_model_architecture("transformer_lm", name)(preset.apply_to_command)
+        if name not in ARCH_MODEL_REGISTRY:  # the package may be imported again
+            register_model_architecture("transformer_lm", name)(preset.apply_to_command)
         store(name, preset.values())

@@ -15,6 +15,10 @@ class ReliabilityFlags(FairseqDataclass):
         default=3,
         metadata={"help": "end after so many failed saves in a row; until then training goes on"},
     )
+    save_in_background: bool = field(
+        default=False,
+        metadata={"help": "write checkpoints while training goes on, from a copy in memory"},
+    )
     max_skipped_updates: int = field(
         default=10,
         metadata={"help": "end after so many updates in a row whose loss or gradients are not finite"},

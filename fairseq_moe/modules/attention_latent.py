@@ -1,9 +1,12 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
 Keys and values of all heads are linear in one small vector per token, the latent c; positions enter through one
-more key k_r that all heads share. Incremental decoding keeps only c and k_r.
+more key k_r that all heads share. Incremental decoding keeps only c and k_r, and a single new token looks at them
+directly: its queries and the sums of latents pass the heads' matrices instead of every earlier token.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,25 +88,47 @@ class LatentAttention(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """As ``GroupedAttention.forward``; the cache keeps ``latent`` and ``rope_key``."""
-        config = self.config
+        config, num_new = self.config, x_BSD.shape[1]
         start = num_cached(cache, "latent", dim=1)
         q_nope, q_rope = self._by_head(self._queries(x_BSD), config.nope_dim, config.rope_dim)
+        q_rope = self.rotary(q_rope, start=start)
         c_BSr, rope_key_BSd = self.kv_a_proj(x_BSD).split([config.kv_rank, config.rope_dim], dim=-1)
         c_BTr = extended(cache, "latent", self.kv_a_norm(c_BSr), dim=1)
         rope_key_BTd = extended(cache, "rope_key", self.rotary(rope_key_BSd, start=start), dim=1)
-        k_nope, v = self._by_head(self.kv_b_proj(c_BTr), config.nope_dim, config.value_dim)
-        shared_key = rope_key_BTd.unsqueeze(1).expand(-1, config.num_heads, -1, -1)
-        y_BSn = attend(
-            torch.cat([q_nope, self.rotary(q_rope, start=start)], dim=-1),
-            torch.cat([k_nope, shared_key], dim=-1),
-            v,
+        look = functools.partial(
+            attend,
             scale=self.scale,
             causal=causal,
             padding_BT=padding_BT,
             dropout=config.dropout if self.training else 0.0,
         )
-        output: Tensor = self.out_proj(y_BSn)
+        through = self._look_at_latents if cache is not None and num_new == 1 else self._look_at_heads
+        output: Tensor = self.out_proj(through(look, q_nope, q_rope, c_BTr, rope_key_BTd))
         return output
+
+    def _look_at_heads(
+        self, look: Callable[..., Tensor], q_nope: Tensor, q_rope: Tensor, c_BTr: Tensor, rope_key_BTd: Tensor
+    ) -> Tensor:
+        """Keys and values of every head are made of every latent: (B, S, heads * value_dim)."""
+        config = self.config
+        k_nope, v = self._by_head(self.kv_b_proj(c_BTr), config.nope_dim, config.value_dim)
+        shared_key = rope_key_BTd.unsqueeze(1).expand(-1, config.num_heads, -1, -1)
+        return look(torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, shared_key], dim=-1), v)
+
+    def _look_at_latents(
+        self, look: Callable[..., Tensor], q_nope: Tensor, q_rope: Tensor, c_BTr: Tensor, rope_key_BTd: Tensor
+    ) -> Tensor:
+        """The same by q . (Wk c) = (q Wk) . c and sum(a Wv c) = Wv sum(a c): one key head for all."""
+        config = self.config
+        by_head = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1))
+        key_matrix_Hnr, value_matrix_Hvr = by_head.split([config.nope_dim, config.value_dim], dim=1)
+        latents_BSn = look(
+            torch.cat([q_nope @ key_matrix_Hnr, q_rope], dim=-1),
+            torch.cat([c_BTr, rope_key_BTd], dim=-1).unsqueeze(1),
+            c_BTr.unsqueeze(1),
+        )
+        latents_BHSr = latents_BSn.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
+        return (latents_BHSr @ value_matrix_Hvr.mT).transpose(1, 2).flatten(2)
 
     def _queries(self, x_BSD: Tensor) -> Tensor:
         if self.config.q_rank is None:

@@ -86,7 +86,7 @@ class AllGatherDispatcher:
         partial = combine_rows(y_RD, weights, record.plan)
         back = [record.num_tokens] * self.exchange.size
         parts = times.measure(self.exchange.rows, partial, record.sizes, back)
-        return parts.view(self.exchange.size, record.num_tokens, -1).sum(0)
+        return parts.view(self.exchange.size, record.num_tokens, parts.shape[1]).sum(0)
 
     def _gather(
         self,

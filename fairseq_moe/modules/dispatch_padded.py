@@ -103,7 +103,7 @@ class PaddedDispatcher:
             y_RD = torch.empty_like(y_RD).index_copy(0, record.expert_major_R, y_RD)
         rows = times.measure(self.exchange.rows, y_RD, record.recv_splits, record.send_splits)
         rows = torch.cat([rows, rows.new_zeros((1, rows.shape[1]))])
-        y_TKD = rows.index_select(0, record.slot_A).view(*weights_TK.shape, -1)
+        y_TKD = rows.index_select(0, record.slot_A).view(*weights_TK.shape, rows.shape[1])
         return torch.einsum("tkd,tk->td", y_TKD, weights_TK.to(y_TKD.dtype))
 
     def _places_of_ranks(self, places: int, decision: RoutingDecision, device: torch.device) -> list[int]:

@@ -8,9 +8,11 @@ from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
     communication,
     dictionary,
     evaluate,
+    failing,
     fsdp,
     gradients,
     launch,
+    load_warning,
     loading,
     optim,
     parsing,
@@ -18,6 +20,7 @@ from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
     saving,
     stopping,
     training,
+    untrusted,
     wrappers,
 )
 from fairseq_moe.stock.seam import SEAMS, Seam, install_seams

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -23,11 +24,13 @@ from torch.multiprocessing import ProcessExitedException
 from fairseq_moe.config import moe_problems
 from fairseq_moe.distributed import rank
 from fairseq_moe.errors import ConfigError, MoEError
+from fairseq_moe.stock.failing import USER_ERROR_EXIT_CODE, failures_told, has_experts
+from fairseq_moe.stock.saving import end_of_run
 from fairseq_moe.stock.seam import seam
+from fairseq_moe.stock.spawned import wait_for
 
-__all__ = ["USER_ERROR_EXIT_CODE", "one_sentence_errors", "run_rank"]
+__all__ = ["one_sentence_errors", "run_rank"]
 
-USER_ERROR_EXIT_CODE = 2
 _RANK_0_SPEAKS_SEC = 5.0
 
 
@@ -52,7 +55,9 @@ def call_main(stock: Callable[..., Any], cfg: Any, main: Callable[..., Any], **k
         if problems:
             raise ConfigError(problems)
         if dist_cfg.distributed_init_method is None or dist_cfg.distributed_no_spawn:
-            stock(cfg, main, **kwargs)
+            with failures_told():
+                stock(cfg, main, **kwargs)
+                end_of_run()
         else:
             _spawn_ranks(cfg, main, kwargs, on_cpu=on_cpu)
 
@@ -74,13 +79,25 @@ def _spawn_ranks(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any], *, 
     else:
         # More threads than cores make every rank slower by an order of magnitude; torchrun sets the same.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(run_rank, args=(main, cfg, kwargs), nprocs=num_processes, join=True)
+    ranks = torch.multiprocessing.spawn(run_rank, args=(main, cfg, kwargs), nprocs=num_processes, join=False)
+    if has_experts(cfg):
+        wait_for(ranks)
+    else:
+        while not ranks.join():
+            pass
 
 
 def run_rank(index: int, main: Callable[..., Any], cfg: Any, kwargs: dict[str, Any]) -> None:
     """Entry point of a spawned rank; importing this module has put the adapter in place."""
-    with one_sentence_errors():
-        distributed_utils.distributed_main(index, main, cfg, kwargs)
+    try:
+        with one_sentence_errors(), failures_told():
+            distributed_utils.distributed_main(index, main, cfg, kwargs)
+            end_of_run()
+    except Exception:
+        if not has_experts(cfg):
+            raise  # torch hands it to the parent, which waits with ranks.join()
+        traceback.print_exc()
+        sys.exit(1)
 
 
 @contextmanager

@@ -49,6 +49,7 @@ class _TrainerRequest:
     with_optimizer: bool
     optimizer: dict[str, Any] | None = None
     run_id: str | None = None
+    num_data_ranks: int = 0
 
 
 _REQUEST: ContextVar[_TrainerRequest | None] = ContextVar("loading_trainer", default=None)
@@ -90,7 +91,26 @@ def trainer_load_checkpoint(
         )
         logger.info("Loaded optimizer state (%d updates)", self.get_num_updates())
     self.moe_run_id = request.run_id
+    if is_moe and extra_state is not None:
+        _move_position(extra_state["train_iterator"], request.num_data_ranks, self.data_parallel_world_size)
     return extra_state
+
+
+def _move_position(position: dict[str, Any], saved_ranks: int, ranks: int) -> None:
+    """Count in this run's batches per rank: ranks take turns, so each has taken its part of what is done.
+
+    Where that is no whole number, the last few batches come again rather than never.
+    """
+    done = position.get("iterations_in_epoch", 0)
+    if saved_ranks != ranks and done > 0:
+        position["iterations_in_epoch"] = done * saved_ranks // ranks
+        logger.info(
+            "The data continues after %d batches of each of %d ranks: batch %d of each of %d ranks",
+            done,
+            saved_ranks,
+            position["iterations_in_epoch"],
+            ranks,
+        )
 
 
 def _check_there(filename: str, cfg: Any) -> None:
@@ -178,6 +198,8 @@ def load_checkpoint_to_cpu(
     if request is not None:
         with _agreed(main, together=load_on_all_ranks):
             _check_fits(main, state, checkpoint, request, is_branch=branch is not None)
+    if request is not None:
+        request.num_data_ranks = _num_data_ranks(state)
     if checkpoint is None and branch is None:
         return state
     override_new_flags(state["cfg"]["model"], arg_overrides or {})
@@ -187,6 +209,14 @@ def load_checkpoint_to_cpu(
         else:
             _read_branch(branch, state, request)
     return state
+
+
+def _num_data_ranks(state: dict[str, Any]) -> int:
+    """The ranks among which the run that wrote a file divided its data."""
+    cfg, args = state.get("cfg"), state.get("args")
+    if cfg is not None:
+        return int(cfg["distributed_training"]["distributed_world_size"])
+    return int(getattr(args, "distributed_world_size", world_size()))
 
 
 @contextmanager

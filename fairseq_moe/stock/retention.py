@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_moe.checkpoint import copy_atomically
+from fairseq_moe.stock.background import Commit
 from fairseq_moe.stock.proxy import ModuleProxy
 from fairseq_moe.stock.seam import seam
 
@@ -24,9 +25,11 @@ class Saving:
 
     Args:
         written: the main file, once it is complete.
+        commit: with --save-in-background, what will be done when it can be completed.
     """
 
     written: Path | None = None
+    commit: Commit | None = None
 
 
 _SAVING: ContextVar[Saving | None] = ContextVar("saving", default=None)
@@ -56,8 +59,12 @@ def saving_together() -> Iterator[Saving]:
     test="tests/reliability/test_r01_killed_saves.py",
 )
 def copy(stock: Callable[..., Any], src_path: str, dst_path: str, overwrite: bool = False) -> Any:
-    if current_save() is None:
+    saving = current_save()
+    if saving is None:
         return stock(src_path, dst_path, overwrite)
+    if saving.commit is not None:
+        saving.commit.copies.append(Path(dst_path))
+        return dst_path
     copy_atomically(Path(src_path), Path(dst_path))
     return dst_path
 

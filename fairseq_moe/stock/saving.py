@@ -4,43 +4,45 @@ Stock decides on rank 0 which files to write, copies them and deletes old ones. 
 wait for its word. When it writes a main file, each rank takes a snapshot of its share (``snapshot``) and
 writes it as one shard (``_write_share``); when all have succeeded, rank 0 commits the main file (``_commit``).
 A save that fails on any rank has failed on all of them: its files are removed, stock deletes nothing, and
-training goes on.
+training goes on. With --save-in-background the last two steps come later: see ``background``.
 """
 
 import logging
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
-from fairseq import checkpoint_utils, utils
-from torch import nn
+from fairseq import checkpoint_utils
 
 from fairseq_moe.checkpoint import (
-    ModelShape,
     SetId,
     ShardContent,
     ShardEntry,
     commit_main,
+    copy_atomically,
     prune_sets,
     remove_set,
     write_shard,
 )
-from fairseq_moe.config import MoEConfig
 from fairseq_moe.distributed import broadcast_value, gather_values, rank, world_size
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.faults import fault
 from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.reliability import ReliabilityConfig
+from fairseq_moe.stock.background import BackgroundSave, Commit, ShardOutcome
+from fairseq_moe.stock.main_state import main_state, model_shape
 from fairseq_moe.stock.models import moe_decoder
 from fairseq_moe.stock.retention import current_save, saving_together
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.trainer_state import snapshot
 
-__all__ = ["model_shape"]
+__all__ = ["end_of_run", "finish_background_save", "note_background_save"]
 
 logger = logging.getLogger(__name__)
+
+_trainers_in_background: "WeakSet[Any]" = WeakSet()
 
 
 class _SaveError(CheckpointError):
@@ -53,6 +55,7 @@ class _Request:
 
     directory: Path
     set_id: SetId
+    in_background: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ def save_checkpoint(stock: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr
     decoder = moe_decoder(trainer.get_model())
     if decoder is None or cfg.no_save:
         return stock(cfg, trainer, epoch_itr, val_loss)
+    finish_background_save(trainer)
     fault("save.begin")
     saved = None
     if rank() == 0:
@@ -84,7 +88,7 @@ def save_checkpoint(stock: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr
     else:
         stock(cfg, trainer, epoch_itr, val_loss)
         failure = _follow(trainer, decoder)
-    _count_failures(trainer, failure)
+    _count_failures(trainer, failure, update=trainer.get_num_updates())
     fault("save.end")
     return saved
 
@@ -96,7 +100,10 @@ def _lead(stock: Callable[..., Any], cfg: Any, *args: Any) -> tuple[str | None, 
     with saving_together() as saving:
         try:
             saved = stock(cfg, *args)
-            if saved is not None:
+            if saving.commit is not None:
+                saved = None  # not yet: nothing may be done with that file
+                saving.commit.noted.update(noted)
+            elif saved is not None:
                 prune_sets(Path(cfg.save_dir), committed=Path(saved))
         except _SaveError as error:
             failure = str(error)
@@ -104,32 +111,38 @@ def _lead(stock: Callable[..., Any], cfg: Any, *args: Any) -> tuple[str | None, 
             done = f"{saving.written} is written, but then " if saving.written else ""
             failure = f"{done}rank 0 met {error}"
     if failure is not None and saving.written is None:
-        vars(checkpoint_utils.save_checkpoint).clear()
-        vars(checkpoint_utils.save_checkpoint).update(noted)
+        _forget_score(noted)
     broadcast_value(_Done(failure=failure))
     return saved, failure
+
+
+def _forget_score(noted: dict[str, Any]) -> None:
+    vars(checkpoint_utils.save_checkpoint).clear()
+    vars(checkpoint_utils.save_checkpoint).update(noted)
 
 
 def _follow(trainer: Any, decoder: MoEDecoder) -> str | None:
     """The other ranks: take part in each save until rank 0 is done; returns why it failed, if it did."""
     while not isinstance(request := broadcast_value(None), _Done):
+        content = snapshot(trainer, decoder)
+        if request.in_background:
+            _write_in_background(trainer, content, request, None)
+            continue
         try:
-            _write_share(snapshot(trainer, decoder), request)
+            _agree_on_shards(_write(content, request), request)
             _agree_on_commit(None)
         except _SaveError:
             logger.debug("rank 0 has met the same error, and says so when it is done")
     return request.failure
 
 
-def _count_failures(trainer: Any, failure: str | None) -> None:
+def _count_failures(trainer: Any, failure: str | None, *, update: int) -> None:
     if failure is None:
         trainer.moe_failed_saves = 0
         return
     trainer.moe_failed_saves = getattr(trainer, "moe_failed_saves", 0) + 1
     most = ReliabilityConfig.from_args(trainer.cfg.model).max_failed_saves
-    sentence = (
-        f"the save at update {trainer.get_num_updates()} failed: {failure}; earlier checkpoints are untouched"
-    )
+    sentence = f"the save at update {update} failed: {failure}; earlier checkpoints are untouched"
     if trainer.moe_failed_saves >= most:
         raise CheckpointError(
             f"{sentence}. This was failure {trainer.moe_failed_saves} in a row (--max-failed-saves {most}), so "
@@ -166,49 +179,64 @@ def trainer_save_checkpoint(
         return None
     path = Path(filename).absolute()
     logger.info("Saving checkpoint to %s", path)
+    in_background = saving is not None and ReliabilityConfig.from_args(self.cfg.model).save_in_background
     set_id = SetId.new(run_id=getattr(self, "moe_run_id", None), update=self.get_num_updates())
     self.moe_run_id = set_id.run_id
-    request = _Request(directory=path.parent, set_id=set_id)
+    request = _Request(directory=path.parent, set_id=set_id, in_background=in_background)
     broadcast_value(request)
     content = snapshot(self, decoder)
-    state = _main_state(self)
+    state = main_state(self)
     state["extra_state"].update(extra_state)
-    entries = _write_share(content, request)
-    _commit(path, request, state, model_shape(self.cfg.model), entries)
+
+    def commit(entries: list[ShardEntry]) -> None:
+        commit_main(path, state=state, set_id=set_id, shape=model_shape(self.cfg.model), entries=entries)
+        logger.info("Finished saving checkpoint to %s", path)
+
+    if saving is not None and in_background:
+        saving.commit = Commit(main=commit, path=path)
+        _write_in_background(self, content, request, saving.commit)
+        return str(path)
+    _commit(path, request, commit, _agree_on_shards(_write(content, request), request))
     if saving is not None:
         saving.written = path
-    logger.info("Finished saving checkpoint to %s", path)
     return str(path)
 
 
-def _write_share(content: ShardContent, request: _Request) -> list[ShardEntry]:
-    """All ranks: write this rank's shard; returns those of all ranks.
-
-    Raises:
-        _SaveError: on every rank, if any could not; then the whole set is gone.
-    """
+def _write(content: ShardContent, request: _Request) -> ShardOutcome:
+    """Write this rank's shard; returns its entry, or why there is none."""
     fault("save.after_snapshot")
-    entry = failure = None
     try:
         entry = write_shard(
             request.directory, request.set_id, index=rank(), num_shards=world_size(), content=content
         )
         fault("save.after_shard")
     except (OSError, CheckpointError) as error:
-        failure = f"rank {rank()} could not write its shard ({error})"
-    written = gather_values((entry, failure))
+        return None, f"rank {rank()} could not write its shard ({error})"
+    return entry, None
+
+
+def _agree_on_shards(outcome: ShardOutcome, request: _Request) -> list[ShardEntry]:
+    """All ranks: the shards of all ranks.
+
+    Raises:
+        _SaveError: on every rank, if any could not be written; then the whole set is gone.
+    """
+    written = gather_values(outcome)
     _raise_if_any([failure for _, failure in written], request)
     fault("save.agreed")
     return [entry for entry, _ in written]
 
 
 def _commit(
-    path: Path, request: _Request, state: dict[str, Any], shape: ModelShape, entries: list[ShardEntry]
+    path: Path,
+    request: _Request,
+    commit: Callable[[list[ShardEntry]], None],
+    entries: list[ShardEntry],
 ) -> None:
     """Rank 0: write the main file and tell the others how that went."""
     failure = None
     try:
-        commit_main(path, state=state, set_id=request.set_id, shape=shape, entries=entries)
+        commit(entries)
     except OSError as error:
         failure = f"rank 0 could not write {path} ({error})"
     _agree_on_commit(failure, request)
@@ -228,46 +256,67 @@ def _raise_if_any(failures: list[str | None], request: _Request | None) -> None:
         raise _SaveError("; ".join(found), agreed=True)
 
 
-def model_shape(model_cfg: Any) -> ModelShape:
-    """The sizes of a configured model that its checkpoints name."""
-    moe = MoEConfig.from_args(model_cfg)
-    return ModelShape(
-        num_experts=moe.num_experts,
-        top_k=moe.top_k,
-        model_dim=model_cfg.decoder_embed_dim,
-        expert_dim=moe.expert_dim or model_cfg.decoder_ffn_embed_dim,
-        num_layers=model_cfg.decoder_layers,
+def _write_in_background(
+    trainer: Any, content: ShardContent, request: _Request, commit: Commit | None
+) -> None:
+    """All ranks: begin to write a copy of ``content``."""
+    copy = content if trainer.is_fsdp else content.copied()  # FSDP's is a copy already
+    trainer.moe_background = BackgroundSave(
+        update=request.set_id.update, write=lambda: _write(copy, request), commit=commit
     )
+    trainer.moe_background_request = request
+    _trainers_in_background.add(trainer)
+    fault("save.background_begun")
 
 
-def _main_state(trainer: Any) -> dict[str, Any]:
-    """Stock's state dictionary, without tensors."""
-    optimizer = None
-    if not trainer.cfg.checkpoint.no_save_optimizer_state:
-        stock_form = trainer.optimizer.state_dict()
-        groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in stock_form["param_groups"]
-        ]
-        optimizer = {"param_groups": groups}
-        if "loss_scale" in stock_form:
-            optimizer["loss_scale"] = stock_form["loss_scale"]
-    trainer._gathered_optim_state = optimizer  # stock puts this into the file in place of its own
-    with _shadowed(trainer.model, "state_dict", lambda *args, **kwargs: {}):
-        state = trainer.state_dict()
-    state.pop("fsdp_metadata", None)
-    if optimizer is None:
-        state["last_optimizer_state"] = None
-    return utils.move_to_cpu(state)
+def note_background_save(trainer: Any) -> None:
+    """Before an update: tell the other ranks with it whether this rank's shard is written."""
+    background = getattr(trainer, "moe_background", None)
+    trainer.moe_guard.has_background_save = background is not None and background.is_done
 
 
-@contextmanager
-def _shadowed(module: nn.Module, name: str, value: Any) -> Any:
-    module.__dict__[name] = value
+def finish_background_save(trainer: Any) -> None:
+    """All ranks: wait for the shards of a checkpoint that is being written, if any is, and commit it.
+
+    Raises:
+        CheckpointError: saves have failed too often in a row.
+    """
+    background = getattr(trainer, "moe_background", None)
+    if background is None:
+        return
+    request, trainer.moe_background = trainer.moe_background_request, None
+    failure = None
     try:
-        yield
-    finally:
-        del module.__dict__[name]
+        entries = _agree_on_shards(background.outcome(), request)
+        if background.commit is None:
+            _agree_on_commit(None)
+        else:
+            _commit(background.commit.path, request, background.commit.main, entries)
+        failure = broadcast_value(_name_and_prune(background.commit))
+    except _SaveError as error:
+        failure = str(error)
+        if background.commit is not None:
+            _forget_score(background.commit.noted)
+    _count_failures(trainer, failure, update=background.update)
+
+
+def end_of_run() -> None:
+    """All ranks, when training has ended: see to it that the last checkpoint is complete."""
+    for trainer in _trainers_in_background:
+        finish_background_save(trainer)
+
+
+def _name_and_prune(commit: Commit | None) -> str | None:
+    """Rank 0: give the main file its further names and delete what is old; returns why it could not."""
+    if commit is None:
+        return None
+    try:
+        for copy in commit.copies:
+            copy_atomically(commit.path, copy)
+        prune_sets(commit.path.parent, committed=commit.path)
+    except OSError as error:
+        return f"{commit.path} is written, but then rank 0 met {error}"
+    return None
 
 
 @seam(

@@ -49,6 +49,7 @@ class StepGuard:
         self.save_now: Callable[[], None] = _nothing_to_save
         self.has_background_save = False
         self.all_have_background_save = False
+        self.is_first_update = True  # of this process
         self.num_skipped = 0  # in a row
         self._loss_is_bad: Tensor | None = None
         self._before_sum: list[tuple[Tensor, Tensor]] = []

@@ -1,6 +1,7 @@
 """The training loop around an MoE model: dummy batches, start-up messages, memory and load statistics."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,13 +12,17 @@ from fairseq.tasks.fairseq_task import FairseqTask
 from torch import Tensor, nn
 
 from fairseq_moe.criterions import MoECrossEntropyCriterion
-from fairseq_moe.distributed import world_size
+from fairseq_moe.distributed import broadcast_value, rank, set_collective_timeout, world_size
+from fairseq_moe.faults import fault
 from fairseq_moe.load_record import LOAD_KEY, LoadRecord, append_record
 from fairseq_moe.megatron_args import argument_warnings
 from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.reliability import ReliabilityConfig
 from fairseq_moe.stock.evaluate import dummy_batch
+from fairseq_moe.stock.failing import FIRST_UPDATE_TIMEOUTS, current_watchdog
+from fairseq_moe.stock.lock import SaveDirectoryError, lock_save_directory
 from fairseq_moe.stock.models import moe_decoder
+from fairseq_moe.stock.saving import finish_background_save, note_background_save
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.step_guard import StepGuard
 
@@ -49,11 +54,26 @@ def trainer_init(
         _warn_once(cfg, decoder, criterion)
     stock(self, cfg, task, model, criterion, quantizer)
     if decoder is not None:
+        _lock_save_directory(self)
         _record_load_after_validation(self, task, decoder)
         # Where the seams of a step find it: on the trainer, on its task and beside the experts.
         guard = StepGuard(ReliabilityConfig.from_args(cfg.model))
         self.moe_guard = task.moe_guard = decoder.moe_guard = guard
         guard.signals.listen()
+        _set_timeouts(self, decoder, FIRST_UPDATE_TIMEOUTS)
+
+
+def _lock_save_directory(trainer: Any) -> None:
+    """On rank 0; all ranks learn of a refusal. fairseq-train has made the directory by now."""
+    cfg, refusal = trainer.cfg.checkpoint, None
+    if rank() == 0 and not cfg.no_save and os.path.isdir(cfg.save_dir):
+        try:
+            lock_save_directory(cfg.save_dir)
+        except SaveDirectoryError as error:
+            refusal = error
+    refusal = broadcast_value(refusal)
+    if refusal is not None:
+        raise refusal
 
 
 def _log_sizes(model: nn.Module) -> None:
@@ -135,6 +155,7 @@ def train_step(
     update_num: int,
     ignore_grad: bool = False,
 ) -> tuple[Any, Any, dict[str, Any]]:
+    fault("train.forward")
     is_dummy = _is_dummy(sample)
     loss, sample_size, logged = stock(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad or is_dummy
@@ -156,6 +177,7 @@ def train_step(
 def valid_step(
     stock: Callable[..., Any], self: Any, sample: Any, model: Any, criterion: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
+    fault("valid.forward")
     if not sample and moe_decoder(model) is not None:
         sample = dummy_batch(self.target_dictionary, add_bos_token=False)
     loss, sample_size, logged = stock(self, sample, model, criterion)
@@ -207,7 +229,7 @@ def optimizer_step(
     "exchange, while it waits for them in another",
     we_do="append the load to moe_load.jsonl in the save directory every --log-interval updates; every error "
     "of one of several ranks ends it, without a word to the others",
-    test="tests/reliability/test_r24_rank_fails.py",
+    test="tests/reliability/test_r22_lost_rank.py",
 )
 def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise_oom: bool = False) -> Any:
     decoder = moe_decoder(self.get_model())
@@ -216,8 +238,17 @@ def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise
     for router in decoder.routers():
         router.begin_update()
     self.moe_guard.begin_update()
+    watchdog = current_watchdog()
+    if watchdog is not None:
+        watchdog.update = self.get_num_updates() + 1
+    note_background_save(self)
     with _no_crash_checkpoint(self):
         output = stock(self, samples, raise_oom or world_size() > 1)
+    if self.moe_guard.all_have_background_save:
+        finish_background_save(self)
+    if self.moe_guard.is_first_update:
+        self.moe_guard.is_first_update = False
+        _set_timeouts(self, decoder, 1.0)
     update = self.get_num_updates()
     if output is None or update % self.cfg.common.log_interval != 0 or not self.is_data_parallel_master:
         return output
@@ -225,6 +256,12 @@ def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise
     if meters is not None and LOAD_KEY in meters:
         _write_load(self, decoder, meters[LOAD_KEY].sum, split="train")
     return output
+
+
+def _set_timeouts(trainer: Any, decoder: MoEDecoder, factor: float) -> None:
+    groups = [] if decoder.mesh is None else decoder.mesh.groups
+    seconds = factor * trainer.moe_guard.config.collective_timeout_sec
+    set_collective_timeout(seconds, [trainer.data_parallel_process_group, *groups])
 
 
 @contextmanager

@@ -127,14 +127,19 @@ def save_and_load(rank: int, flags: list[str]) -> None:
     plain = build_trainer([*flags, "--ddp-backend", "legacy_ddp"])
     trainer = build_trainer([*flags, *SHARDED])
     run_updates(trainer, [rank])
-    model = fsdp.full_model_state(trainer.model)
-    named = fsdp.named_optimizer_state(trainer.model, trainer.optimizer)
 
-    expected = {
-        name: tensor.shape
-        for name, tensor in plain.get_model().state_dict().items()
-        if rank == 0 or ".experts." in name
-    }
+    def is_kept(name: str) -> bool:
+        return rank == 0 or ".experts." in name
+
+    model = fsdp.full_model_state(trainer.model, is_kept)
+    named = fsdp.named_optimizer_state(trainer.model, trainer.optimizer, is_kept)
+
+    whole = plain.get_model().state_dict()
+    assert (
+        fsdp.tensor_bytes(trainer.model)[0].keys() | fsdp.tensor_bytes(trainer.model)[1].keys()
+        == whole.keys()
+    )
+    expected = {name: tensor.shape for name, tensor in whole.items() if is_kept(name)}
     assert {name: tensor.shape for name, tensor in model.items()} == expected
     trained = {name for name, _ in plain.get_model().named_parameters() if name in expected}
     assert set(named) == trained

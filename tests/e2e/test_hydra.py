@@ -12,19 +12,36 @@ _MODEL = [
     *("model=transformer_lm", "model.decoder_layers=2", "model.decoder_embed_dim=16"),
     *("model.decoder_input_dim=16", "model.decoder_output_dim=16", "model.decoder_ffn_embed_dim=32"),
     *("model.decoder_attention_heads=2", "model.moe_freq=2", "model.moe_expert_count=4"),
+    "criterion.moe_gate_loss_wt=0.01",
 ]
 _TRAINING = [
-    *("criterion=moe_cross_entropy", "criterion.moe_gate_loss_wt=0.01", "optimizer=adam"),
+    *("criterion=moe_cross_entropy", "optimizer=adam"),
     *("lr_scheduler=fixed", "optimization.lr=[0.01]", "optimization.max_update=3", "dataset.batch_size=4"),
     *("dataset.num_workers=0", "dataset.disable_validation=true", "common.cpu=true"),
     *("common.log_format=json", "common.log_interval=1", "common.user_dir=fairseq_moe"),
 ]
 
 
-def _hydra_train(start: str, data: Path, folder: Path, *more: str, world_size: int = 1) -> CommandResult:
+_TINY_PRESET = [
+    *(
+        "model=deepseek_v2_lite",
+        "model.decoder_layers=2",
+        "model.moe_layer_freq='[0,1]'",
+        "model.num_experts=8",
+    ),
+    *(f"model.decoder_{kind}_dim=16" for kind in ("embed", "input", "output", "ffn_embed")),
+    *("model.decoder_attention_heads=2", "model.moe_ffn_hidden_size=8", "model.kv_lora_rank=8"),
+    *("model.qk_nope_head_dim=8", "model.qk_rope_head_dim=4", "model.v_head_dim=8"),
+    "model.moe_shared_expert_intermediate_size=8",
+]
+
+
+def _hydra_train(
+    start: str, data: Path, folder: Path, *more: str, world_size: int = 1, model: list[str] = _MODEL
+) -> CommandResult:
     task = ["task=language_modeling", f"task.data={data}", "task.tokens_per_sample=32"]
     paths = [f"hydra.run.dir={folder / 'run'}", f"checkpoint.save_dir={folder / 'save'}"]
-    argv = ["fairseq_cli.hydra_train", *task, "task.sample_break_mode=none", *paths, *_MODEL, *_TRAINING]
+    argv = ["fairseq_cli.hydra_train", *task, "task.sample_break_mode=none", *paths, *model, *_TRAINING]
     return run_cli("tests.e2e.starts", [*argv, *more], world_size=world_size, cwd=folder, function=start)
 
 
@@ -41,6 +58,14 @@ def test_composed_expert_flags_train(
     assert float(losses[-1]) < float(losses[0])
     assert f"num. expert model params: {size_of_experts}" in result.outputs[0]
     assert list((tmp_path / "save" / "experts").iterdir())
+
+
+def test_composed_preset_trains(text_data: Path, tmp_path: Path) -> None:
+    result = _hydra_train("as_script", text_data, tmp_path, model=_TINY_PRESET)
+    assert result.exit_code == 0, result.output[-3000:]
+    losses = re.findall(r'\[train_inner\].*"loss": "([\d.]+)"', result.outputs[0])
+    assert len(losses) == 3 and float(losses[-1]) < float(losses[0])
+    assert "num. expert model params: 3,072" in result.outputs[0]  # 8 experts of three matrices
 
 
 def test_bad_flags_end_with_a_sentence(tmp_path: Path) -> None:

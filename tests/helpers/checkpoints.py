@@ -1,13 +1,71 @@
 """What is in a checkpoint, read without this package's reader."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-__all__ = ["assert_same", "contents", "manifest_of"]
+from fairseq_moe.checkpoint import Checkpoint, ModelShape, ShardContent, write_checkpoint
+
+__all__ = ["EXPERTS", "assert_same", "contents", "manifest_of", "small_checkpoint", "small_content"]
+
+EXPERTS = "decoder.layers.1.moe_layer.experts.fc1_weight"
+
+
+def small_content(num_experts: int, *, seed: int = 1) -> ShardContent:
+    """Two expert parameters, three dense ones of different sizes, tied weights, and Adam's state of all."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    model = {
+        EXPERTS: draw(num_experts, 3, 4),
+        EXPERTS.replace("weight", "bias"): draw(num_experts, 4),
+        "decoder.embed_tokens.weight": draw(10, 4),
+        "decoder.layers.1.moe_layer.router.weight": draw(num_experts, 4).to(torch.bfloat16),
+        "decoder.version": torch.tensor([3]),
+    }
+    optimizer = {
+        name: {"exp_avg": draw(*tensor.shape), "exp_avg_sq": draw(*tensor.shape), "step": 7}
+        for name, tensor in model.items()
+        if name != "decoder.version"
+    }
+    return ShardContent(
+        expert_ids=list(range(num_experts)),
+        model=dict(model),
+        optimizer=optimizer,
+        aliases={"decoder.output_projection.weight": "decoder.embed_tokens.weight"},
+    )
+
+
+def small_checkpoint(
+    path: Path,
+    *,
+    num_experts: int = 4,
+    num_shards: int = 2,
+    seed: int = 1,
+    update: int = 7,
+    run_id: str = "a",
+) -> Path:
+    """A complete checkpoint of ``small_content``; returns ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {
+        "state": {"cfg": None, "extra_state": {"train_iterator": {"epoch": 1}}, "last_optimizer_state": {}},
+        "run_id": run_id,
+        "update": update,
+        "shape": ModelShape(num_experts=num_experts, top_k=2, model_dim=4, expert_dim=3, num_layers=2),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        one = Path(folder) / "one.pt"
+        write_checkpoint(one, **known, contents=[small_content(num_experts, seed=seed)], num_shards=1)
+        write_checkpoint(
+            path, **known, contents=Checkpoint.open(one).split(num_shards), num_shards=num_shards
+        )
+    return path
 
 
 def manifest_of(main: Path) -> dict[str, Any]:

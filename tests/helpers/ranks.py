@@ -25,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,12 +58,14 @@ class CommandResult:
     """How a command ended.
 
     Args:
-        exit_codes: of each rank.
+        exit_codes: of each rank; minus the number of the signal that has killed it.
         outputs: standard output and error together, of each rank.
+        ended_sec: when each rank ended, by a clock of no particular start; empty for real processes.
     """
 
     exit_codes: list[int]
     outputs: list[str]
+    ended_sec: list[float] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -107,6 +109,7 @@ def run_cli(
     env: Mapping[str, str] | None = None,
     timeout: float = 100.0,
     function: str = "cli_main",
+    may_die: bool = False,
 ) -> CommandResult:
     """Run a command such as ``fairseq_cli.train`` in a forked process, without a new interpreter.
 
@@ -118,9 +121,10 @@ def run_cli(
         env: variables to set on top of the environment.
         timeout: deadline of the whole call, in seconds.
         function: the entry point.
+        may_die: a process that is killed, or ends at once by itself, is a result too.
 
     Raises:
-        RankError: a process was killed or was not done at the deadline. A command that fails with an
+        RankError: a process was killed (see ``may_die``) or was not done at the deadline. A command that fails with an
             exception or an exit code is a result.
     """
     with tempfile.TemporaryDirectory(prefix="command-") as folder:
@@ -132,8 +136,12 @@ def run_cli(
                 variables |= _torchrun_variables(rank, world_size, port)
             body_args = (module, function, [str(arg) for arg in argv], str(cwd or os.getcwd()), variables)
             children.append(_Child(_command_body, body_args, folder, rank, timeout))
-        codes = _join(children, timeout)
-        return CommandResult(exit_codes=codes, outputs=[child.log() for child in children])
+        codes = _join(children, timeout, may_die=may_die)
+        return CommandResult(
+            exit_codes=codes,
+            outputs=[child.log() for child in children],
+            ended_sec=[child.ended_sec for child in children],
+        )
 
 
 class _Child:
@@ -143,6 +151,7 @@ class _Child:
         self, body: Callable[..., Any], args: tuple[Any, ...], folder: str, index: int, timeout: float
     ) -> None:
         self.index = index
+        self.ended_sec = 0.0
         self._log_file = Path(folder) / f"log-{index}"
         self.connection, its_end = multiprocessing.connection.Pipe(duplex=False)
         self.process = _fork_context().Process(
@@ -154,12 +163,15 @@ class _Child:
     def log(self) -> str:
         return self._log_file.read_text(errors="replace") if self._log_file.exists() else ""
 
-    def receive(self) -> tuple[bool, Any]:
-        """(True, result) or (False, why there is none)."""
+    def receive(self, *, may_die: bool) -> tuple[bool, Any]:
+        """(True, result) or (False, why there is none); the exit code is the result of one that may die."""
+        self.ended_sec = time.monotonic()
         try:
             message: tuple[bool, Any] = pickle.loads(self.connection.recv_bytes())
         except EOFError:
             self.process.join(_GRACE_SEC)
+            if may_die:
+                return True, self.process.exitcode
             return False, f"died with exit code {self.process.exitcode}"
         return message
 
@@ -174,7 +186,7 @@ class _Child:
         self.connection.close()
 
 
-def _join(children: list[_Child], timeout: float) -> list[Any]:
+def _join(children: list[_Child], timeout: float, *, may_die: bool = False) -> list[Any]:
     results: dict[int, Any] = {}
     failures: list[str] = []
     waiting: dict[Any, _Child] = {child.connection: child for child in children}
@@ -188,7 +200,7 @@ def _join(children: list[_Child], timeout: float) -> list[Any]:
                 break
             for connection in ready:
                 child = waiting.pop(connection)
-                ok, value = child.receive()
+                ok, value = child.receive(may_die=may_die)
                 if ok:
                     results[child.index] = value
                     continue

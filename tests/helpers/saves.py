@@ -54,7 +54,8 @@ class TinyRun:
         try:
             return checkpoint_utils.save_checkpoint(self.checkpoint_cfg, self.trainer, epoch_itr, val_loss)
         finally:
-            os.environ.pop(VARIABLE, None)
+            if fault is not None:
+                del os.environ[VARIABLE]
 
     def load(self, filename: Path | None = None) -> Any:
         """What ``Trainer.load_checkpoint`` returns for a file (None: checkpoint_last.pt)."""

@@ -70,6 +70,6 @@ def _digest(trainer: Any) -> str:
     digest = hashlib.sha256()
     for parameter in trainer.get_model().parameters():
         digest.update(parameter.detach().numpy().tobytes())
-        for value in trainer.optimizer.optimizer.state[parameter].values():
+        for _, value in sorted(trainer.optimizer.optimizer.state[parameter].items()):
             digest.update(value.numpy().tobytes() if hasattr(value, "numpy") else repr(value).encode())
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from fairseq_moe.models.presets import PRESETS
 from fairseq_moe.models.sizes import ModelSize, model_size
 from fairseq_moe.modern import ModernConfig, modern_problems
 from tests.helpers.presets import WordIds, build_model, parse
+from tests.helpers.ranks import REPOSITORY
 
 # Billions: a token's parameters with and without the input embedding.
 ACTIVE = {
@@ -84,6 +85,13 @@ def test_for_hydra_too(name: str) -> None:
         "dropout",
     ):
         assert own[key] == getattr(args, key)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_documented(name: str) -> None:
+    preset, text = PRESETS[name], (REPOSITORY / "docs" / "blocks.md").read_text()
+    per_token = f"{ACTIVE[name][0] + 1e-9:.1f}"
+    assert f"| `{name}` | {preset.num_parameters:,} | {per_token} B | {preset.vocab_size:,} |" in text
 
 
 def test_a_flag_given_by_hand_counts() -> None:

@@ -4,12 +4,15 @@ The commands of the two GPU scripts are those of the README of fairseq's moe bra
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -117,6 +120,85 @@ def test_the_slurm_script_asks_for_64_gpus_and_binds_no_cpus_by_mask() -> None:
     for line in ("--nodes=8", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12"):
         assert f"#SBATCH {line}\n" in text
     assert "mask_cpu" not in text
+
+
+_SRUN = """#!/bin/bash
+touch started
+[[ "${SRUN_WAITS:-}" ]] || exit "$SRUN_CODE"
+trap 'echo srun got TERM; exit "$SRUN_CODE"' TERM
+for _ in {1..200}; do sleep 0.1; done
+"""
+
+
+def _slurm_job(folder: Path, *, state: str, term: bool, code: int) -> tuple[int, str]:
+    """Run the SLURM script with stubs for SLURM's commands; its exit code, and what it and they have printed.
+
+    Args:
+        folder: an empty directory.
+        state: what squeue says of the job.
+        term: whether TERM comes while srun is running.
+        code: srun's exit code.
+    """
+    stubs = {
+        "srun": _SRUN,
+        "squeue": f"#!/bin/sh\necho {state}\n",
+        "scontrol": "#!/bin/sh\necho scontrol $*\n",
+    }
+    for name, text in stubs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "scripts").symlink_to(SCRIPTS)
+    job = subprocess.Popen(
+        ["bash", str(SCRIPTS / "train_multi_node.slurm")],
+        env={
+            **os.environ,
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "SLURM_SUBMIT_DIR": str(folder),
+            "SLURM_JOB_ID": "17",
+            "SRUN_CODE": str(code),
+            "SRUN_WAITS": "1" if term else "",
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        if term:
+            deadline = time.monotonic() + 20
+            while not (folder / "started").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.2)  # both traps are set
+            job.terminate()
+        output, _ = job.communicate(timeout=20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    return job.returncode, output
+
+
+@pytest.mark.parametrize(
+    ("term", "state", "code", "requeued"),
+    [
+        (True, "RUNNING", 0, True),  # the time limit is near, the ranks have saved
+        (True, "CANCELLED", 0, False),
+        (True, "RUNNING", 3, False),  # no checkpoint
+        (False, "RUNNING", 0, False),  # trained to the end
+        (False, "RUNNING", 2, False),
+    ],
+)
+def test_the_slurm_script_queues_again_what_was_stopped_and_saved(
+    term: bool, state: str, code: int, requeued: bool, tmp_path: Path
+) -> None:
+    exit_code, output = _slurm_job(tmp_path, state=state, term=term, code=code)
+    assert exit_code == code
+    assert ("srun got TERM" in output) is term
+    assert ("scontrol requeue 17" in output) is requeued
+
+
+def test_the_slurm_script_asks_for_a_signal_in_time() -> None:
+    text = (SCRIPTS / "train_multi_node.slurm").read_text()
+    for line in ("--signal=B:TERM@600", "--requeue", "--open-mode=append"):
+        assert f"#SBATCH {line}\n" in text
 
 
 def test_every_way_of_bench_layer_gives_gradients_and_the_table_has_a_row_per_size(

@@ -1,0 +1,132 @@
+"""A stock dense checkpoint out of an MoE checkpoint: one expert, or the mean of them, is the layer's network."""
+
+import re
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fairseq_moe.checkpoint import LazyTensor, ShardContent, has_expert_rows
+from fairseq_moe.checkpoint_tools.averaging import mean_of
+from fairseq_moe.checkpoint_tools.output import check_target, write_dense
+from fairseq_moe.checkpoint_tools.progress import progress
+from fairseq_moe.checkpoint_tools.source import Source, open_source
+from fairseq_moe.config import MoEConfig
+from fairseq_moe.errors import CheckpointError
+from fairseq_moe.megatron import MegatronConfig
+from fairseq_moe.megatron_args import MEGATRON_ARGS
+from fairseq_moe.reliability import ReliabilityConfig
+
+__all__ = ["MODEL_FLAGS_OF_PLUGIN", "to_dense"]
+
+_MATRIX = re.compile(r"(?P<layer>.+)\.moe_layer\.experts\.(?P<matrix>fc[12])_(?P<kind>weight|bias)")
+_WIDTH = re.compile(r".+\.layers\.\d+\.fc1\.weight")
+
+# What an MoE model's configuration says beyond that of a stock one, which drops what it does not know; but this
+# package would read a dense checkpoint's moe_freq.
+MODEL_FLAGS_OF_PLUGIN = frozenset(
+    {entry.name for record in (MoEConfig, MegatronConfig, ReliabilityConfig) for entry in fields(record)}
+    | {argument.name for argument in MEGATRON_ARGS}
+    | {"use_stable_embedding", "num_workers_valid"}
+) - {"decoder_layers", "tokens_per_sample", "checkpoint_activations", "megatron"}
+
+
+def to_dense(path: Path, to: Path, *, expert: int | None) -> None:
+    """Write a checkpoint that stock fairseq loads without this package.
+
+    Its feed-forward networks compute what the MoE layers would if every token's weights summed to one and all
+    experts were the chosen one. Needs memory for the dense model. Data types stay; there is no optimizer state.
+
+    Args:
+        path: of the MoE checkpoint.
+        to: the new file.
+        expert: global id of the expert that every layer takes; None: the mean of all experts.
+
+    Raises:
+        CheckpointError: the checkpoint is dense or damaged, has shared experts, or dense layers of another width
+            than the experts; there is no such expert; or ``to`` is taken or cannot be written.
+    """
+    check_target(to)
+    source = open_source(path)
+    if source.shape is None:
+        raise CheckpointError(f"{path} is a {source.kind}; there are no experts in it to choose from.")
+    num_experts = source.shape.num_experts
+    if expert is not None and not 0 <= expert < num_experts:
+        raise CheckpointError(f"--expert is {expert}, expected 0 to {num_experts - 1}: {path} has that many.")
+    with progress("verifying", source.num_bytes) as advance:
+        source.require_intact(advance)
+    ids = range(num_experts) if expert is None else [expert]
+    content = _dense_content(source, ids)
+    write_dense(to, state=_stock_state(source.state, _width(source.path, content)), content=content)
+
+
+def _dense_content(source: Source, ids: Iterable[int]) -> ShardContent:
+    """The dense tensors, and networks made of those experts."""
+    contents = [source.content([expert], with_optimizer=False) for expert in ids]
+    content = ShardContent(aliases=contents[0].aliases)
+    for name in contents[0].model:
+        if ".moe_layer.shared_experts." in name:
+            raise CheckpointError(
+                f"{source.path} has shared experts ({name}), which a stock layer has no place for; such a model "
+                "cannot become a dense one."
+            )
+        tensors = [_lazy(each.model[name]) for each in contents]
+        if (match := _MATRIX.fullmatch(name)) is not None:
+            content.model[f"{match['layer']}.{match['matrix']}.{match['kind']}"] = _network(tensors, name)
+        elif ".moe_layer." not in name:  # what is left of an MoE layer is its router
+            content.model[name] = tensors[0]
+        elif has_expert_rows(name):
+            raise CheckpointError(f"{source.path} has {name}, which is no matrix of an expert that is known.")
+    return content
+
+
+def _lazy(value: LazyTensor | Tensor) -> LazyTensor:
+    assert isinstance(value, LazyTensor)
+    return value
+
+
+def _network(experts: list[LazyTensor], name: str) -> LazyTensor:
+    """The mean of one row each, in the type of the experts."""
+    first = experts[0]
+    mean = mean_of(experts, name)
+    return LazyTensor(
+        dtype=first.dtype, shape=first.shape[1:], load=lambda: mean.load()[0].to(first.dtype).clone()
+    )
+
+
+def _width(path: Path, content: ShardContent) -> int:
+    """The hidden width of all layers, of which a stock model has one."""
+    widths = {name: tensor.shape[0] for name, tensor in content.model.items() if _WIDTH.fullmatch(name)}
+    if len(set(widths.values())) != 1:
+        raise CheckpointError(
+            f"the layers of {path} would have networks of the widths {sorted(set(widths.values()))}, and all layers "
+            "of a stock model have one width; such a model cannot become a dense one."
+        )
+    return next(iter(widths.values()))
+
+
+def _stock_state(state: dict[str, Any], width: int) -> dict[str, Any]:
+    """The main file's other content, without what only this package knows.
+
+    Flags that stock keeps in a Namespace become a dictionary: its own loader refuses the former since torch 2.6.
+    """
+    groups = {
+        name: dict(vars(group)) if isinstance(group, Namespace) else group
+        for name, group in state["cfg"].items()
+    }
+    model = {name: value for name, value in groups["model"].items() if name not in MODEL_FLAGS_OF_PLUGIN}
+    groups["model"] = {**model, "decoder_ffn_embed_dim": width}
+    history = [dict(entry) for entry in state["optimizer_history"]]
+    criterion = groups.get("criterion") or {}
+    if criterion.get("_name") == "moe_cross_entropy":
+        groups["criterion"] = {
+            "_name": "cross_entropy",
+            "sentence_avg": criterion.get("sentence_avg", False),
+        }
+        history[-1]["criterion_name"] = "CrossEntropyCriterion"
+    if isinstance(groups.get("common"), dict):
+        groups["common"] = {**groups["common"], "user_dir": None}
+    return {**state, "cfg": groups, "optimizer_history": history, "last_optimizer_state": None}

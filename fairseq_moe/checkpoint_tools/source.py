@@ -1,0 +1,265 @@
+"""A checkpoint of any kind, found out by looking at it, as tensors that are read when they are used."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_moe.checkpoint import (
+    MANIFEST_KEY,
+    BranchCheckpoint,
+    Checkpoint,
+    LazyTensor,
+    ModelShape,
+    ShardContent,
+    ShardEntry,
+    find_aliases,
+    find_branch_checkpoint,
+    load_plain,
+    newest_intact,
+    shard_problem,
+    unreadable,
+)
+from fairseq_moe.config import MoEConfig
+from fairseq_moe.errors import CheckpointError
+
+__all__ = ["Source", "open_source"]
+
+Advance = Callable[[int], None]
+
+
+@dataclass(kw_only=True)
+class Source:
+    """One checkpoint.
+
+    Args:
+        path: of the main file (of the moe branch: the shared file).
+        kind: what it is, in words.
+        state: what the main file holds besides tensors.
+        files: all files, the main file first.
+        update: optimizer updates done; None if it does not say.
+        run_id: of the training run, in our format 2.
+        set_id: names the save: two main files with the same one are copies of each other.
+        shape: of the model; None for a dense one.
+        entries: the shards as its manifest lists them; none for other kinds than ours.
+        content_of: everything, with the given experts, and with optimizer state or without.
+    """
+
+    path: Path
+    kind: str
+    state: dict[str, Any]
+    files: list[Path]
+    update: int | None
+    run_id: str | None = None
+    set_id: str
+    shape: ModelShape | None
+    entries: list[ShardEntry]
+    content_of: Callable[[Sequence[int], bool], ShardContent]
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files together, as far as they are there."""
+        return sum(file.stat().st_size for file in self.files if file.is_file())
+
+    def content(self, expert_ids: Sequence[int] | None = None, *, with_optimizer: bool) -> ShardContent:
+        """Everything as tensors that are read when they are used.
+
+        Args:
+            expert_ids: global ids, in this order (None: all).
+            with_optimizer: optimizer state too.
+
+        Raises:
+            CheckpointError: files do not fit together.
+        """
+        every = range(self.shape.num_experts if self.shape is not None else 0)
+        return self.content_of(every if expert_ids is None else expert_ids, with_optimizer)
+
+    def problems(self, advance: Advance) -> Iterator[str]:
+        """One sentence for each thing that is not as it was written; the main file was checked when opened.
+
+        Args:
+            advance: told the number of bytes that have been compared.
+        """
+        damaged = False
+        if self.checkpoint is not None:
+            for entry in self.entries:
+                found = shard_problem(self.path, self.checkpoint.manifest, entry)
+                advance(entry.num_bytes)
+                if found is not None:
+                    damaged = True
+                    yield found
+        if damaged:
+            return
+        try:  # the branch's rank files are compared with their CRCs here
+            self.content(with_optimizer=self.checkpoint is not None)
+        except CheckpointError as error:
+            yield str(error)
+
+    def require_intact(self, advance: Advance) -> None:
+        """Raise the first problem, and say which checkpoint beside it is intact.
+
+        Copying what is damaged would give it digests of its own.
+        """
+        found = next(self.problems(advance), None)
+        if found is not None:
+            raise CheckpointError(found + advice(self.path.parent))
+
+
+def advice(directory: Path) -> str:
+    """A further sentence that names the newest intact checkpoint of a directory, if there is one."""
+    intact = newest_intact(directory)
+    return "" if intact is None else f" The newest intact checkpoint there is {intact}."
+
+
+def open_source(path: Path) -> Source:
+    """Look at a file and open it as what it is.
+
+    Raises:
+        CheckpointError: it is no checkpoint, or damaged.
+    """
+    if path.is_dir():
+        names = ", ".join(sorted(file.name for file in path.glob("*.pt"))[:8]) or "none"
+        raise CheckpointError(f"{path} is a directory; give one of its checkpoints (found: {names}).")
+    branch = find_branch_checkpoint(path)
+    try:
+        if branch is not None and (path in (branch.shared, *branch.rank_files) or not path.is_file()):
+            return _open_branch(branch)
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist; give the path of a checkpoint's main file (.pt).")
+        state = load_plain(path, lazily=True)
+        return _open_ours(path, state) if MANIFEST_KEY in state else _open_dense(path, state)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def _open_ours(path: Path, state: dict[str, Any]) -> Source:
+    checkpoint = Checkpoint.from_state(path, state)
+    manifest = checkpoint.manifest
+    return Source(
+        path=path,
+        kind=f"MoE checkpoint of fairseq_moe, format {manifest.version}",
+        state=state,
+        files=[path, *(path.parent / entry.file for entry in manifest.shards)],
+        update=manifest.update,
+        run_id=manifest.run_id,
+        set_id=manifest.set_dir,
+        shape=manifest.shape if manifest.version > 1 else _shape(state),
+        entries=manifest.shards,
+        content_of=lambda ids, with_optimizer: checkpoint.content(
+            expert_ids=ids, with_optimizer=with_optimizer
+        ),
+        checkpoint=checkpoint,
+    )
+
+
+def _open_branch(branch: BranchCheckpoint) -> Source:
+    state = load_plain(branch.shared, lazily=True)
+    shape = _shape(state)
+    saved = state.get("last_optimizer_state")
+    groups = None
+    if saved is not None:
+        groups = {name: value for name, value in saved.items() if name != "state"}
+        groups["param_groups"] = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in saved["param_groups"]
+        ]
+    return Source(
+        path=branch.shared,
+        kind="MoE checkpoint of fairseq's moe branch",
+        state={**state, "model": {}, "last_optimizer_state": groups},
+        files=[branch.shared, *branch.rank_files],
+        update=_update(state),
+        set_id=str(branch.shared.resolve()),
+        shape=shape,
+        entries=[],
+        content_of=partial(_branch_content, branch, shape.num_experts, state),
+    )
+
+
+def _branch_content(
+    branch: BranchCheckpoint,
+    num_experts: int,
+    state: dict[str, Any],
+    expert_ids: Sequence[int],
+    with_optimizer: bool,
+) -> ShardContent:
+    named = dict(state)
+    dense_optimizer = branch.adopt_dense(named, with_optimizer=with_optimizer)
+    content = _dense_content(named["model"], dense_optimizer)
+    content.expert_ids = list(expert_ids)
+    if not content.expert_ids:
+        return content
+    model, optimizer = branch.expert_rows(
+        num_experts=num_experts, expert_ids=expert_ids, with_optimizer=with_optimizer, lazily=True
+    )
+    for name, rows in model.items():
+        content.model[name] = _stack([rows[expert] for expert in expert_ids])
+    for name, values in optimizer.items():
+        content.optimizer[name] = {
+            key: _stack([rows[expert] for expert in expert_ids]) for key, rows in values.items()
+        }
+    return content
+
+
+def _stack(rows: list[Any]) -> Any:
+    """Rows of experts as one tensor; numbers, such as Adam's step, are the same for all of them."""
+    if not isinstance(rows[0], Tensor):
+        return rows[0]
+    shape = (len(rows), *rows[0].shape)
+    return LazyTensor(dtype=rows[0].dtype, shape=shape, load=lambda: torch.stack(rows))
+
+
+def _open_dense(path: Path, state: dict[str, Any]) -> Source:
+    model = state.get("model")
+    if not isinstance(model, dict) or not all(isinstance(value, Tensor) for value in model.values()):
+        raise CheckpointError(f"{path} holds no model; expected a checkpoint of fairseq.")
+    return Source(
+        path=path,
+        kind="dense checkpoint of stock fairseq",
+        state={**state, "model": {}},
+        files=[path],
+        update=_update(state),
+        set_id=str(path.resolve()),
+        shape=None,
+        entries=[],
+        content_of=lambda ids, with_optimizer: _dense_content(model, {}),
+    )
+
+
+def _dense_content(model: Mapping[str, Tensor], optimizer: dict[str, dict[str, Any]]) -> ShardContent:
+    aliases = find_aliases(model)
+    return ShardContent(
+        model={name: _lazy(tensor) for name, tensor in model.items() if name not in aliases},
+        optimizer={
+            name: {key: _lazy(value) if isinstance(value, Tensor) else value for key, value in values.items()}
+            for name, values in optimizer.items()
+        },
+        aliases=aliases,
+    )
+
+
+def _lazy(tensor: Tensor) -> LazyTensor:
+    return LazyTensor(dtype=tensor.dtype, shape=tuple(tensor.shape), load=lambda: tensor)
+
+
+def _update(state: Mapping[str, Any]) -> int | None:
+    history = state.get("optimizer_history") or [{}]
+    return history[-1].get("num_updates")
+
+
+def _shape(state: Mapping[str, Any]) -> ModelShape:
+    """The sizes that the flags in a checkpoint give, where no manifest says them."""
+    flags = state["cfg"]["model"]
+    moe = MoEConfig.from_args(flags)
+    return ModelShape(
+        num_experts=moe.num_experts,
+        top_k=moe.top_k,
+        model_dim=flags["decoder_embed_dim"],
+        expert_dim=moe.expert_dim or flags["decoder_ffn_embed_dim"],
+        num_layers=flags["decoder_layers"],
+    )

@@ -1,0 +1,112 @@
+"""Models of modern blocks on 1, 2 and 4 ranks under every backend: the same losses, gradients and step.
+
+Run with ``pytest tests/distributed/test_modern_blocks.py``.
+"""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.test_training_equality import BATCHES, _assert_equal
+from tests.helpers.ranks import run_ranks
+
+_EXPERTS = (
+    "--moe-freq", 0, "--moe-expert-count", 0, "--moe-second-expert-policy", "sampling", "--moe-gate-loss-wt", 1,
+    "--num-experts", 4, "--moe-ffn-hidden-size", 6, "--moe-aux-loss-coeff", 0.2, "--decoder-layers", 3,
+    "--moe-layer-freq", "[0,1,1]", "--decoder-normalization", "rmsnorm", "--position-embedding", "rope",
+    "--gated-ffn", "--no-scale-embedding", "--init-std", 0.3, "--decoder-embed-dim", 12,
+)  # fmt: skip
+MODELS: dict[str, tuple[Any, ...]] = {
+    "grouped": (
+        *_EXPERTS, "--decoder-attention-heads", 4, "--decoder-kv-heads", 2, "--decoder-head-dim", 4,
+        "--qk-norm", "head", "--attention-bias", "qkv", "--moe-router-pre-softmax",
+        "--moe-shared-expert-intermediate-size", 6, "--moe-shared-expert-gate",
+    ),
+    "latent": (
+        *_EXPERTS, "--kv-lora-rank", 10, "--q-lora-rank", 6, "--qk-nope-head-dim", 4, "--qk-rope-head-dim", 2,
+        "--v-head-dim", 5, "--rope-interleaved", "--attention-bias", "none", "--moe-router-score-function", "sigmoid",
+        "--moe-router-enable-expert-bias", "--moe-router-dtype", "fp32", "--mtp-layers", 1, "--mtp-loss-weight", 0.3,
+        "--moe-shared-expert-intermediate-size", 6,
+    ),
+}  # fmt: skip
+BACKENDS = ["legacy_ddp", "pytorch_ddp", "fully_sharded"]
+
+
+def _report(rank: int, flags: list[Any], numbers: list[int]) -> dict[str, Any]:
+    from tests.helpers.tiny import build_trainer, gradients, make_batch, parameters, update
+
+    trainer = build_trainer(flags)
+    batches = [
+        make_batch(seed, num_sequences=num, length=length)
+        for seed, num, length in (BATCHES[number] for number in numbers)
+    ]
+    logged = update(trainer, batches)
+    return {"logged": logged, "gradients": gradients(trainer), "parameters": parameters(trainer)}
+
+
+def _on_rank(rank: int, flags: list[Any]) -> dict[str, Any]:
+    return _report(rank, flags, [rank])
+
+
+@functools.cache
+def _alone(flags: tuple[Any, ...], num_ranks: int) -> dict[str, Any]:
+    found: dict[str, Any] = run_ranks(_report, 1, list(flags), list(range(num_ranks)))[0]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world_size", "backend"), [(2, "legacy_ddp"), *((4, backend) for backend in BACKENDS)]
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_equal_one_process_with_their_micro_batches(name: str, world_size: int, backend: str) -> None:
+    flags = MODELS[name]
+    expected = _alone(flags, world_size)
+    assert expected["logged"]["gnorm"] > 0 and ("mtp_loss" in expected["logged"]) is (name == "latent")
+    for found in run_ranks(_on_rank, world_size, [*flags, "--ddp-backend", backend]):
+        _assert_equal(found, expected, relative=1e-5, of_norm=2e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_activation_checkpointing_changes_nothing(name: str) -> None:
+    flags = [*MODELS[name], "--dropout", 0.3]
+    expected, found = (
+        run_ranks(_on_rank, 2, [*flags, *more])[0] for more in ([], ["--checkpoint-activations"])
+    )
+    for key, gradient in expected["gradients"].items():
+        torch.testing.assert_close(found["gradients"][key], gradient, msg=key)
+
+
+def _losses(rank: int, flags: list[Any]) -> list[float]:
+    from tests.helpers.tiny import build_trainer, make_batch, update
+
+    trainer = build_trainer(["--optimizer", "adam", "--lr", 0.01, *flags])
+    return [update(trainer, [make_batch(rank)])["loss"] for _ in range(6)]
+
+
+@pytest.mark.parametrize("precision", ["--memory-efficient-fp16", "--bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_trains_as_float32(name: str, precision: str) -> None:
+    flags = [*MODELS[name], "--init-std", 0.05]
+    expected, found = (run_ranks(_losses, 2, [*flags, *more])[0] for more in ([], [precision]))
+    assert expected[-1] < 0.97 * expected[0]
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_frozen_blocks_of_mtp_train_with_any_backend() -> None:
+    flags = [*MODELS["latent"], "--mtp-loss-weight", 0.0, "--ddp-backend", "pytorch_ddp"]
+    logged = run_ranks(_frozen, 2, flags)[0]
+    assert logged["loss"] > 0
+
+
+def _frozen(rank: int, flags: list[Any]) -> dict[str, float]:
+    from tests.helpers.tiny import build_trainer, make_batch, update
+
+    trainer = build_trainer(flags)
+    before = {key: value.clone() for key, value in trainer.get_model().decoder.mtp.state_dict().items()}
+    for seed in (0, 1):
+        logged = update(trainer, [make_batch(seed)])
+    after = trainer.get_model().decoder.mtp.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    return logged

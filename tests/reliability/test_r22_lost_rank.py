@@ -1,0 +1,89 @@
+"""R22, R23, R24: when one rank dies, hangs or fails, all others end soon, with one sentence that says who and why.
+
+Each case is a run of fairseq-train on forked ranks, in which one rank injects a fault into itself.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fairseq_moe.faults import VARIABLE
+from tests.e2e.commands import train_argv
+from tests.helpers.ranks import CommandResult, run_cli
+
+_FLAGS = ("--max-update", "50", "--no-epoch-checkpoints", "--disable-validation")
+_TIMEOUT_SEC = 5
+
+
+def _run(data: Path, save_dir: Path, fault: str, *flags: Any, world_size: int = 4) -> CommandResult:
+    argv = train_argv(data, save_dir, *_FLAGS, *flags)
+    env = {VARIABLE: fault, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    return run_cli("fairseq_cli.train", argv, world_size=world_size, env=env, timeout=100, may_die=True)
+
+
+def _seconds_after(result: CommandResult, rank: int) -> float:
+    return max(result.ended_sec) - result.ended_sec[rank]
+
+
+def _errors(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("fairseq_moe: error: ")]
+
+
+def test_a_killed_rank_is_named_with_its_update(text_data: Path, tmp_path: Path) -> None:
+    result = _run(text_data, tmp_path, "train.forward@1@7=kill")
+    assert result.exit_codes == [3, -9, 3, 3]
+    assert _seconds_after(result, 1) < 15
+    for rank in (0, 2, 3):
+        assert _errors(result.outputs[rank]) == [
+            "fairseq_moe: error: rank 1 lost at update 7 (no sign of life for 4 s)"
+        ]
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_rank_0_that_takes_the_store_with_it_is_named(text_data: Path, tmp_path: Path) -> None:
+    result = _run(text_data, tmp_path, "train.forward@0@3=kill", world_size=2)
+    assert result.exit_codes == [-9, 3]
+    assert _seconds_after(result, 0) < 15
+    assert _errors(result.outputs[1]) == [
+        "fairseq_moe: error: rank 0 lost at update 3: the store that it kept does not answer"
+    ]
+
+
+def test_a_rank_that_hangs_is_named_and_shows_where(text_data: Path, tmp_path: Path) -> None:
+    flags = ("--collective-timeout-sec", _TIMEOUT_SEC)
+    result = _run(text_data, tmp_path, "train.forward@1@3=sleep:300", *flags, world_size=2)
+    assert result.exit_codes == [3, 3]
+    assert "Timed out waiting" in result.outputs[0]  # the timeout was the flag's
+    sentence = "rank 1 stuck at update 3 (alive, but not where the other ranks have waited for it)"
+    for output in result.outputs:
+        assert len(_errors(output)) == 1
+        assert sentence in output
+    assert "in _act" in result.outputs[1]  # its stack
+
+
+@pytest.mark.parametrize(
+    ("action", "cause"),
+    [("raise", "InjectedError: injected at train.forward"), ("oom", "OutOfMemoryError: out of memory")],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_cause_is_told_by_all(
+    action: str, cause: str, rank: int, text_data: Path, tmp_path: Path
+) -> None:
+    result = _run(text_data, tmp_path, f"train.forward@{rank}@3={action}", world_size=2)
+    assert result.exit_codes[rank] == 1
+    assert result.exit_codes[1 - rank] == 3
+    assert max(result.ended_sec) - min(result.ended_sec) < 15
+    assert f"fairseq_moe: error: this rank failed at update 3: {cause}" in result.outputs[rank]
+    assert "in _act" in result.outputs[rank]  # the traceback
+    assert len(_errors(result.outputs[1 - rank])) == 1
+    assert f"fairseq_moe: error: rank {rank} failed at update 3: {cause}" in result.outputs[1 - rank]
+    assert not (tmp_path / "crash.pt").exists()
+
+
+def test_out_of_memory_in_validation_is_told_too(text_data: Path, tmp_path: Path) -> None:
+    argv = train_argv(text_data, tmp_path, "--max-update", "2")
+    env = {VARIABLE: "valid.forward@1=oom"}
+    result = run_cli("fairseq_cli.train", argv, world_size=2, env=env, may_die=True)
+    assert result.exit_codes == [3, 1]
+    assert "fairseq_moe: error: rank 1 failed at update 2: OutOfMemoryError" in result.outputs[0]
