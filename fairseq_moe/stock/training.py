@@ -51,6 +51,7 @@ def trainer_init(
     if decoder is not None:
         cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         _log_sizes(model)
+        logger.info("%s", decoder.size)
         _warn_once(cfg, decoder, criterion)
     stock(self, cfg, task, model, criterion, quantizer)
     if decoder is not None:
