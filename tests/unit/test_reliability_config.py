@@ -30,7 +30,10 @@ def test_defaults_are_fine_and_flags_that_are_not_there_keep_them() -> None:
 
 
 @pytest.mark.parametrize(("experts", "refused"), [(4, True), (0, False)])
-def test_only_runs_with_experts_are_asked(experts: int, refused: bool) -> None:
+def test_only_runs_with_experts_are_asked(
+    experts: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fairseq_moe.config.stock_flag_problems", lambda cfg: [])
     model = SimpleNamespace(
         moe_freq=2 if experts else 0, moe_expert_count=experts, decoder_layers=2, max_skipped_updates=0
     )
