@@ -1,0 +1,100 @@
+"""Logits of converted models equal transformers' on every family; a rule that is read wrongly shows in them."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fairseq_moe.convert.names import OurTensor
+from fairseq_moe.convert.spec import ModelSpec
+from fairseq_moe.convert.verify import verify
+from fairseq_moe.errors import CheckpointError
+from tests.helpers.hf import HF_MODELS
+
+Models = Callable[..., Path]
+converter = importlib.import_module("fairseq_moe.convert.from_hf")
+
+
+@pytest.mark.parametrize("name", HF_MODELS)
+def test_converted_models_give_transformers_logits(name: str, hf_model: Models, tmp_path: Path) -> None:
+    for size in (1, 2, 4):
+        converter.from_hf(hf_model(name), tmp_path / f"ours{size}", expert_parallel_size=size)
+        assert "verified" in verify(hf_model(name), tmp_path / f"ours{size}")
+
+
+def _routing(**changes: Any) -> Callable[[ModelSpec], ModelSpec]:
+    return lambda spec: replace(spec, routing=replace(spec.routing, **changes))
+
+
+def _rope(**changes: Any) -> Callable[[ModelSpec], ModelSpec]:
+    return lambda spec: replace(spec, rope=replace(spec.rope, **changes))
+
+
+def _yarn(**changes: Any) -> Callable[[ModelSpec], ModelSpec]:
+    def change(spec: ModelSpec) -> ModelSpec:
+        assert spec.rope.yarn is not None
+        return replace(spec, rope=replace(spec.rope, yarn=replace(spec.rope.yarn, **changes)))
+
+    return change
+
+
+# What other converters and launchers got wrong, and neighbours of it: (family, what is read wrongly, as what).
+MISREADINGS: dict[str, tuple[str, Callable[[ModelSpec], ModelSpec]]] = {
+    "Mixtral with theta 10000": ("mixtral", _rope(theta=1e4)),
+    "Mixtral with eps 1e-3": ("mixtral", lambda spec: replace(spec, norm_eps=1e-3)),
+    "Mixtral not renormalised": ("mixtral", _routing(normalized=False)),
+    "Mixtral with pairs of neighbours": ("mixtral", _rope(interleaved=True)),
+    "Qwen2 renormalised": ("qwen2_moe", _routing(normalized=True)),
+    "Qwen3 not renormalised": ("qwen3_moe", _routing(normalized=False)),
+    "OLMoE without its bound": ("olmoe", lambda spec: replace(spec, clip_qkv=None)),
+    "V2 with Megatron's score of groups": ("deepseek_v2", _routing(group_score="best_two")),
+    "V2 without groups": ("deepseek_v2", _routing(num_groups=None, group_topk=None, group_score=None)),
+    "V2 without its factor": ("deepseek_v2", _routing(scaling=1.0)),
+    "V2 with halves": ("deepseek_v2", _rope(interleaved=False)),
+    "V2 without YaRN": ("deepseek_v2", _rope(yarn=None)),
+    "V2 without YaRN's scale of scores": ("deepseek_v2", _yarn(mscale=None, mscale_all_dim=None)),
+    "V3 with a group's best expert": ("deepseek_v3", _routing(group_score="max")),
+    "V3 without groups": ("deepseek_v3", _routing(num_groups=None, group_topk=None, group_score=None)),
+    "V3 without its factor": ("deepseek_v3", _routing(scaling=1.0)),
+}
+
+
+@pytest.mark.parametrize("misreading", MISREADINGS)
+def test_a_rule_that_is_read_wrongly_shows(
+    misreading: str, hf_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, change = MISREADINGS[misreading]
+    right = converter.read_config
+    monkeypatch.setattr(converter, "read_config", lambda values, source: change(right(values, source=source)))
+    converter.from_hf(hf_model(name), tmp_path / "ours")
+    with pytest.raises(CheckpointError, match=r"the logits of .* differ"):
+        verify(hf_model(name), tmp_path / "ours")
+
+
+def _with_halves_swapped(tensor: OurTensor) -> OurTensor:
+    """Up rows first, then the gate's."""
+    swapped = tuple(
+        replace(block, first_row=block.shape[0] - block.first_row)
+        if "gate_proj" in block.name or "up_proj" in block.name
+        else block
+        for block in tensor.blocks
+    )
+    return replace(tensor, blocks=swapped)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2_lite"])
+def test_gate_and_up_in_the_wrong_order_show(
+    name: str, hf_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = converter.tensor_table
+    monkeypatch.setattr(
+        converter,
+        "tensor_table",
+        lambda spec, fused: [_with_halves_swapped(t) for t in right(spec, fused=fused)],
+    )
+    converter.from_hf(hf_model(name), tmp_path / "ours")
+    with pytest.raises(CheckpointError, match=r"the logits of .* differ"):
+        verify(hf_model(name), tmp_path / "ours")
