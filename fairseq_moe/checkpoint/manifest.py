@@ -116,6 +116,8 @@ class Manifest:
                 f"{source} lists experts {listed}, expected each of 0..{self.shape.num_experts - 1} once."
             )
         for entry in self.shards:
+            if not isinstance(entry.num_bytes, int) or not isinstance(entry.sha256, str):
+                raise TypeError(f"{entry.file} has size {entry.num_bytes!r} and digest {entry.sha256!r}")
             path = PurePosixPath(entry.file)
             if path.is_absolute() or ".." in path.parts or "\\" in entry.file or len(path.parts) != 3:
                 raise CheckpointError(

@@ -219,6 +219,7 @@ _ROW = f"{EXPERTS}.1.fc2.weight"
         ("format 2", ("optimizer_history", 0), "x"),
         ("format 2", ("fairseq_moe", "shape"), [1]),
         ("format 2", ("fairseq_moe", "shards", 0, "file"), "../../outside.safetensors"),
+        ("format 2", ("fairseq_moe", "shards", 0, "num_bytes"), []),
         ("format 2", ("averaged_from",), 1),
         ("format 1", ("last_optimizer_state",), 1),
         ("moe branch", ("model", _ROW), {"a": 1}),
