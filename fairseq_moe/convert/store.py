@@ -6,7 +6,7 @@ The one module of this package that knows the checkpoint format.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from fairseq_moe.checkpoint import (
     ModelShape,
     ShardContent,
     has_expert_rows,
-    key_of,
     share_of,
+    split_key,
     write_checkpoint,
 )
 from fairseq_moe.convert.flags import flags_of, spec_of
+from fairseq_moe.convert.safetensors_file import StoredTensor, read_header, read_tensor
 from fairseq_moe.convert.settings import complete_settings
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.errors import CheckpointError
@@ -135,7 +136,7 @@ class StoredModel:
     path: Path
     spec: ModelSpec
     restored_from: Path | None
-    _checkpoint: Checkpoint
+    _parts: dict[str, list["_Part"]]
 
     @classmethod
     def open(cls, path: Path) -> "StoredModel":
@@ -148,26 +149,60 @@ class StoredModel:
         path = path / CHECKPOINT if path.is_dir() else path
         checkpoint = Checkpoint.open(path)
         checkpoint.verify()
+        # Not through the checkpoint's reader: it maps files, so that a pass over all fills the memory it can get.
+        parts: dict[str, list[_Part]] = {}
+        for entry in checkpoint.manifest.shards:
+            for key, stored in read_header(path.parent / entry.file).items():
+                name, state = split_key(key)
+                if state is None:
+                    parts.setdefault(name, []).append(_Part(entry.expert_ids, stored))
         cfg = checkpoint.state.get("cfg") or {}
         flags = cfg.get("model") or {}
-        rows = checkpoint.tensor(key_of(_EMBEDDING)).shape[0]
+        if checkpoint.manifest.version == 1 or _EMBEDDING not in parts:
+            raise CheckpointError(f"{path} is a checkpoint of an older format, which no converted model has.")
+        rows = parts[_EMBEDDING][0].stored.shape[0]
         positions = flags.get("max_target_positions") or flags.get("tokens_per_sample")
         if not positions:
             raise CheckpointError(f"{path} does not say how long sequences may be (--max-target-positions).")
         spec = spec_of(flags, vocab_size=rows, max_positions=int(positions))
         settings = cfg.get("checkpoint") or {}
         begun = settings.get("finetune_from_model") or settings.get("restore_file")
-        return cls(path=path, spec=spec, restored_from=Path(begun) if begun else None, _checkpoint=checkpoint)
+        is_given = begun is not None and begun != "checkpoint_last.pt"
+        return cls(path=path, spec=spec, restored_from=Path(begun) if is_given else None, _parts=parts)
 
     def names(self) -> list[str]:
         """Of all parameters and buffers, tied ones once."""
-        keys = set(self._checkpoint.keys()) - {key_of(alias) for alias in self._checkpoint.aliases()}
-        return sorted(key.removeprefix("model/") for key in keys if key.startswith("model/"))
+        return sorted(self._parts)
 
-    def tensor(self, name: str) -> LazyTensor:
-        """One of them, whole."""
-        return self._checkpoint.tensor(key_of(name))
+    def dtype(self, name: str) -> torch.dtype:
+        """Of its elements."""
+        return self._parts[name][0].stored.dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor, with all E experts."""
+        shape = self._parts[name][0].stored.shape
+        if has_expert_rows(name):
+            return (sum(len(part.expert_ids) for part in self._parts[name]), *shape[1:])
+        return shape
+
+    def tensor(self, name: str) -> Tensor:
+        """All of it."""
+        if not has_expert_rows(name):
+            return read_tensor(self._parts[name][0].stored)
+        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+        for part in self._parts[name]:
+            whole[part.expert_ids] = read_tensor(part.stored)
+        return whole
 
     def row(self, name: str, expert: int) -> Tensor:
         """The row of one expert."""
-        return self._checkpoint.tensor(key_of(name), [expert]).load()[0]
+        part = next(part for part in self._parts[name] if expert in part.expert_ids)
+        index = part.expert_ids.index(expert)
+        return read_tensor(part.stored.rows(index, index + 1))[0]
+
+
+class _Part(NamedTuple):
+    """What one shard holds of a tensor."""
+
+    expert_ids: list[int]
+    stored: StoredTensor
