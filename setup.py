@@ -16,7 +16,14 @@ INSPECT = ["matplotlib>=3.8", "rich>=13"]
 DEMO = [*INSPECT, "sentencepiece>=0.2"]
 HF = ["tokenizers>=0.20", "transformers>=5"]
 # The reference that converted models are compared with: another release may compute something else.
-TEST = [*DEMO, "tensorboard>=2.16", "pytest>=8", "pytest-timeout>=2.3", "tokenizers>=0.20", "transformers==5.23.0"]
+TEST = [
+    *DEMO,
+    "tensorboard>=2.16",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "tokenizers>=0.20",
+    "transformers==5.23.0",
+]
 DEV = [*TEST, "mypy>=1.15", "ruff>=0.9"]
 
 

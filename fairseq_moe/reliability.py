@@ -17,6 +17,7 @@ class ReliabilityConfig:
     save_in_background: bool = False
     max_skipped_updates: int = 10
     collective_timeout_sec: float = 600.0
+    skip_loss_spikes_factor: float | None = None
 
     @classmethod
     def from_args(cls, args: Any) -> "ReliabilityConfig":
@@ -42,5 +43,10 @@ class ReliabilityConfig:
             found.append(
                 f"--collective-timeout-sec is {self.collective_timeout_sec}, expected a number of seconds "
                 "above 0."
+            )
+        factor = self.skip_loss_spikes_factor
+        if factor is not None and not (math.isfinite(factor) and factor > 0):
+            found.append(
+                f"--skip-loss-spikes-factor is {factor}, expected a number above 0; leave it out to skip none."
             )
         return found

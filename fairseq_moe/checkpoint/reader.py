@@ -78,8 +78,11 @@ class Checkpoint:
         manifest = Manifest.from_dict(state.pop(MANIFEST_KEY), source=path)
         if manifest.version > 1:
             return cls(path, state, manifest, {}, {})
-        dense, state["model"] = state["model"], {}
-        optimizer = (state["last_optimizer_state"] or {}).pop("named", {})
+        try:
+            dense, state["model"] = state["model"], {}
+            optimizer = (state["last_optimizer_state"] or {}).pop("named", {})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is of format 1 and damaged ({error}).") from error
         return cls(path, state, manifest, dense, optimizer)
 
     # --- step one
@@ -207,6 +210,11 @@ class Checkpoint:
                 places.setdefault(key, []).append(_Place(shard, key))
                 if len(places[key]) > 1 and not has_expert_rows(key):
                     raise CheckpointError(f"{key} lies in two shards of {shard.path.parent}, expected one.")
+                first = places[key][0].shard
+                if shard.shapes[key][1:] != first.shapes[key][1:] or shard.dtypes[key] != first.dtypes[key]:
+                    raise CheckpointError(
+                        f"{key} has different shapes or types in {first.path} and {shard.path}."
+                    )
         for name, tensor in self._old_dense.items():
             places[key_of(name)] = [tensor]
         for name, values in self._old_optimizer.items():

@@ -12,7 +12,7 @@ from fairseq_moe.checkpoint_tools.copying import reshard
 from fairseq_moe.checkpoint_tools.dense import to_dense
 from fairseq_moe.checkpoint_tools.inspecting import Description, describe
 from fairseq_moe.checkpoint_tools.progress import progress
-from fairseq_moe.checkpoint_tools.source import open_source
+from fairseq_moe.checkpoint_tools.source import damage_as_sentence, open_source
 from fairseq_moe.errors import CheckpointError, MoEError
 
 __all__ = ["main"]
@@ -39,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    _print(describe(open_source(args.path)))
+    source = open_source(args.path)
+    with damage_as_sentence(args.path):
+        description = describe(source)
+    _print(description)
     return 0
 
 

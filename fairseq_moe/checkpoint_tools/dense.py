@@ -13,11 +13,12 @@ from fairseq_moe.checkpoint import LazyTensor, ShardContent, has_expert_rows
 from fairseq_moe.checkpoint_tools.averaging import mean_of
 from fairseq_moe.checkpoint_tools.output import check_target, write_dense
 from fairseq_moe.checkpoint_tools.progress import progress
-from fairseq_moe.checkpoint_tools.source import Source, open_source
+from fairseq_moe.checkpoint_tools.source import Source, damage_as_sentence, open_source
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.megatron import MegatronConfig
 from fairseq_moe.megatron_args import MEGATRON_ARGS
+from fairseq_moe.modern import ModernConfig
 from fairseq_moe.reliability import ReliabilityConfig
 
 __all__ = ["MODEL_FLAGS_OF_PLUGIN", "to_dense"]
@@ -28,7 +29,11 @@ _WIDTH = re.compile(r".+\.layers\.\d+\.fc1\.weight")
 # What an MoE model's configuration says beyond that of a stock one, which drops what it does not know; but this
 # package would read a dense checkpoint's moe_freq.
 MODEL_FLAGS_OF_PLUGIN = frozenset(
-    {entry.name for record in (MoEConfig, MegatronConfig, ReliabilityConfig) for entry in fields(record)}
+    {
+        entry.name
+        for record in (MoEConfig, MegatronConfig, ModernConfig, ReliabilityConfig)
+        for entry in fields(record)
+    }
     | {argument.name for argument in MEGATRON_ARGS}
     | {"use_stable_embedding", "num_workers_valid"}
 ) - {"decoder_layers", "tokens_per_sample", "checkpoint_activations", "megatron"}
@@ -56,11 +61,31 @@ def to_dense(path: Path, to: Path, *, expert: int | None) -> None:
     num_experts = source.shape.num_experts
     if expert is not None and not 0 <= expert < num_experts:
         raise CheckpointError(f"--expert is {expert}, expected 0 to {num_experts - 1}: {path} has that many.")
+    with damage_as_sentence(path):
+        _check_blocks(path, source.state["cfg"]["model"])
     with progress("verifying", source.num_bytes) as advance:
         source.require_intact(advance)
     ids = range(num_experts) if expert is None else [expert]
     content = _dense_content(source, ids)
-    write_dense(to, state=_stock_state(source.state, _width(source.path, content)), content=content)
+    width = _width(source.path, content)
+    with damage_as_sentence(path):
+        state = _stock_state(source.state, width)
+    write_dense(to, state=state, content=content)
+
+
+def _check_blocks(path: Path, model_flags: dict[str, Any]) -> None:
+    """Refuse layers that stock cannot build, with experts or without."""
+    found, default = ModernConfig.from_args(model_flags), ModernConfig()
+    given = [
+        "--" + entry.name.replace("_", "-")
+        for entry in fields(ModernConfig)
+        if getattr(found, entry.name) != getattr(default, entry.name)
+    ]
+    if given:
+        raise CheckpointError(
+            f"the model in {path} has blocks that stock fairseq does not know ({', '.join(given)}); it cannot "
+            "become a checkpoint of stock fairseq."
+        )
 
 
 def _dense_content(source: Source, ids: Iterable[int]) -> ShardContent:

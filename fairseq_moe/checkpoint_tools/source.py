@@ -1,6 +1,7 @@
 """A checkpoint of any kind, found out by looking at it, as tensors that are read when they are used."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from fairseq_moe.checkpoint import (
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "damage_as_sentence", "open_source"]
 
 Advance = Callable[[int], None]
 
@@ -76,8 +77,9 @@ class Source:
         Raises:
             CheckpointError: files do not fit together.
         """
-        every = range(self.shape.num_experts if self.shape is not None else 0)
-        return self.content_of(every if expert_ids is None else expert_ids, with_optimizer)
+        with damage_as_sentence(self.path):
+            every = range(self.shape.num_experts if self.shape is not None else 0)
+            return self.content_of(every if expert_ids is None else expert_ids, with_optimizer)
 
     def problems(self, advance: Advance) -> Iterator[str]:
         """One sentence for each thing that is not as it was written; the main file was checked when opened.
@@ -126,13 +128,20 @@ def open_source(path: Path) -> Source:
         names = ", ".join(sorted(file.name for file in path.glob("*.pt"))[:8]) or "none"
         raise CheckpointError(f"{path} is a directory; give one of its checkpoints (found: {names}).")
     branch = find_branch_checkpoint(path)
-    try:
+    with damage_as_sentence(path):
         if branch is not None and (path in (branch.shared, *branch.rank_files) or not path.is_file()):
             return _open_branch(branch)
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist; give the path of a checkpoint's main file (.pt).")
         state = load_plain(path, lazily=True)
         return _open_ours(path, state) if MANIFEST_KEY in state else _open_dense(path, state)
+
+
+@contextmanager
+def damage_as_sentence(path: Path) -> Iterator[None]:
+    """Inside, values of ``path`` are used that may be of any form, since anybody may have written them."""
+    try:
+        yield
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise unreadable(path, error) from error
 
@@ -198,7 +207,7 @@ def _branch_content(
         num_experts=num_experts, expert_ids=expert_ids, with_optimizer=with_optimizer, lazily=True
     )
     for name, rows in model.items():
-        content.model[name] = _stack([rows[expert] for expert in expert_ids])
+        content.model[name] = _stack_tensors([rows[expert] for expert in expert_ids])
     for name, values in optimizer.items():
         content.optimizer[name] = {
             key: _stack([rows[expert] for expert in expert_ids]) for key, rows in values.items()
@@ -208,10 +217,16 @@ def _branch_content(
 
 def _stack(rows: list[Any]) -> Any:
     """Rows of experts as one tensor; numbers, such as Adam's step, are the same for all of them."""
-    if not isinstance(rows[0], Tensor):
-        return rows[0]
-    shape = (len(rows), *rows[0].shape)
-    return LazyTensor(dtype=rows[0].dtype, shape=shape, load=lambda: torch.stack(rows))
+    return _stack_tensors(rows) if isinstance(rows[0], Tensor) else rows[0]
+
+
+def _stack_tensors(rows: list[Tensor]) -> LazyTensor:
+    first = rows[0]
+    if not all(isinstance(row, Tensor) and row.shape == first.shape for row in rows):
+        raise TypeError("experts that are no tensors of one shape")
+    return LazyTensor(
+        dtype=first.dtype, shape=(len(rows), *first.shape), load=lambda: torch.stack(rows).to(first.dtype)
+    )
 
 
 def _open_dense(path: Path, state: dict[str, Any]) -> Source:
@@ -220,7 +235,7 @@ def _open_dense(path: Path, state: dict[str, Any]) -> Source:
         raise CheckpointError(f"{path} holds no model; expected a checkpoint of fairseq.")
     return Source(
         path=path,
-        kind="dense checkpoint of stock fairseq",
+        kind="dense checkpoint of fairseq",
         state={**state, "model": {}},
         files=[path],
         update=_update(state),
@@ -249,7 +264,8 @@ def _lazy(tensor: Tensor) -> LazyTensor:
 
 def _update(state: Mapping[str, Any]) -> int | None:
     history = state.get("optimizer_history") or [{}]
-    return history[-1].get("num_updates")
+    update = history[-1].get("num_updates")
+    return update if isinstance(update, int) else None
 
 
 def _shape(state: Mapping[str, Any]) -> ModelShape:

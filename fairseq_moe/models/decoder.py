@@ -26,6 +26,7 @@ from fairseq_moe.load_watch import LoadWatch
 from fairseq_moe.models.decoder_layer import MoEDecoderLayer, build_moe_layer
 from fairseq_moe.models.modern_layer import ModernDecoderLayer, build_norm, ffn_activation, init_weights
 from fairseq_moe.models.mtp import MTPBlock
+from fairseq_moe.models.sizes import ModelSize
 from fairseq_moe.modern import ModernConfig
 from fairseq_moe.modules import MoEAux, Router, RouterMode, TokenInfo
 from fairseq_moe.modules.moe_layer import RoutingMemo
@@ -42,6 +43,8 @@ class MoEDecoder(TransformerDecoder):
     --mtp-loss-weight, ``mtp_logits`` (float (B, S - 1 - k, V) of block k, whose position t guesses the target of
     position t + 1 + k), ``mtp_aux`` and ``mtp_loss_weight``.
     """
+
+    size: ModelSize  # of the whole model, counted when it was built
 
     def __init__(
         self, args: Any, dictionary: Any, embed_tokens: nn.Module, no_encoder_attn: bool = False

@@ -29,6 +29,7 @@ from fairseq_moe.models.megatron_flags import MegatronFlags, add_list_arguments
 from fairseq_moe.models.modern_flags import ModernFlags
 from fairseq_moe.models.presets import register_presets
 from fairseq_moe.models.reliability_flags import ReliabilityFlags
+from fairseq_moe.models.sizes import model_size
 from fairseq_moe.modern import ModernConfig
 
 __all__ = ["MoETransformerLanguageModel", "MoETransformerLanguageModelConfig", "adopt_architectures"]
@@ -137,7 +138,9 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
             if args.max_target_positions is None:
                 args.max_target_positions = args.tokens_per_sample
             embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
-            model = cls(MoEDecoder(args, task.target_dictionary, embed_tokens, no_encoder_attn=True))
+            decoder = MoEDecoder(args, task.target_dictionary, embed_tokens, no_encoder_attn=True)
+            decoder.size = model_size(decoder)
+            model = cls(decoder)
         else:
             model = TransformerLanguageModel.build_model(args, task)
         if moe.fused_attention:

@@ -1,6 +1,7 @@
 """Flags that say when a run gives up; what they mean is in ``fairseq_moe.reliability``."""
 
 from dataclasses import dataclass, field
+from typing import Optional
 
 from fairseq.dataclass import FairseqDataclass
 
@@ -27,5 +28,12 @@ class ReliabilityFlags(FairseqDataclass):
         default=600.0,
         metadata={
             "help": "longest wait for another rank, in seconds; three times as long in the first update"
+        },
+    )
+    skip_loss_spikes_factor: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "also skip an update whose loss is so many robust standard deviations above the median "
+            "of the last 128 (default: none)"
         },
     )

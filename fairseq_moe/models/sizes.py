@@ -1,10 +1,9 @@
 """How many parameters a model has, and how many of them a token passes."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
-
-from fairseq_moe.models.decoder import MoEDecoder
+from torch import Tensor
 
 __all__ = ["ModelSize", "model_size"]
 
@@ -34,27 +33,26 @@ class ModelSize:
         return text + (f", and {self.mtp:,} for multi-token prediction" if self.mtp else "")
 
 
-def model_size(model: nn.Module) -> ModelSize:
+def model_size(decoder: Any) -> ModelSize:
     """Count.
 
     Args:
-        model: holds one ``MoEDecoder``, under FSDP or not.
+        decoder: a ``MoEDecoder``, before FSDP wraps it as a whole; its layers may be wrapped already.
     """
-    decoder = next(part for part in model.modules() if isinstance(part, MoEDecoder))
-    num_experts = decoder.moe.num_experts or 1
-    spread = (
-        1 if decoder.mesh is None else num_experts // len(decoder.mesh.layout.local_ids(decoder.mesh.rank))
-    )
-    own = list(decoder.parameters())
+    num_experts, top_k = decoder.moe.num_experts or 1, decoder.moe.top_k
+    num_local = 1 if decoder.mesh is None else len(decoder.mesh.layout.local_ids(decoder.mesh.rank))
     of_mtp = {id(parameter) for parameter in decoder.mtp.parameters()} if decoder.modern.mtp_layers else set()
     total = active = mtp = 0
-    for parameter in own:
-        size = true_size(parameter) * (spread if hasattr(parameter, "expert") else 1)
+    for parameter in decoder.parameters():
+        size = true_size(parameter)
+        is_expert = hasattr(parameter, "expert")
+        if is_expert:
+            size = size // num_local * num_experts
         if id(parameter) in of_mtp:
             mtp += size
             continue
         total += size
-        active += size * decoder.moe.top_k // num_experts if hasattr(parameter, "expert") else size
+        active += size // num_experts * top_k if is_expert else size
     embedding = 0 if decoder.share_input_output_embed else decoder.embed_tokens.weight.numel()
     return ModelSize(total=total, active=active, active_without_embedding=active - embedding, mtp=mtp)
 

@@ -60,8 +60,10 @@ _REQUEST: ContextVar[_TrainerRequest | None] = ContextVar("loading_trainer", def
     signature="(self, filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters)",
     stock_does="starts afresh when the file to restore does not exist, hides why a file does not fit, and "
     "loads optimizer state by number",
-    breaks="a mistyped --restore-file trains from scratch; numbers differ between backends",
-    we_do="end with a sentence; read experts and optimizer state by name for this rank's layout",
+    breaks="a mistyped --restore-file trains from scratch; numbers differ between backends; on another number "
+    "of ranks the data continue at another place",
+    we_do="end with a sentence; read experts and optimizer state by name for this rank's layout, and count "
+    "the position in the data in its batches",
     test="tests/distributed/test_checkpoint.py",
 )
 def trainer_load_checkpoint(
@@ -76,7 +78,7 @@ def trainer_load_checkpoint(
     is_moe = moe_decoder(self.get_model()) is not None
     filename = _resolve(filename)
     if is_moe:
-        _check_there(filename, self.cfg.checkpoint)
+        filename = _find(filename, self.cfg.checkpoint)
     request = _TrainerRequest(self.cfg, self.get_model(), with_optimizer=not reset_optimizer)
     token = _REQUEST.set(request)
     try:
@@ -113,12 +115,12 @@ def _move_position(position: dict[str, Any], saved_ranks: int, ranks: int) -> No
         )
 
 
-def _check_there(filename: str, cfg: Any) -> None:
-    """All ranks: refuse a start that would silently be a fresh one."""
+def _find(filename: str, cfg: Any) -> str:
+    """All ranks: the file to load; a start that would silently be a fresh one is refused."""
     path = Path(filename)
     there = gather_values(path.is_file())
     if all(there):
-        return
+        return filename
     if any(there):
         without = [other for other, found in enumerate(there) if not found]
         raise CheckpointError(
@@ -132,13 +134,23 @@ def _check_there(filename: str, cfg: Any) -> None:
             "leave the flag out to start afresh.",
             path,
         )
-    others = broadcast_value([other.name for other in sorted(Path(cfg.save_dir).glob("checkpoint*.pt"))])
-    if others and cfg.finetune_from_model is None:
+    others = broadcast_value([other.name for other in sorted(path.parent.glob("checkpoint*.pt"))])
+    if not others:
+        return filename
+    intact = broadcast_value(newest_intact(path.parent) if rank() == 0 else None)
+    if intact is None or cfg.no_last_checkpoints:
         raise _with_advice(
             f"{filename} does not exist, but there are {', '.join(others[:_MAX_LISTED])} beside it; pass "
             "--restore-file with one of them, or start afresh in another --save-dir.",
             path,
         )
+    logger.warning(
+        "%s does not exist: the first save must have been interrupted after it had written %s, which is "
+        "intact and is loaded instead",
+        filename,
+        intact,
+    )
+    return str(intact)
 
 
 def _with_advice(sentence: str, path: Path, *, together: bool = True) -> CheckpointError:
@@ -180,8 +192,10 @@ def _resolve(filename: str) -> str:
     "fairseq.checkpoint_utils:load_checkpoint_to_cpu",
     signature="(path, arg_overrides, load_on_all_ranks)",
     stock_does="reads one file",
-    breaks="the experts lie in other files, laid out for the ranks that wrote them",
-    we_do="add the experts of this rank's layout, from our format or the branch's",
+    breaks="one flipped byte loads without a word; the tensors lie in other files, laid out for the ranks that "
+    "wrote them",
+    we_do="compare checksums (of dense models' files too), verify the shards, each rank its part, and read "
+    "what this rank's layout needs, from our format or the branch's; all ranks raise the same error",
     test="tests/distributed/test_checkpoint.py",
 )
 def load_checkpoint_to_cpu(

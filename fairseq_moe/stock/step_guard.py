@@ -9,6 +9,7 @@ batch is tried.
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fairseq_moe.distributed import all_reduce_sum, gather_values, rank, world_size
 from fairseq_moe.errors import NonFiniteError, RanksDisagreeError
 from fairseq_moe.reliability import ReliabilityConfig
+from fairseq_moe.stock.loss_spikes import LossSpikes
 from fairseq_moe.stock.signals import Signals
 
 __all__ = ["StepGuard"]
@@ -39,7 +41,7 @@ class StepGuard:
         all_have_background_save: at the last update that was so on every rank.
     """
 
-    NUM_VALUES = 6
+    NUM_VALUES = 8
 
     def __init__(self, config: ReliabilityConfig) -> None:
         self.config = config
@@ -51,18 +53,24 @@ class StepGuard:
         self.all_have_background_save = False
         self.is_first_update = True  # of this process
         self.num_skipped = 0  # in a row
+        self._spikes = LossSpikes(config.skip_loss_spikes_factor)
+        self._spike: str | None = None
         self._loss_is_bad: Tensor | None = None
+        self._loss_and_size: list[tuple[Tensor, Any]] = []
         self._before_sum: list[tuple[Tensor, Tensor]] = []
 
     def begin_update(self) -> None:
         """Forget the last update's losses and gradients."""
         self._loss_is_bad = None
+        self._loss_and_size = []
         self._before_sum = []
 
-    def see_loss(self, loss: Tensor) -> None:
-        """Note whether a micro-batch's loss is finite; nothing waits for the device."""
+    def see_loss(self, loss: Tensor, sample_size: Any) -> None:
+        """Note a micro-batch's loss, a sum over ``sample_size`` tokens; nothing waits for the device."""
         is_bad = ~torch.isfinite(loss.detach()).all()
         self._loss_is_bad = is_bad if self._loss_is_bad is None else self._loss_is_bad | is_bad
+        if self._spikes.factor is not None:
+            self._loss_and_size.append((loss.detach(), sample_size))
 
     def see_before_sum(self, parameters: list[Tensor]) -> None:
         """Note the norms of this rank's own gradients, before a sum over ranks hides which rank's was bad."""
@@ -74,9 +82,14 @@ class StepGuard:
         """(NUM_VALUES,) float64: this rank's numbers, to be summed over ranks."""
         count = float(update % _COUNTER_RANGE)
         flags = [self.signals.stop, self.signals.take_save(), self.has_background_save]
-        row = torch.tensor([0.0, count, count**2, *map(float, flags)], dtype=torch.float64, device=device)
+        row = torch.tensor(
+            [0.0, count, count**2, *map(float, flags), 0.0, 0.0], dtype=torch.float64, device=device
+        )
         if self._loss_is_bad is not None:
             row[0] = self._loss_is_bad
+        for loss, size in self._loss_and_size:
+            row[6] += loss
+            row[7] += size
         return row
 
     def judge(self, sums: list[float], *, num_ranks: int, update: int) -> bool:
@@ -93,7 +106,7 @@ class StepGuard:
         Raises:
             RanksDisagreeError: ranks are at different updates.
         """
-        bad_losses, count, square, stop, save, saved = (int(value) for value in sums)
+        bad_losses, count, square, stop, save, saved = (int(value) for value in sums[:6])
         if num_ranks * square != count**2:
             updates = gather_values(update)  # every rank has seen the same sums and is here
             listed = ", ".join(f"rank {number}: {each}" for number, each in enumerate(updates))
@@ -105,6 +118,8 @@ class StepGuard:
         self.stop |= stop > 0
         self.save |= save > 0
         self.all_have_background_save = saved == num_ranks
+        loss_sum, sample_size = sums[6:]
+        self._spike = self._spikes.problem(loss_sum / sample_size) if sample_size > 0 else None
         return bad_losses == 0
 
     def agree_on_signals(self, device: torch.device) -> None:
@@ -115,18 +130,21 @@ class StepGuard:
         self.save |= save > 0
 
     def skip_if_bad(self, norm: Tensor, model: nn.Module, update: int) -> None:
-        """Skip this update on all ranks if ``norm``, the same number on each, is not finite.
+        """Skip this update on all ranks if ``norm``, the same number on each, is not finite, or the loss a spike.
 
         Raises:
-            OverflowError: it is not; stock's trainer goes on with the next batch.
+            OverflowError: so it is; stock's trainer goes on with the next batch.
             NonFiniteError: that has happened too often in a row.
         """
-        if bool(torch.isfinite(norm)):
+        if not bool(torch.isfinite(norm)):
+            # All ranks are here, so one more question may be asked.
+            _, cause = min(gather_values(self._finding(model)), key=lambda finding: finding[0])
+        elif self._spike is not None:
+            cause = self._spike
+        else:
             self.num_skipped = 0
             return
         self.num_skipped += 1
-        # All ranks are here, so one more question may be asked.
-        _, cause = min(gather_values(self._finding(model)), key=lambda finding: finding[0])
         if self.num_skipped >= self.config.max_skipped_updates:
             raise NonFiniteError(
                 f"{self.num_skipped} updates in a row were skipped after update {update}, the last one because "

@@ -51,6 +51,7 @@ def trainer_init(
     if decoder is not None:
         cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         _log_sizes(model)
+        logger.info("%s", decoder.size)
         _warn_once(cfg, decoder, criterion)
     stock(self, cfg, task, model, criterion, quantizer)
     if decoder is not None:
@@ -160,10 +161,12 @@ def train_step(
     loss, sample_size, logged = stock(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad or is_dummy
     )
+    if is_dummy:
+        loss, sample_size, logged = _without_dummy(loss, sample_size, logged)
     guard = getattr(self, "moe_guard", None)
     if guard is not None:
-        guard.see_loss(loss)
-    return _without_dummy(loss, sample_size, logged) if is_dummy else (loss, sample_size, logged)
+        guard.see_loss(loss, sample_size)
+    return loss, sample_size, logged
 
 
 @seam(

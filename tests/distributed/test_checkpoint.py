@@ -3,6 +3,8 @@
 Run: ``OMP_NUM_THREADS=1 pytest tests/distributed/test_checkpoint.py``.
 """
 
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,63 +12,26 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.helpers.checkpoints import assert_same, contents, manifest_of
-from tests.helpers.ranks import USER_DIR, CommandResult, run_cli, run_ranks
-
-MODEL = [
-    "--task", "language_modeling", "--tokens-per-sample", "32", "--sample-break-mode", "none",
-    "--arch", "transformer_lm_gpt", "--share-decoder-input-output-embed", "--decoder-layers", "2",
-    "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "32", "--decoder-attention-heads", "2",
-    "--moe-freq", "2", "--moe-expert-count", "4", "--criterion", "moe_cross_entropy",
-]  # fmt: skip
-TRAINING = [
-    "--optimizer", "adam", "--adam-betas", "(0.9,0.98)", "--lr", "0.01", "--lr-scheduler", "inverse_sqrt",
-    "--warmup-updates", "4", "--dropout", "0.1", "--batch-size", "2", "--num-workers", "0", "--seed", "3",
-    "--cpu",
-    "--required-batch-size-multiple", "1", "--disable-validation", "--log-format", "json", "--log-interval",
-    "1", "--no-epoch-checkpoints",
-]  # fmt: skip
+from tests.helpers.ranks import USER_DIR, run_cli, run_ranks
+from tests.helpers.real_runs import MODEL, TRAINING, RealRun, train
 
 
-def train(data: Path, save_dir: Path, *flags: Any, world_size: int = 2) -> CommandResult:
-    argv = [data, "--user-dir", USER_DIR, *MODEL, *TRAINING, "--save-dir", save_dir, *flags]
-    return run_cli("fairseq_cli.train", argv, world_size=world_size)
-
-
-def load_and_save(rank: int, argv: list[str]) -> int:
+def load_and_save(rank: int, data: str, save_dir: str, world_size: int, flags: list[str]) -> int:
     """Load a checkpoint into a trainer of this layout and save it again; returns the update count."""
-    from fairseq import checkpoint_utils, options, tasks
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-    from fairseq.distributed import fsdp_enable_wrap, fsdp_wrap
-    from fairseq.trainer import Trainer
-
-    import fairseq_moe  # noqa: F401
-
-    cfg = convert_namespace_to_omegaconf(
-        options.parse_args_and_arch(options.get_training_parser(), input_args=argv)
-    )
-    task = tasks.setup_task(cfg.task)
-    if cfg.distributed_training.ddp_backend == "fully_sharded":
-        with fsdp_enable_wrap(cfg.distributed_training):
-            model = fsdp_wrap(task.build_model(cfg.model))
-    else:
-        model = task.build_model(cfg.model)
-    trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
-    _, epoch_itr = checkpoint_utils.load_checkpoint(cfg.checkpoint, trainer)
-    epoch_itr.next_epoch_itr()
-    checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
-    return trainer.get_num_updates()
+    run = RealRun(data, save_dir, world_size, *flags)
+    run.save()
+    return int(run.trainer.get_num_updates())
 
 
 def resave(
     data: Path, source: Path, save_dir: Path, *, world_size: int, backend: str, extra: Any = ()
 ) -> list[int]:
-    argv = [
-        str(data), *MODEL, *TRAINING, "--restore-file", str(source), "--save-dir", str(save_dir),
-        "--ddp-backend", backend, "--distributed-world-size", str(world_size), *extra,
-    ]  # fmt: skip
-    return run_ranks(load_and_save, world_size, argv)
+    flags = ["--restore-file", str(source), "--ddp-backend", backend, *extra]
+    return run_ranks(load_and_save, world_size, str(data), str(save_dir), world_size, flags)
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +87,6 @@ def test_replicated_experts_are_written_once(text_data: Path, tmp_path: Path, ba
     assert_same(contents(tmp_path / "four" / "checkpoint_last.pt"), contents(source))
 
 
-def test_resumed_training_continues_bit_for_bit(trained: Path, text_data: Path, tmp_path: Path) -> None:
-    assert train(text_data, tmp_path / "whole", "--max-update", "6").exit_code == 0
-    shutil.copytree(trained, tmp_path / "halves")
-    assert train(text_data, tmp_path / "halves", "--max-update", "6").exit_code == 0
-    whole, halves = (contents(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "halves"))
-    assert_same(halves, whole)
-
-
 def test_flags_that_fairseq_saves_in_a_namespace_load_again(text_data: Path, tmp_path: Path) -> None:
     argv = [text_data, "--user-dir", USER_DIR, *MODEL, *TRAINING, "--save-dir", tmp_path]
     position = argv.index("--adam-betas")
@@ -141,36 +98,19 @@ def test_flags_that_fairseq_saves_in_a_namespace_load_again(text_data: Path, tmp
     assert "(1 updates)" in result.output
 
 
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def _flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1
-    path.write_bytes(bytes(data))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "damage", "said"),
-    [
-        ("shards/*/shard-1-of-2.safetensors", Path.unlink, "is missing"),
-        ("shards/*/shard-1-of-2.safetensors", _flip, "it is damaged"),
-        ("shards/*/shard-0-of-2.safetensors", _cut, "it is damaged"),
-        ("checkpoint_last.pt", _cut, "cannot read checkpoint file"),
-    ],
-)
 def test_damage_is_named_by_one_sentence_and_no_rank_trains(
-    trained: Path, text_data: Path, tmp_path: Path, pattern: str, damage: Any, said: str
+    trained: Path, text_data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(trained, tmp_path / "copy")
-    (damaged,) = (tmp_path / "copy").glob(pattern)
-    damage(damaged)
+    (damaged,) = (tmp_path / "copy").glob("shards/*/shard-1-of-2.safetensors")
+    data = bytearray(damaged.read_bytes())
+    data[-5] ^= 1
+    damaged.write_bytes(data)
     result = train(text_data, tmp_path / "copy", "--max-update", "6")
     assert result.exit_codes == [2, 2]
     sentences = [line for line in result.output.splitlines() if "fairseq_moe: error" in line]
     assert len(sentences) == 1, result.output
-    assert said in sentences[0]
+    assert "it is damaged" in sentences[0]
     assert str(damaged) in sentences[0]
     assert "Traceback" not in result.output
     assert "train_inner" not in result.output
@@ -209,48 +149,58 @@ def test_a_manifest_that_leaves_the_directory_is_refused(
     assert "not a plain path below its directory" in result.output
 
 
-def test_a_missing_restore_file_is_an_error(text_data: Path, tmp_path: Path) -> None:
-    result = train(text_data, tmp_path / "new", "--restore-file", tmp_path / "no.pt", "--max-update", "1")
-    assert result.exit_codes == [2, 2]
-    assert result.output.count("fairseq_moe: error") == 1
-    assert f"--restore-file {tmp_path / 'no.pt'} does not exist" in result.output
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--moe-expert-count", "8"], "--moe-expert-count is 4 in the checkpoint and 8 in this run"),
-        (["--decoder-layers", "4"], "--decoder-layers is 2 in the checkpoint and 4 in this run"),
-        (["--moe-freq", "1"], "--moe-freq is 2 in the checkpoint and 1 in this run"),
-        (["--moe-expert-ffn-dim", "8"], "--moe-expert-ffn-dim is 32 in the checkpoint and 8 in this run"),
-        (
-            ["--moe-freq", "0", "--moe-expert-count", "0"],
-            "--moe-freq is 2 in the checkpoint and 0 in this run",
-        ),
-        (["--optimizer", "sgd"], "--optimizer"),
-    ],
-)
-def test_a_checkpoint_of_another_model_names_both_values(
-    trained: Path, text_data: Path, tmp_path: Path, flags: list[str], said: str
-) -> None:
-    argv = [
-        text_data,
-        "--user-dir",
-        USER_DIR,
-        *MODEL,
-        *TRAINING,
-        "--save-dir",
-        tmp_path / "new",
-        "--max-update",
-        "6",
-    ]
-    if "sgd" in flags:
-        position = argv.index("--adam-betas")
-        del argv[position : position + 2]
-    result = run_cli("fairseq_cli.train", [*argv, *flags, "--restore-file", trained / "checkpoint_last.pt"])
+def test_another_optimizer_is_refused_with_its_flag(trained: Path, text_data: Path, tmp_path: Path) -> None:
+    argv = [text_data, "--user-dir", USER_DIR, *MODEL, *TRAINING, "--save-dir", tmp_path / "new"]
+    position = argv.index("--adam-betas")
+    del argv[position : position + 2]
+    flags = ["--optimizer", "sgd", "--max-update", "6", "--restore-file", trained / "checkpoint_last.pt"]
+    result = run_cli("fairseq_cli.train", [*argv, *flags])
     assert result.exit_code == 2, result.output
-    assert said in result.output
+    assert "--optimizer" in result.output
     assert "Traceback" not in result.output
+
+
+def make_version_1(main: Path) -> None:
+    """Turn a checkpoint of one shard into one of the format before: dense tensors in the main file."""
+    state = torch.load(main, weights_only=True)
+    manifest = state["fairseq_moe"]
+    (shard,) = manifest["shards"]
+    old = main.parent / "experts" / "x" / "shard-0-of-1.safetensors"
+    old.parent.mkdir(parents=True)
+    with safe_open(main.parent / shard["file"], framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        scalars, aliases = (json.loads(file.metadata()[name]) for name in ("optimizer", "aliases"))
+    experts = {key: tensor for key, tensor in tensors.items() if ".experts." in key}
+    whole = {name: values for name, values in scalars.items() if ".experts." in name}
+    save_file(experts, old, metadata={"expert_ids": "[0, 1, 2, 3]", "optimizer": json.dumps(whole)})
+    named = {name: values for name, values in scalars.items() if ".experts." not in name}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        if key not in experts and kind == "model":
+            state["model"][name] = tensor
+        elif key not in experts:
+            named[name.rpartition("/")[0]][name.rpartition("/")[2]] = tensor
+    state["model"] |= {alias: state["model"][name] for alias, name in aliases.items()}
+    state["last_optimizer_state"]["named"] = named
+    digest = hashlib.sha256(old.read_bytes()).hexdigest()
+    shard |= {"file": "experts/x/" + old.name, "sha256": digest, "num_bytes": old.stat().st_size}
+    state["fairseq_moe"] = {"version": 1, "update": 3, "num_experts": 4, "shards": [shard]}
+    torch.save(state, main)
+
+
+@pytest.mark.parametrize(("world_size", "backend"), [(2, "fully_sharded"), (1, "legacy_ddp")])
+def test_the_format_before_loads(
+    trained: Path, text_data: Path, tmp_path: Path, world_size: int, backend: str
+) -> None:
+    one = tmp_path / "one"
+    resave(text_data, trained / "checkpoint_last.pt", one, world_size=1, backend="legacy_ddp")
+    make_version_1(one / "checkpoint_last.pt")
+    shutil.rmtree(one / "shards")
+    updates = resave(
+        text_data, one / "checkpoint_last.pt", tmp_path / "two", world_size=world_size, backend=backend
+    )
+    assert updates == [3] * world_size
+    assert_same(contents(tmp_path / "two" / "checkpoint_last.pt"), contents(trained / "checkpoint_last.pt"))
 
 
 def test_retention_deletes_the_sets_that_no_file_names(text_data: Path, tmp_path: Path) -> None:

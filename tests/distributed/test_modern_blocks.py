@@ -78,6 +78,22 @@ def test_activation_checkpointing_changes_nothing(name: str) -> None:
         torch.testing.assert_close(found["gradients"][key], gradient, msg=key)
 
 
+def _size(rank: int, flags: list[Any]) -> Any:
+    from tests.helpers.tiny import build_trainer
+
+    return build_trainer(flags).get_model().decoder.size
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_size_is_that_of_the_whole_model_wherever_it_lies(name: str) -> None:
+    (alone,) = run_ranks(_size, 1, list(MODELS[name]))
+    sharded = ["--ddp-backend", "fully_sharded", "--min-params-to-wrap", 1]
+    assert run_ranks(_size, 2, [*MODELS[name], *sharded]) == [alone, alone]
+    assert alone.total > alone.active > alone.active_without_embedding - 1 and bool(alone.mtp) is (
+        name == "latent"
+    )
+
+
 def _losses(rank: int, flags: list[Any]) -> list[float]:
     from tests.helpers.tiny import build_trainer, make_batch, update
 

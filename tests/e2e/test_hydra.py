@@ -57,7 +57,7 @@ def test_composed_expert_flags_train(
     assert len(losses) == 3
     assert float(losses[-1]) < float(losses[0])
     assert f"num. expert model params: {size_of_experts}" in result.outputs[0]
-    assert list((tmp_path / "save" / "experts").iterdir())
+    assert list((tmp_path / "save" / "shards").iterdir())
 
 
 def test_composed_preset_trains(text_data: Path, tmp_path: Path) -> None:

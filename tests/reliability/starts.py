@@ -1,16 +1,29 @@
-"""fairseq-train with a signal to itself at a chosen call: an entry point for ``run_cli``."""
+"""fairseq-train with a signal to itself, or without one of our guards: entry points for ``run_cli``."""
 
 import functools
 import hashlib
 import importlib
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-__all__ = ["SIGNAL_AT", "signal_at", "train"]
+__all__ = [
+    "PID_FOLDER",
+    "SIGNAL_AT",
+    "signal_at",
+    "train",
+    "train_then_be_killed",
+    "train_until_a_user_error",
+    "train_without",
+]
 
 SIGNAL_AT = "TEST_SIGNAL_AT"
+PID_FOLDER = "TEST_PID_FOLDER"
+_WATCH_SEC = 80.0
 
 
 def signal_at(target: str, *, nth: int, ranks: list[int], name: str) -> dict[str, str]:
@@ -40,6 +53,60 @@ def train() -> None:
             _send_before(target, int(nth), signal.Signals[name])
     fairseq_cli.train.cli_main()
     print("digest", _digest(trainers[-1]))
+
+
+def train_without() -> None:
+    """As ``train``, without the guard that the first argument names."""
+    import fairseq_moe.stock.failing as failing
+    import fairseq_moe.stock.signals as signals
+    import fairseq_moe.stock.training as training
+
+    match sys.argv.pop(1):
+        case "heartbeat":
+            failing.Watchdog.of_this_process = lambda: None  # type: ignore[method-assign, assignment]
+        case "end at out of memory":
+            training.world_size = lambda: 1  # type: ignore[attr-defined]
+        case "handlers":
+            signals.Signals.listen = lambda self: None  # type: ignore[method-assign]
+    train()
+
+
+def train_until_a_user_error() -> None:
+    """As ``train``; in the second update rank 1 alone meets an error that is the user's to mend."""
+    import fairseq.trainer
+
+    from fairseq_moe.errors import MoEError
+
+    def refuse(trainer: Any, *args: Any) -> None:
+        if trainer.data_parallel_rank == 1 and trainer.get_num_updates() == 1:
+            raise MoEError("mend this.")
+
+    _before(fairseq.trainer.Trainer, "clip_grad_norm", refuse)
+    train()
+
+
+def train_then_be_killed() -> None:
+    """fairseq-train; a rank that has stopped itself is killed once all other ranks have ended."""
+    import fairseq_cli.train
+
+    folder = Path(os.environ[PID_FOLDER])
+    (folder / str(os.getpid())).touch()
+    if os.fork() == 0:
+        try:
+            _kill_when_alone(os.getppid(), folder)
+        finally:
+            os._exit(0)
+    fairseq_cli.train.cli_main()
+
+
+def _kill_when_alone(pid: int, folder: Path) -> None:
+    deadline = time.monotonic() + _WATCH_SEC
+    while time.monotonic() < deadline and os.getppid() == pid:
+        time.sleep(0.1)
+        others = [entry.name for entry in folder.iterdir() if entry.name != str(pid)]
+        if others and not any(Path("/proc", other).exists() for other in others):
+            os.kill(pid, signal.SIGKILL)
+            return
 
 
 def _before(owner: Any, name: str, action: Callable[..., Any]) -> None:

@@ -119,6 +119,26 @@ def test_the_next_start_loads_it_and_its_save_clears_the_remains_away(killed: di
         assert not list(last.parent.rglob("*.tmp-*"))
 
 
+def save_once(rank: int, save_dir: str, fault: str) -> None:
+    from tests.helpers.saves import TinyRun
+
+    run = TinyRun(Path(save_dir), *FLAGS)
+    run.train(1)
+    run.save(fault=fault)
+
+
+@pytest.mark.parametrize(
+    ("place", "update"), [("save.main_flushed", 0), ("save.main_renamed", 1), ("save.copy_half", 1)]
+)
+def test_a_first_save_that_was_killed_after_its_commit_is_found(
+    place: str, update: int, tmp_path: Path
+) -> None:
+    """There is no checkpoint_last.pt yet; the old state is that of a fresh start."""
+    with pytest.raises(RankError, match="rank 0: died with exit code -9"):
+        run_ranks(save_once, 2, str(tmp_path), f"{place}@0=kill")
+    assert run_ranks(load_and_save_each, 2, [str(tmp_path)]) == [[update], [update]]
+
+
 def save_twice_copying_in_place(rank: int, save_dir: str) -> None:
     """As ``save_twice``, without the guard: the copy is written over the old file."""
     from fairseq_moe.stock import retention

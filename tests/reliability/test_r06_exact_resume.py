@@ -31,10 +31,18 @@ def run(
     return logged
 
 
-@pytest.mark.parametrize("backend", ["legacy_ddp", "fully_sharded"])
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    "world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow_reliability)], ids="ranks-{}".format
+    ("world_size", "case", "backend"),
+    [
+        (1, "jitter", "legacy_ddp"),
+        (2, "jitter", "legacy_ddp"),
+        (2, "sampling", "fully_sharded"),
+        *(
+            pytest.param(4, case, backend, marks=pytest.mark.slow_reliability)
+            for case in CASES
+            for backend in ("legacy_ddp", "fully_sharded")
+        ),
+    ],
 )
 def test_resumed_training_is_the_same_to_the_bit(
     world_size: int, case: str, backend: str, text_data: Path, tmp_path: Path

@@ -1,5 +1,6 @@
 """R7: any number of ranks continues what another wrote: weights and moments to the bit, the next loss to 1e-6."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.helpers.real_runs import RealRun
 
 DIVISORS = [1, 2, 4, 8]
 # Random numbers differ between ranks, so none are drawn; the clip is there to show that the norm is the same.
-EXACT = ["--dropout", 0, "--moe-second-expert-policy", "all", "--clip-norm", 0.5]
+EXACT = ["--dropout", 0, "--attention-dropout", 0, "--moe-second-expert-policy", "all", "--clip-norm", 0.5]
 NUM_BATCHES = 4  # of an update, over all ranks
 
 
@@ -87,12 +88,12 @@ def continue_without_moving(
 
 
 def test_without_the_moved_position_other_data_would_follow(text_data: Path, tmp_path: Path) -> None:
-    arguments = (str(text_data), str(tmp_path))
-    run_ranks(continue_on, 2, *arguments, 2, "legacy_ddp", 2)
-    kept = (tmp_path / "checkpoint_last.pt").read_bytes()
-    (right,) = run_ranks(continue_on, 1, *arguments, 1, "legacy_ddp", 1)
-    (tmp_path / "checkpoint_last.pt").write_bytes(kept)
-    (wrong,) = run_ranks(continue_without_moving, 1, *arguments, 1, "legacy_ddp", 1)
+    run_ranks(continue_on, 2, str(text_data), str(tmp_path / "right"), 2, "legacy_ddp", 2)
+    shutil.copytree(tmp_path / "right", tmp_path / "wrong")
+    (right,) = run_ranks(continue_on, 1, str(text_data), str(tmp_path / "right"), 1, "legacy_ddp", 1)
+    (wrong,) = run_ranks(
+        continue_without_moving, 1, str(text_data), str(tmp_path / "wrong"), 1, "legacy_ddp", 1
+    )
     assert wrong[0]["loss"] != pytest.approx(right[0]["loss"], rel=1e-3)
 
 
@@ -111,5 +112,6 @@ def test_1_2_4_and_1_ranks_of_two_backends_are_one_run(text_data: Path, tmp_path
     found, expected = (contents(tmp_path / name / "checkpoint_last.pt") for name in ("moving", "alone"))
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        if key.startswith("model/"):
+        # A key's bias moves all scores of a query alike, so its gradient is rounding, which Adam blows up.
+        if key.startswith("model/") and "k_proj.bias" not in key:
             assert (found[key] - value).abs().max() <= 1e-4, key

@@ -100,7 +100,7 @@ def _spoil_the_loss(rank: int, save_dir: str, blind: bool) -> dict[str, Any]:
     from tests.helpers.tiny import make_batch, parameters, update
 
     if blind:
-        StepGuard.see_loss = lambda self, loss: None
+        StepGuard.see_loss = lambda self, loss, sample_size: None
     said = _messages()
     trainer = _trainer(save_dir)
     before = parameters(trainer)

@@ -95,6 +95,19 @@ def test_sigusr1_saves_and_goes_on(
     assert _digests(result) == whole
 
 
+def test_without_handlers_the_rank_dies_and_nothing_is_saved(text_data: Path, tmp_path: Path) -> None:
+    result = run_cli(
+        "tests.reliability.starts",
+        ["handlers", *train_argv(text_data, tmp_path, *_FLAGS)],
+        world_size=2,
+        env=signal_at(_TRAIN_STEP, nth=3, ranks=[1], name="SIGTERM"),
+        function="train_without",
+        may_die=True,
+    )
+    assert result.exit_codes[1] == -signal.SIGTERM
+    assert _saved(result) == []
+
+
 def _second_signal(rank: int, pause_sec: float) -> None:
     import fairseq_moe.stock.signals as signals
 

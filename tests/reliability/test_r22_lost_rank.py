@@ -11,6 +11,7 @@ import pytest
 from fairseq_moe.faults import VARIABLE
 from tests.e2e.commands import train_argv
 from tests.helpers.ranks import CommandResult, run_cli
+from tests.reliability.starts import PID_FOLDER
 
 _FLAGS = ("--max-update", "50", "--no-epoch-checkpoints", "--disable-validation")
 _TIMEOUT_SEC = 5
@@ -50,6 +51,22 @@ def test_rank_0_that_takes_the_store_with_it_is_named(text_data: Path, tmp_path:
     ]
 
 
+@pytest.mark.slow_reliability
+def test_a_stopped_rank_is_named_after_the_timeout(text_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "pids").mkdir()
+    argv = train_argv(text_data, tmp_path / "save", *_FLAGS, "--collective-timeout-sec", _TIMEOUT_SEC)
+    env = {VARIABLE: "train.forward@1@4=stop", PID_FOLDER: str(tmp_path / "pids")}
+    result = run_cli(
+        "tests.reliability.starts", argv, world_size=2, env=env, function="train_then_be_killed", may_die=True
+    )
+    assert result.exit_codes == [3, -9], result.outputs[1][-1500:]
+    assert _errors(result.outputs[0]) == [
+        "fairseq_moe: error: rank 1 lost at update 4 (no sign of life for 4 s)"
+    ]
+    assert "Timed out waiting 5000ms" in result.outputs[0]  # from the flag
+    assert "in trainer_train_step" in result.outputs[0]  # where this rank has waited
+
+
 def test_a_rank_that_hangs_is_named_and_shows_where(text_data: Path, tmp_path: Path) -> None:
     flags = ("--collective-timeout-sec", _TIMEOUT_SEC)
     result = _run(text_data, tmp_path, "train.forward@1@3=sleep:300", *flags, world_size=2)
@@ -87,3 +104,41 @@ def test_out_of_memory_in_validation_is_told_too(text_data: Path, tmp_path: Path
     result = run_cli("fairseq_cli.train", argv, world_size=2, env=env, may_die=True)
     assert result.exit_codes == [3, 1]
     assert "fairseq_moe: error: rank 1 failed at update 2: OutOfMemoryError" in result.outputs[0]
+
+
+def test_a_user_error_of_one_rank_is_a_sentence_on_all(text_data: Path, tmp_path: Path) -> None:
+    argv = train_argv(text_data, tmp_path, *_FLAGS)
+    result = run_cli(
+        "tests.reliability.starts", argv, world_size=2, function="train_until_a_user_error", may_die=True
+    )
+    assert result.exit_codes == [3, 2]
+    assert _errors(result.outputs[0]) == ["fairseq_moe: error: rank 1 failed at update 2: mend this."]
+    assert _errors(result.outputs[1]) == ["fairseq_moe: error: mend this."]
+    assert "Traceback" not in result.output
+
+
+def _run_without(guard: str, data: Path, save_dir: Path, fault: str) -> CommandResult:
+    argv = [guard, *train_argv(data, save_dir, *_FLAGS, "--collective-timeout-sec", _TIMEOUT_SEC)]
+    return run_cli(
+        "tests.reliability.starts",
+        argv,
+        world_size=2,
+        env={VARIABLE: fault},
+        function="train_without",
+        may_die=True,
+    )
+
+
+def test_without_heartbeats_nobody_knows_the_killed_rank(text_data: Path, tmp_path: Path) -> None:
+    result = _run_without("heartbeat", text_data, tmp_path, "train.forward@1@3=kill")
+    assert result.exit_codes == [1, -9]
+    assert "rank 1 lost" not in result.output
+
+
+def test_without_its_end_a_rank_out_of_memory_leaves_the_others_waiting(
+    text_data: Path, tmp_path: Path
+) -> None:
+    result = _run_without("end at out of memory", text_data, tmp_path, "train.forward@1@3=oom")
+    assert "attempting to recover from OOM" in result.outputs[1]
+    assert "Timed out waiting 5000ms" in result.output
+    assert "failed at update 3: OutOfMemoryError" not in result.output

@@ -167,6 +167,7 @@ def test_to_dense_refuses_what_a_stock_model_cannot_be(
         (write_ours(tmp_path / "c.pt", model(expert_dim=8)), ["--mean"], "widths [6, 8]"),
         (write_ours(tmp_path / "d.pt", shared), ["--mean"], "shared experts"),
         (write_dense(tmp_path / "e.pt"), ["--mean"], "no experts"),
+        (write_ours(tmp_path / "f.pt", gated_ffn=True), ["--mean"], "does not know (--gated-ffn)"),
     ):
         assert sentence in ends_with_sentence(capsys, "to-dense", path, "--to", tmp_path / "dense.pt", *argv)
         assert not (tmp_path / "dense.pt").exists()

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fairseq_moe.checkpoint_tools.command import main
 from fairseq_moe.faults import VARIABLE
 from tests.helpers.checkpoints import assert_same, contents, manifest_of
 from tests.helpers.formats import (
+    EXPERTS,
     NUM_EXPERTS,
     model,
     optimizer,
@@ -178,6 +180,52 @@ def test_a_full_disk_leaves_nothing(
     assert sorted(file for file in two.rglob("*") if file.is_file()) == before
 
 
+_ROW = f"{EXPERTS}.1.fc2.weight"
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "value"),
+    [
+        ("format 2", ("cfg",), True),
+        ("format 2", ("optimizer_history", 0), "x"),
+        ("format 2", ("fairseq_moe", "shape"), [1]),
+        ("format 2", ("fairseq_moe", "shards", 0, "file"), "../../outside.safetensors"),
+        ("format 2", ("averaged_from",), 1),
+        ("format 1", ("last_optimizer_state",), 1),
+        ("moe branch", ("model", _ROW), {"a": 1}),
+        ("moe branch", ("model", _ROW), torch.ones(3)),
+        ("moe branch", ("cfg", "model", "moe_expert_count"), 1.5),
+        ("dense", ("optimizer_history", 0, "num_updates"), []),
+        ("dense", ("model",), [torch.ones(1)]),
+    ],
+)
+def test_values_of_any_form_never_end_with_a_stack_trace(
+    kind: str, where: tuple[Any, ...], value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_dense(tmp_path / "a.pt") if kind == "dense" else write(kind, tmp_path, model())
+    file = path
+    if kind == "moe branch":
+        file = tmp_path / f"checkpoint_last-{'rank-0' if where[0] == 'model' else 'shared'}.pt"
+    state = torch.load(file, weights_only=True)
+    *parents, last = where
+    inner = state
+    for name in parents:
+        inner = inner[name]
+    inner[last] = value
+    torch.save(state, file)
+    good = write_ours(tmp_path / "good.pt")
+    codes = []
+    for tool in WRITERS:
+        argv = write_command(tool, tmp_path, tmp_path / tool / "b.pt")
+        argv[1] = path
+        if tool == "average":
+            argv[2] = good
+        codes.append(main([str(part) for part in argv]))
+    codes += [main([tool, str(path)]) for tool in ("inspect", "verify")]
+    assert 2 in codes
+    assert "Traceback" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
@@ -241,7 +289,7 @@ def test_inspect_says_what_it_is(
     [
         ("format 1", "fairseq_moe, format 1"),
         ("moe branch", "moe branch"),
-        ("dense", "dense checkpoint of stock"),
+        ("dense", "dense checkpoint of fairseq"),
     ],
 )
 def test_inspect_detects_other_formats(

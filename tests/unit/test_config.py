@@ -114,6 +114,7 @@ _MOE_ARGV = [
 ]
 _IN_USE = {
     "--ddp-backend slowmo": ["--ddp-backend", "slowmo"],
+    "--write-checkpoints-asynchronously": ["--write-checkpoints-asynchronously"],
     "--decoder-layerdrop": ["--decoder-layerdrop", "0.1"],
     "--store-ema": ["--store-ema"],
     "--amp": ["--amp"],
@@ -153,7 +154,7 @@ _ACCEPTED = {
 @pytest.fixture(scope="module")
 def problems_of_flags() -> dict[str, list[str]]:
     """For each entry of the two tables, what a command line with it is told."""
-    (found,) = run_ranks(_parse_all, 1, {**_IN_USE, **_ACCEPTED})
+    (found,) = run_ranks(_parse_all, 1, {**_IN_USE, **_ACCEPTED}, timeout=110)
     return found
 
 

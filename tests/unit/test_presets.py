@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModel
 from fairseq_moe.models.presets import PRESETS
-from fairseq_moe.models.sizes import ModelSize, model_size
+from fairseq_moe.models.sizes import ModelSize
 from fairseq_moe.modern import ModernConfig, modern_problems
 from tests.helpers.presets import WordIds, build_model, parse
 from tests.helpers.ranks import REPOSITORY
@@ -33,7 +33,8 @@ def size_of(name: str, *flags: str) -> ModelSize:
     with torch.device("meta"):
         model = build_model(parse(name, flags), WordIds(PRESETS[name].vocab_size))
     assert all(parameter.is_meta for parameter in model.parameters())
-    return model_size(model)
+    size: ModelSize = model.decoder.size
+    return size
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -51,7 +52,7 @@ def test_a_missing_gate_is_noticed() -> None:
     args.moe_shared_expert_gate = False
     with torch.device("meta"):
         model = build_model(args, WordIds(PRESETS["qwen2_57b_a14b"].vocab_size))
-    assert PRESETS["qwen2_57b_a14b"].num_parameters - model_size(model).total == 28 * 3584
+    assert PRESETS["qwen2_57b_a14b"].num_parameters - model.decoder.size.total == 28 * 3584
 
 
 def test_multi_token_prediction_of_v3() -> None:
