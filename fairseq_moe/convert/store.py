@@ -27,7 +27,16 @@ from fairseq_moe.convert.settings import complete_settings
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["CHECKPOINT", "COMPANIONS", "CONVERSION", "Assembled", "StoredModel", "write_model"]
+__all__ = [
+    "CHECKPOINT",
+    "COMPANIONS",
+    "CONVERSION",
+    "Assembled",
+    "StoredModel",
+    "fresh_state",
+    "write_model",
+    "write_tensors",
+]
 
 CHECKPOINT = "checkpoint.pt"
 COMPANIONS = "hf"
@@ -60,7 +69,7 @@ class Assembled:
 
 
 def write_model(directory: Path, *, spec: ModelSpec, tensors: Sequence[Assembled], num_shards: int) -> None:
-    """Write a checkpoint that no training has touched.
+    """Write a converted checkpoint, which no training has touched.
 
     Args:
         directory: of the main file, ``checkpoint.pt``.
@@ -68,33 +77,59 @@ def write_model(directory: Path, *, spec: ModelSpec, tensors: Sequence[Assembled
         tensors: of the model.
         num_shards: over which the experts are spread evenly.
     """
-    num_experts = spec.routing.num_experts
-    per_shard = num_experts // num_shards
+    write_tensors(
+        directory,
+        state=_main_state(spec),
+        shape=ModelShape(
+            num_experts=spec.routing.num_experts,
+            top_k=spec.routing.top_k,
+            model_dim=spec.model_dim,
+            expert_dim=spec.expert_ffn_dim,
+            num_layers=spec.num_layers,
+        ),
+        tensors=tensors,
+        aliases={"decoder.output_projection.weight": _EMBEDDING} if spec.tied else {},
+        num_shards=num_shards,
+    )
+
+
+def write_tensors(
+    directory: Path,
+    *,
+    state: dict[str, Any],
+    shape: ModelShape,
+    tensors: Sequence[Assembled],
+    aliases: dict[str, str],
+    num_shards: int,
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        directory: of the main file, ``checkpoint.pt``.
+        state: what the main file says besides.
+        shape: sizes of the model.
+        tensors: of the model.
+        aliases: further names of some of them.
+        num_shards: over which the experts are spread evenly.
+    """
+    per_shard = shape.num_experts // num_shards
     parts = []
     for index in range(num_shards):
         ids = list(range(index * per_shard, (index + 1) * per_shard))
         model = {tensor.name: tensor.lazily(ids) for tensor in tensors}
-        aliases = {"decoder.output_projection.weight": _EMBEDDING} if spec.tied else {}
         parts.append(ShardContent(expert_ids=ids, model=dict(model), aliases=aliases))
     writers = [
         share_of(
             index,
             expert_bytes=[part.expert_bytes() for part in parts],
             dense_bytes=parts[0].dense_bytes(),
-            aliases=parts[0].aliases,
+            aliases=aliases,
         )
         for index in range(num_shards)
     ]
-    shape = ModelShape(
-        num_experts=num_experts,
-        top_k=spec.routing.top_k,
-        model_dim=spec.model_dim,
-        expert_dim=spec.expert_ffn_dim,
-        num_layers=spec.num_layers,
-    )
     write_checkpoint(
         directory / CHECKPOINT,
-        state=_main_state(spec),
+        state=state,
         run_id=None,
         update=0,
         shape=shape,
@@ -104,10 +139,14 @@ def write_model(directory: Path, *, spec: ModelSpec, tensors: Sequence[Assembled
 
 
 def _main_state(spec: ModelSpec) -> dict[str, Any]:
-    """What stock fairseq expects of a checkpoint besides the weights."""
+    return fresh_state(complete_settings(flags_of(spec), max_positions=spec.max_positions))
+
+
+def fresh_state(cfg: dict[str, Any]) -> dict[str, Any]:
+    """What stock fairseq expects of a checkpoint besides the weights, before any training."""
     return {
         "args": None,
-        "cfg": complete_settings(flags_of(spec), max_positions=spec.max_positions),
+        "cfg": cfg,
         "criterion": {},
         "optimizer_history": [
             {
@@ -167,8 +206,8 @@ class StoredModel:
         spec = spec_of(flags, vocab_size=rows, max_positions=int(positions))
         settings = cfg.get("checkpoint") or {}
         begun = settings.get("finetune_from_model") or settings.get("restore_file")
-        is_given = begun is not None and begun != "checkpoint_last.pt"
-        return cls(path=path, spec=spec, restored_from=Path(begun) if is_given else None, _parts=parts)
+        restored_from = Path(begun) if begun and begun != "checkpoint_last.pt" else None
+        return cls(path=path, spec=spec, restored_from=restored_from, _parts=parts)
 
     def names(self) -> list[str]:
         """Of all parameters and buffers, tied ones once."""
