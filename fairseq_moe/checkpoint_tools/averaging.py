@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fairseq_moe.checkpoint import LazyTensor, ShardContent, find_branch_checkpoint
 from fairseq_moe.checkpoint_tools.output import check_target, write_dense, write_shards
-from fairseq_moe.checkpoint_tools.progress import progress
 from fairseq_moe.checkpoint_tools.source import Source, open_source
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.progress import progress
 
 __all__ = ["AVERAGED_FROM", "average", "last_checkpoints", "mean_of"]
 
@@ -37,7 +37,7 @@ def average(sources: Sequence[Source], to: Path) -> None:
     _check_distinct(sources)
     _check_alike(sources)
     for source in sources:
-        with progress(f"verifying {source.path.name}", source.num_bytes) as advance:
+        with progress(f"verifying {source.path.name}", source.unverified_bytes) as advance:
             source.require_intact(advance)
     newest = max(sources, key=lambda source: source.update or 0)
     state = {

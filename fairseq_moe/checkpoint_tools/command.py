@@ -11,9 +11,9 @@ from fairseq_moe.checkpoint_tools.averaging import average, last_checkpoints
 from fairseq_moe.checkpoint_tools.copying import reshard
 from fairseq_moe.checkpoint_tools.dense import to_dense
 from fairseq_moe.checkpoint_tools.inspecting import Description, describe
-from fairseq_moe.checkpoint_tools.progress import progress
 from fairseq_moe.checkpoint_tools.source import damage_as_sentence, open_source
 from fairseq_moe.errors import CheckpointError, MoEError
+from fairseq_moe.progress import progress
 
 __all__ = ["main"]
 
@@ -89,7 +89,7 @@ def _problems(path: Path) -> Iterator[str]:
     """Everything that is wrong with one checkpoint; prints a line if it is nothing."""
     try:
         source = open_source(path)
-        with progress(f"verifying {path.name}", source.num_bytes) as advance:
+        with progress(f"verifying {path.name}", source.unverified_bytes) as advance:
             problems = list(source.problems(advance))
     except CheckpointError as error:
         problems = [str(error)]

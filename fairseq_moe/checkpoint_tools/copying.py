@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from fairseq_moe.checkpoint_tools.output import check_target, write_shards
-from fairseq_moe.checkpoint_tools.progress import progress
 from fairseq_moe.checkpoint_tools.source import open_source
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.progress import progress
 
 __all__ = ["reshard"]
 
@@ -30,7 +30,7 @@ def reshard(path: Path, to: Path, *, num_shards: int, with_optimizer: bool = Tru
     source = open_source(path)
     if source.shape is None:
         raise CheckpointError(f"{path} is a {source.kind}: one file, which has no shards; copy it as it is.")
-    with progress("verifying", source.num_bytes) as advance:
+    with progress("verifying", source.unverified_bytes) as advance:
         source.require_intact(advance)
     write_shards(
         to,

@@ -12,13 +12,13 @@ from torch import Tensor
 from fairseq_moe.checkpoint import LazyTensor, ShardContent, has_expert_rows
 from fairseq_moe.checkpoint_tools.averaging import mean_of
 from fairseq_moe.checkpoint_tools.output import check_target, write_dense
-from fairseq_moe.checkpoint_tools.progress import progress
 from fairseq_moe.checkpoint_tools.source import Source, damage_as_sentence, open_source
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.megatron import MegatronConfig
 from fairseq_moe.megatron_args import MEGATRON_ARGS
 from fairseq_moe.modern import ModernConfig
+from fairseq_moe.progress import progress
 from fairseq_moe.reliability import ReliabilityConfig
 
 __all__ = ["MODEL_FLAGS_OF_PLUGIN", "to_dense"]
@@ -63,7 +63,7 @@ def to_dense(path: Path, to: Path, *, expert: int | None) -> None:
         raise CheckpointError(f"--expert is {expert}, expected 0 to {num_experts - 1}: {path} has that many.")
     with damage_as_sentence(path):
         _check_blocks(path, source.state["cfg"]["model"])
-    with progress("verifying", source.num_bytes) as advance:
+    with progress("verifying", source.unverified_bytes) as advance:
         source.require_intact(advance)
     ids = range(num_experts) if expert is None else [expert]
     content = _dense_content(source, ids)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from fairseq_moe.checkpoint import ShardContent, has_expert_rows
 from fairseq_moe.checkpoint_tools.averaging import AVERAGED_FROM
-from fairseq_moe.checkpoint_tools.progress import content_bytes
 from fairseq_moe.checkpoint_tools.source import Source
+from fairseq_moe.checkpoint_tools.tracking import content_bytes
 
 __all__ = ["Description", "describe"]
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_moe.checkpoint import ModelShape, ShardContent, split_content, write_checkpoint, write_large
-from fairseq_moe.checkpoint_tools.progress import content_bytes, progress, tracked
+from fairseq_moe.checkpoint_tools.tracking import content_bytes, tracked
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.progress import progress
 
 __all__ = ["check_target", "write_dense", "write_shards"]
 

@@ -67,6 +67,11 @@ class Source:
         """Size of all files together, as far as they are there."""
         return sum(file.stat().st_size for file in self.files if file.is_file())
 
+    @property
+    def unverified_bytes(self) -> int:
+        """Size of the files that ``problems`` compares; the main file was checked when it was opened."""
+        return sum(entry.num_bytes for entry in self.entries)
+
     def content(self, expert_ids: Sequence[int] | None = None, *, with_optimizer: bool) -> ShardContent:
         """Everything as tensors that are read when they are used.
 
@@ -82,7 +87,7 @@ class Source:
             return self.content_of(every if expert_ids is None else expert_ids, with_optimizer)
 
     def problems(self, advance: Advance) -> Iterator[str]:
-        """One sentence for each thing that is not as it was written; the main file was checked when opened.
+        """One sentence for each thing that is not as it was written.
 
         Args:
             advance: told the number of bytes that have been compared.

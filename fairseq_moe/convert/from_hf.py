@@ -20,11 +20,11 @@ from fairseq_moe.convert.directories import appearing, copy_companions
 from fairseq_moe.convert.families import fp8_block, read_config
 from fairseq_moe.convert.flags import command_line
 from fairseq_moe.convert.names import OurTensor, copied_names, is_fused, mtp_prefix, tensor_table
-from fairseq_moe.convert.progress import progress
 from fairseq_moe.convert.safetensors_dir import TensorDir, digest_of, read_json
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.convert.store import CHECKPOINT, COMPANIONS, CONVERSION, Assembled, write_model
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.progress import progress
 
 __all__ = ["Conversion", "from_hf"]
 

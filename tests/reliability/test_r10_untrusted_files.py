@@ -225,7 +225,6 @@ LATER: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.xfail(reason="the reader of the next format refuses these", strict=False)
 def test_further_lists_and_shards_are_refused(copy: Copy, text_data: Path) -> None:
     files = {}
     for what, spoil in LATER.items():

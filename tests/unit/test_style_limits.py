@@ -14,7 +14,7 @@ MAX_FUNCTION_LINES = 70
 # A file may import from its own layer and from those above it in this list, never from below.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"agreement", "layout", "load_record", "load_watch", "stock_flags"},
+    {"agreement", "layout", "load_record", "load_watch", "progress", "stock_flags"},
     {"modules"},
     {"megatron_args"},
     {"reliability"},
