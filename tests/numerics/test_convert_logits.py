@@ -1,6 +1,7 @@
 """Logits of converted models equal transformers' on every family; a rule that is read wrongly shows in them."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fairseq_moe.convert.cli import main
 from fairseq_moe.convert.names import OurTensor
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.convert.verify import our_model, verify
@@ -119,3 +121,17 @@ def test_gate_and_up_in_the_wrong_order_show(
     converter.from_hf(hf_model(name), tmp_path / "ours")
     with pytest.raises(CheckpointError, match=r"the logits of .* differ"):
         verify(hf_model(name), tmp_path / "ours")
+
+
+def test_the_command_verifies_both_ways(
+    hf_model: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = ["from-hf", str(hf_model("olmoe")), "--to", str(tmp_path / "ours"), "--verify"]
+    assert main(there) == 0
+    assert "verified: logits of both models on 96 tokens" in capsys.readouterr().out
+    back = ["to-hf", str(tmp_path / "ours"), "--verify", "--to"]
+    assert main([*back, str(tmp_path / "back")]) == 0
+    assert "verified: logits of both models on 96 tokens" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main([*back, str(tmp_path / "again")]) == 2
+    assert "--verify needs transformers" in capsys.readouterr().err
