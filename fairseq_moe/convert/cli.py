@@ -9,6 +9,7 @@ import torch
 
 from fairseq_moe.convert.from_hf import Conversion, from_hf
 from fairseq_moe.convert.to_hf import to_hf
+from fairseq_moe.convert.upcycle import upcycle
 from fairseq_moe.errors import MoEError
 
 __all__ = ["main"]
@@ -82,6 +83,26 @@ def _preprocess(args: argparse.Namespace) -> None:
     print(f"written: {args.destdir}")
 
 
+def _upcycle(args: argparse.Namespace) -> None:
+    done = upcycle(
+        args.checkpoint,
+        args.to,
+        num_experts=args.num_experts,
+        top_k=args.topk,
+        granularity=args.granularity,
+        layers=args.moe_layer_freq,
+        num_shards=args.expert_parallel_size,
+        seed=args.seed,
+    )
+    if not done.is_equal:
+        print(
+            "note: with this activation slices do not add up: the model begins as another.", file=sys.stderr
+        )
+    flags = (f"--{name.replace('_', '-')} {value}" for name, value in done.flags.items())
+    print(f"train it with the dense model's flags and: {' '.join(flags)}")
+    print(f"written: {done.target}")
+
+
 def _verify(hf: Path, ours: Path) -> None:
     from fairseq_moe.convert.verify import verify  # builds models: needs fairseq and transformers
 
@@ -131,7 +152,34 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_to_hf)
     _add_verify(command)
     _add_preprocess(commands.add_parser("preprocess", help="from text to data for a converted model"))
+    _add_upcycle(commands.add_parser("upcycle", help="from a dense checkpoint to one with experts"))
     return parser
+
+
+def _add_upcycle(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", type=Path, help="of a dense transformer_lm")
+    command.add_argument("--to", type=Path, required=True, metavar="OUT", help="directory to be made")
+    command.add_argument(
+        "--num-experts", type=_positive, required=True, metavar="E", help="experts per layer"
+    )
+    command.add_argument(
+        "--topk", type=_positive, default=2, metavar="K", help="experts per token (default: 2)"
+    )
+    command.add_argument(
+        "--granularity",
+        type=_positive,
+        default=1,
+        metavar="G",
+        help="cut each network into G experts (default: 1)",
+    )
+    command.add_argument(
+        "--moe-layer-freq", default="1", help="which layers, as in fairseq-train (default: 1, all)"
+    )
+    command.add_argument(
+        "--expert-parallel-size", type=_positive, default=1, metavar="N", help="as in from-hf"
+    )
+    command.add_argument("--seed", type=int, default=1, help="of the router (default: 1)")
+    command.set_defaults(run=_upcycle)
 
 
 def _add_preprocess(command: argparse.ArgumentParser) -> None:

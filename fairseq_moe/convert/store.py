@@ -6,7 +6,7 @@ The one module of this package that knows the checkpoint format.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,16 +17,26 @@ from fairseq_moe.checkpoint import (
     ModelShape,
     ShardContent,
     has_expert_rows,
-    key_of,
     share_of,
+    split_key,
     write_checkpoint,
 )
 from fairseq_moe.convert.flags import flags_of, spec_of
+from fairseq_moe.convert.safetensors_file import StoredTensor, read_header, read_tensor
 from fairseq_moe.convert.settings import complete_settings
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["CHECKPOINT", "COMPANIONS", "CONVERSION", "Assembled", "StoredModel", "write_model"]
+__all__ = [
+    "CHECKPOINT",
+    "COMPANIONS",
+    "CONVERSION",
+    "Assembled",
+    "StoredModel",
+    "fresh_state",
+    "write_model",
+    "write_tensors",
+]
 
 CHECKPOINT = "checkpoint.pt"
 COMPANIONS = "hf"
@@ -59,7 +69,7 @@ class Assembled:
 
 
 def write_model(directory: Path, *, spec: ModelSpec, tensors: Sequence[Assembled], num_shards: int) -> None:
-    """Write a checkpoint that no training has touched.
+    """Write a converted checkpoint, which no training has touched.
 
     Args:
         directory: of the main file, ``checkpoint.pt``.
@@ -67,33 +77,59 @@ def write_model(directory: Path, *, spec: ModelSpec, tensors: Sequence[Assembled
         tensors: of the model.
         num_shards: over which the experts are spread evenly.
     """
-    num_experts = spec.routing.num_experts
-    per_shard = num_experts // num_shards
+    write_tensors(
+        directory,
+        state=_main_state(spec),
+        shape=ModelShape(
+            num_experts=spec.routing.num_experts,
+            top_k=spec.routing.top_k,
+            model_dim=spec.model_dim,
+            expert_dim=spec.expert_ffn_dim,
+            num_layers=spec.num_layers,
+        ),
+        tensors=tensors,
+        aliases={"decoder.output_projection.weight": _EMBEDDING} if spec.tied else {},
+        num_shards=num_shards,
+    )
+
+
+def write_tensors(
+    directory: Path,
+    *,
+    state: dict[str, Any],
+    shape: ModelShape,
+    tensors: Sequence[Assembled],
+    aliases: dict[str, str],
+    num_shards: int,
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        directory: of the main file, ``checkpoint.pt``.
+        state: what the main file says besides.
+        shape: sizes of the model.
+        tensors: of the model.
+        aliases: further names of some of them.
+        num_shards: over which the experts are spread evenly.
+    """
+    per_shard = shape.num_experts // num_shards
     parts = []
     for index in range(num_shards):
         ids = list(range(index * per_shard, (index + 1) * per_shard))
         model = {tensor.name: tensor.lazily(ids) for tensor in tensors}
-        aliases = {"decoder.output_projection.weight": _EMBEDDING} if spec.tied else {}
         parts.append(ShardContent(expert_ids=ids, model=dict(model), aliases=aliases))
     writers = [
         share_of(
             index,
             expert_bytes=[part.expert_bytes() for part in parts],
             dense_bytes=parts[0].dense_bytes(),
-            aliases=parts[0].aliases,
+            aliases=aliases,
         )
         for index in range(num_shards)
     ]
-    shape = ModelShape(
-        num_experts=num_experts,
-        top_k=spec.routing.top_k,
-        model_dim=spec.model_dim,
-        expert_dim=spec.expert_ffn_dim,
-        num_layers=spec.num_layers,
-    )
     write_checkpoint(
         directory / CHECKPOINT,
-        state=_main_state(spec),
+        state=state,
         run_id=None,
         update=0,
         shape=shape,
@@ -103,10 +139,14 @@ def write_model(directory: Path, *, spec: ModelSpec, tensors: Sequence[Assembled
 
 
 def _main_state(spec: ModelSpec) -> dict[str, Any]:
-    """What stock fairseq expects of a checkpoint besides the weights."""
+    return fresh_state(complete_settings(flags_of(spec), max_positions=spec.max_positions))
+
+
+def fresh_state(cfg: dict[str, Any]) -> dict[str, Any]:
+    """What stock fairseq expects of a checkpoint besides the weights, before any training."""
     return {
         "args": None,
-        "cfg": complete_settings(flags_of(spec), max_positions=spec.max_positions),
+        "cfg": cfg,
         "criterion": {},
         "optimizer_history": [
             {
@@ -135,7 +175,7 @@ class StoredModel:
     path: Path
     spec: ModelSpec
     restored_from: Path | None
-    _checkpoint: Checkpoint
+    _parts: dict[str, list["_Part"]]
 
     @classmethod
     def open(cls, path: Path) -> "StoredModel":
@@ -148,26 +188,60 @@ class StoredModel:
         path = path / CHECKPOINT if path.is_dir() else path
         checkpoint = Checkpoint.open(path)
         checkpoint.verify()
+        # Not through the checkpoint's reader: it maps files, so that a pass over all fills the memory it can get.
+        parts: dict[str, list[_Part]] = {}
+        for entry in checkpoint.manifest.shards:
+            for key, stored in read_header(path.parent / entry.file).items():
+                name, state = split_key(key)
+                if state is None:
+                    parts.setdefault(name, []).append(_Part(entry.expert_ids, stored))
         cfg = checkpoint.state.get("cfg") or {}
         flags = cfg.get("model") or {}
-        rows = checkpoint.tensor(key_of(_EMBEDDING)).shape[0]
+        if checkpoint.manifest.version == 1 or _EMBEDDING not in parts:
+            raise CheckpointError(f"{path} is a checkpoint of an older format, which no converted model has.")
+        rows = parts[_EMBEDDING][0].stored.shape[0]
         positions = flags.get("max_target_positions") or flags.get("tokens_per_sample")
         if not positions:
             raise CheckpointError(f"{path} does not say how long sequences may be (--max-target-positions).")
         spec = spec_of(flags, vocab_size=rows, max_positions=int(positions))
         settings = cfg.get("checkpoint") or {}
         begun = settings.get("finetune_from_model") or settings.get("restore_file")
-        return cls(path=path, spec=spec, restored_from=Path(begun) if begun else None, _checkpoint=checkpoint)
+        restored_from = Path(begun) if begun and begun != "checkpoint_last.pt" else None
+        return cls(path=path, spec=spec, restored_from=restored_from, _parts=parts)
 
     def names(self) -> list[str]:
         """Of all parameters and buffers, tied ones once."""
-        keys = set(self._checkpoint.keys()) - {key_of(alias) for alias in self._checkpoint.aliases()}
-        return sorted(key.removeprefix("model/") for key in keys if key.startswith("model/"))
+        return sorted(self._parts)
 
-    def tensor(self, name: str) -> LazyTensor:
-        """One of them, whole."""
-        return self._checkpoint.tensor(key_of(name))
+    def dtype(self, name: str) -> torch.dtype:
+        """Of its elements."""
+        return self._parts[name][0].stored.dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor, with all E experts."""
+        shape = self._parts[name][0].stored.shape
+        if has_expert_rows(name):
+            return (sum(len(part.expert_ids) for part in self._parts[name]), *shape[1:])
+        return shape
+
+    def tensor(self, name: str) -> Tensor:
+        """All of it."""
+        if not has_expert_rows(name):
+            return read_tensor(self._parts[name][0].stored)
+        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+        for part in self._parts[name]:
+            whole[part.expert_ids] = read_tensor(part.stored)
+        return whole
 
     def row(self, name: str, expert: int) -> Tensor:
         """The row of one expert."""
-        return self._checkpoint.tensor(key_of(name), [expert]).load()[0]
+        part = next(part for part in self._parts[name] if expert in part.expert_ids)
+        index = part.expert_ids.index(expert)
+        return read_tensor(part.stored.rows(index, index + 1))[0]
+
+
+class _Part(NamedTuple):
+    """What one shard holds of a tensor."""
+
+    expert_ids: list[int]
+    stored: StoredTensor

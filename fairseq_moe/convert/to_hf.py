@@ -126,9 +126,9 @@ def _check_names(model: StoredModel, table: list[OurTensor]) -> None:
         f"has {name}, which no {model.spec.family} model has" for name in sorted(found - set(expected))
     ]
     problems += [
-        f"has {name} of shape {model.tensor(name).shape}, expected {shape}"
+        f"has {name} of shape {model.shape(name)}, expected {shape}"
         for name, shape in expected.items()
-        if name in found and model.tensor(name).shape != shape
+        if name in found and model.shape(name) != shape
     ]
     if problems:
         raise CheckpointError(f"{model.path} {'; it '.join(problems[:5])}.")
@@ -140,7 +140,7 @@ def _outputs(
     found = {}
     for tensor in table:
         keeps = dtype is None or tensor.name.endswith(_BIAS)
-        own_dtype = model.tensor(tensor.name).dtype if keeps or dtype is None else dtype
+        own_dtype = model.dtype(tensor.name) if keeps or dtype is None else dtype
         for block in tensor.blocks:
             found[block.name] = _Output(source=tensor, block=block, dtype=own_dtype)
     # A model that came without copies goes without; one that is written for the first time needs none.
@@ -227,9 +227,7 @@ def _tensors(
     for name in names:
         output = outputs[name]
         block, source = output.block, output.source
-        whole = (
-            model.tensor(source.name).load() if block.expert is None else model.row(source.name, block.expert)
-        )
+        whole = model.tensor(source.name) if block.expert is None else model.row(source.name, block.expert)
         if len(source.blocks) > 1:
             whole = whole[block.first_row : block.first_row + block.shape[0]]
         tensor = whole.to(output.dtype).contiguous()

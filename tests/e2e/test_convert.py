@@ -107,6 +107,7 @@ def _train(source: Path, tokenizer: Path, folder: Path) -> Run:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HF_MODELS)
 def test_a_published_model_is_trained_and_given_back(
     name: str, hf_model: Models, tokenizer: Path, tmp_path: Path

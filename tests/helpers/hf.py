@@ -5,12 +5,14 @@ are unequal, so that a mistaken transposition or order shows.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-__all__ = ["HF_MODELS", "build_hf_model", "import_transformers"]
+__all__ = ["HF_MODELS", "add_prediction_block", "build_hf_model", "import_transformers"]
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -171,3 +173,24 @@ def build_hf_model(
     model.to(dtype).save_pretrained(directory, max_shard_size=shard, **saving)
     (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
     return directory
+
+
+def add_prediction_block(source: Path, target: Path) -> Path:
+    """A V3 model with its prediction block, as published: another layer, and copies of embedding and head."""
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+        copied = torch.randn(tensors[name].shape, generator=generator)
+        tensors[name.replace("layers.2.", "layers.3.")] = copied
+    for name, shape in (
+        ("enorm", (32,)),
+        ("hnorm", (32,)),
+        ("eh_proj", (32, 64)),
+        ("shared_head.norm", (32,)),
+    ):
+        tensors[f"model.layers.3.{name}.weight"] = torch.randn(shape, generator=generator)
+    tensors["model.layers.3.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target

@@ -1,18 +1,22 @@
 """Logits of converted models equal transformers' on every family; a rule that is read wrongly shows in them."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from fairseq_moe.convert.cli import main
 from fairseq_moe.convert.names import OurTensor
 from fairseq_moe.convert.spec import ModelSpec
-from fairseq_moe.convert.verify import verify
+from fairseq_moe.convert.verify import our_model, verify
 from fairseq_moe.errors import CheckpointError
-from tests.helpers.hf import HF_MODELS
+from tests.helpers.hf import HF_MODELS, add_prediction_block
 
 Models = Callable[..., Path]
 converter = importlib.import_module("fairseq_moe.convert.from_hf")
@@ -23,6 +27,25 @@ def test_converted_models_give_transformers_logits(name: str, hf_model: Models, 
     for size in (1, 2, 4):
         converter.from_hf(hf_model(name), tmp_path / f"ours{size}", expert_parallel_size=size)
         assert "verified" in verify(hf_model(name), tmp_path / f"ours{size}")
+
+
+def test_a_prediction_block_finds_its_place_and_changes_no_logits(hf_model: Models, tmp_path: Path) -> None:
+    source = add_prediction_block(hf_model("deepseek_v3"), tmp_path / "source")
+    converter.from_hf(source, tmp_path / "ours")
+    assert "verified" in verify(hf_model("deepseek_v3"), tmp_path / "ours")
+    tensors, model = (
+        load_file(source / "model.safetensors"),
+        our_model(tmp_path / "ours" / "checkpoint.pt", 97),
+    )
+    (block,) = model.decoder.mtp
+    prefix = "model.layers.3."
+    assert torch.equal(block.proj.weight, tensors[f"{prefix}eh_proj.weight"])
+    assert torch.equal(block.embed_norm.weight, tensors[f"{prefix}enorm.weight"])
+    assert torch.equal(block.hidden_norm.weight, tensors[f"{prefix}hnorm.weight"])
+    assert torch.equal(block.norm.weight, tensors[f"{prefix}shared_head.norm.weight"])
+    assert torch.equal(
+        block.layer.moe_layer.experts.fc2_weight[5], tensors[f"{prefix}mlp.experts.5.down_proj.weight"]
+    )
 
 
 def _routing(**changes: Any) -> Callable[[ModelSpec], ModelSpec]:
@@ -98,3 +121,17 @@ def test_gate_and_up_in_the_wrong_order_show(
     converter.from_hf(hf_model(name), tmp_path / "ours")
     with pytest.raises(CheckpointError, match=r"the logits of .* differ"):
         verify(hf_model(name), tmp_path / "ours")
+
+
+def test_the_command_verifies_both_ways(
+    hf_model: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = ["from-hf", str(hf_model("olmoe")), "--to", str(tmp_path / "ours"), "--verify"]
+    assert main(there) == 0
+    assert "verified: logits of both models on 96 tokens" in capsys.readouterr().out
+    back = ["to-hf", str(tmp_path / "ours"), "--verify", "--to"]
+    assert main([*back, str(tmp_path / "back")]) == 0
+    assert "verified: logits of both models on 96 tokens" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main([*back, str(tmp_path / "again")]) == 2
+    assert "--verify needs transformers" in capsys.readouterr().err

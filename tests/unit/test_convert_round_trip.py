@@ -14,7 +14,8 @@ from fairseq_moe.convert import from_hf, to_hf
 from fairseq_moe.convert.cli import main
 from fairseq_moe.convert.families import read_config
 from fairseq_moe.errors import CheckpointError, ConfigError, MoEError
-from tests.helpers.hf import HF_MODELS
+from tests.helpers.hf import HF_MODELS, add_prediction_block
+from tests.helpers.ranks import run_ranks
 
 Models = Callable[..., Path]
 LAYOUTS = {
@@ -66,29 +67,8 @@ def test_any_expert_parallel_size_gives_the_same_bits(hf_model: Models, tmp_path
     assert not (tmp_path / "ours3").exists()
 
 
-def _with_mtp(source: Path, target: Path) -> Path:
-    """A V3 model with its prediction block, as published: another layer, and copies of embedding and head."""
-    shutil.copytree(source, target)
-    tensors = load_file(source / "model.safetensors")
-    generator = torch.Generator().manual_seed(5)
-    for name in [name for name in tensors if name.startswith("model.layers.2.")]:
-        copied = torch.randn(tensors[name].shape, generator=generator)
-        tensors[name.replace("layers.2.", "layers.3.")] = copied
-    for name, shape in (
-        ("enorm", (32,)),
-        ("hnorm", (32,)),
-        ("eh_proj", (32, 64)),
-        ("shared_head.norm", (32,)),
-    ):
-        tensors[f"model.layers.3.{name}.weight"] = torch.randn(shape, generator=generator)
-    tensors["model.layers.3.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
 def test_the_prediction_block_is_kept(hf_model: Models, tmp_path: Path) -> None:
-    source = _with_mtp(hf_model("deepseek_v3"), tmp_path / "source")
+    source = add_prediction_block(hf_model("deepseek_v3"), tmp_path / "source")
     assert from_hf(source, tmp_path / "ours").spec.mtp_layers == 1
     ours = Checkpoint.open(tmp_path / "ours" / "checkpoint.pt")
     assert ours.tensor("model/decoder.mtp.0.layer.moe_layer.experts.fc1_weight").shape == (8, 24, 32)
@@ -98,7 +78,7 @@ def test_the_prediction_block_is_kept(hf_model: Models, tmp_path: Path) -> None:
 
 
 def test_a_copy_that_is_no_copy_is_refused(hf_model: Models, tmp_path: Path) -> None:
-    source = _with_mtp(hf_model("deepseek_v3"), tmp_path / "source")
+    source = add_prediction_block(hf_model("deepseek_v3"), tmp_path / "source")
     _change(source, lambda tensors: tensors["model.layers.3.embed_tokens.weight"].add_(1))
     with pytest.raises(
         CheckpointError, match=r"layers.3.embed_tokens.weight of .* differs from model.embed_tokens"
@@ -275,3 +255,15 @@ def test_the_command_reports_and_ends_user_errors_with_a_sentence(
     assert failed.out == ""
     assert failed.err.startswith("fairseq_moe.convert: ")
     assert failed.err.count("\n") == 1
+
+
+def _modules_after_converting(rank: int, source: Path, folder: Path) -> list[str]:
+    import sys
+
+    from_hf(source, folder / "ours")
+    to_hf(folder / "ours", folder / "back")
+    return [name for name in sys.modules if name.split(".")[0] == "transformers"]
+
+
+def test_transformers_is_not_needed(hf_model: Models, tmp_path: Path) -> None:
+    assert run_ranks(_modules_after_converting, 1, hf_model("mixtral"), tmp_path) == [[]]
