@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from fairseq_moe.freezing import freeze_problems
 from fairseq_moe.layout import layout_problem
 from fairseq_moe.megatron import MegatronConfig, moe_layer_pattern
 from fairseq_moe.megatron_args import argument_problems, getter
@@ -272,6 +273,7 @@ def moe_problems(cfg: Any, *, world_size: int) -> list[str]:
     found += _criterion_problems(getattr(cfg, "criterion", None), moe)
     found += argument_problems(model if model is not None else {})
     found += modern_problems(model if model is not None else {})
+    found += freeze_problems(cfg, has_experts=moe.enabled)
     if moe.enabled:
         found += ReliabilityConfig.from_args(model).problems()
         found += stock_flag_problems(cfg)

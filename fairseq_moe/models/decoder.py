@@ -28,7 +28,7 @@ from fairseq_moe.models.modern_layer import ModernDecoderLayer, build_norm, ffn_
 from fairseq_moe.models.mtp import MTPBlock
 from fairseq_moe.models.sizes import ModelSize
 from fairseq_moe.modern import ModernConfig
-from fairseq_moe.modules import MoEAux, Router, RouterMode, TokenInfo
+from fairseq_moe.modules import MoEAux, MoELayer, Router, RouterMode, TokenInfo
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.modules.rope import Rotary
 
@@ -151,6 +151,14 @@ class MoEDecoder(TransformerDecoder):
             layer.forward = functools.partial(_checkpoint_keeping_routes, layer.forward)  # type: ignore[method-assign]
             min_params = 0
         return fsdp_wrap(layer, min_num_params=min_params)
+
+    def freeze(self, modules: frozenset[str]) -> None:
+        """Train everything but ``routers`` or ``experts``, shared experts not included."""
+        for layer in self.modules():
+            if isinstance(layer, MoELayer):
+                for name, part in (("routers", layer.router), ("experts", layer.experts)):
+                    if name in modules:
+                        part.requires_grad_(False)
 
     def routers(self) -> list[Router]:
         """The routers of the MoE layers, in order."""

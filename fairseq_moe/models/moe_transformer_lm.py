@@ -21,6 +21,7 @@ from fairseq_moe.agreement import disagreements
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.distributed import gather_values
 from fairseq_moe.errors import ConfigError
+from fairseq_moe.freezing import frozen_modules
 from fairseq_moe.megatron_args import getter
 from fairseq_moe.models.attention import fuse_attention
 from fairseq_moe.models.decoder import MoEDecoder
@@ -102,6 +103,10 @@ class MoETransformerLanguageModelConfig(
         default=None,
         metadata={"help": "the same for parts of MoE layers: moe (all), experts, shared_experts, or several"},
     )
+    moe_freeze_modules: Optional[str] = field(
+        default=None,
+        metadata={"help": "leave routers (with the expert bias), experts, or both as they are"},
+    )
     fused_attention: bool = field(
         default=False,
         metadata={"help": "self-attention by torch's fused causal kernel; equal to stock's within rounding"},
@@ -140,6 +145,7 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
             embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
             decoder = MoEDecoder(args, task.target_dictionary, embed_tokens, no_encoder_attn=True)
             decoder.size = model_size(decoder)
+            decoder.freeze(frozen_modules(args))
             model = cls(decoder)
         else:
             model = TransformerLanguageModel.build_model(args, task)

@@ -144,8 +144,11 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_bias(self) -> None:
-        """Let the expert bias follow the load of the update, if there is one; collective over all ranks."""
-        if self.expert_bias is None:
+        """Let the expert bias follow the load of the update, if there is one; collective over all ranks.
+
+        The bias of a router whose parameters are frozen is frozen, too.
+        """
+        if self.expert_bias is None or not self.weight.requires_grad:
             return
         if self.scorer.bias_rule is BiasRule.SIGN:
             counts_E = self.sum_over_ranks(self.local_counts_E.clone())

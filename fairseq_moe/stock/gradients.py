@@ -55,6 +55,8 @@ def _reduce_expert_grads(module: nn.Module, decoder: MoEDecoder) -> None:
     assert decoder.mesh is not None
     layout = decoder.mesh.layout
     experts = [p for p in module.parameters() if hasattr(p, "expert") and p.requires_grad]
+    if not experts:  # frozen, on all ranks
+        return
     for p in experts:
         if p.grad is None:
             p.grad = torch.zeros_like(p)

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"agreement", "layout", "load_record", "load_watch", "progress", "stock_flags"},
     {"modules"},
     {"megatron_args"},
-    {"reliability"},
+    {"freezing", "reliability"},
     {"megatron", "modern"},
     {"megatron_checks"},
     {"config", "distributed"},
