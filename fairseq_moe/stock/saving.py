@@ -260,7 +260,11 @@ def _write_in_background(
     trainer: Any, content: ShardContent, request: _Request, commit: Commit | None
 ) -> None:
     """All ranks: begin to write a copy of ``content``."""
-    copy = content if trainer.is_fsdp else content.copied()  # FSDP's is a copy already
+    if trainer.is_fsdp:
+        copy = content  # gathered into memory of its own
+    else:
+        # The last save is finished, so its copy is free.
+        copy = trainer.moe_copy = content.copied(getattr(trainer, "moe_copy", None))
     trainer.moe_background = BackgroundSave(
         update=request.set_id.update, write=lambda: _write(copy, request), commit=commit
     )

@@ -59,7 +59,7 @@ def test_the_state_is_that_of_the_save_whatever_training_does_meanwhile(backend:
 
 
 def save_without_copying(rank: int, save_dir: str) -> None:
-    ShardContent.copied = lambda self: self  # type: ignore[method-assign]
+    ShardContent.copied = lambda self, into=None: self  # type: ignore[method-assign]
     save_and_go_on(rank, save_dir, [*BACKGROUND], SLOW)
 
 
@@ -134,3 +134,8 @@ def test_a_copy_shares_no_memory() -> None:
     weight.zero_()
     assert copy.model["w"].tolist() == copy.optimizer["w"]["exp_avg"].tolist() == [1, 1]
     assert copy.optimizer["w"]["step"] == 3
+    again = content.copied(copy)
+    assert again.model["w"].data_ptr() == copy.model["w"].data_ptr() != weight.data_ptr()
+    assert again.model["w"].tolist() == again.optimizer["w"]["exp_avg"].tolist() == [0, 0]
+    larger = ShardContent(model={"w": torch.ones(3)}).copied(again)
+    assert larger.model["w"].tolist() == [1, 1, 1]

@@ -221,12 +221,26 @@ def test_every_way_of_bench_layer_gives_gradients_and_the_table_has_a_row_per_si
     json.dumps(result)
 
 
-def test_every_row_of_bench_routing_runs_forward_and_backward() -> None:
+def test_every_row_of_bench_routing_runs_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
     bench = load("bench_routing.py")
     args = argparse.Namespace(tokens=64, model_dim=8, hidden_dim=8, experts=16, rounds=1)
     results = bench.measure(args)
     assert [row["routing"] for row in results] == list(bench.ROWS)
     assert len(bench.table(results).splitlines()) == 2 + len(bench.ROWS)
+
+
+def test_bench_save_writes_checkpoints_of_the_size_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    bench = load("bench_save.py")
+    content = bench.content_of(1)
+    bench.save(content, tmp_path)
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*.safetensors")]
+    assert len(sizes) == 1 and 0.95 * 2**20 < sizes[0] < 1.05 * 2**20
+    seconds = bench.measure(1, tmp_path, rounds=1)
+    assert [len(found) for found in seconds.values()] == [1, 1, 1]
 
 
 def test_bench_train_reads_the_speed_of_the_updates_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
