@@ -40,6 +40,9 @@ RUN := $(VENV)/bin/python
 ready = $(VENV)/.ready-$(1)
 endif
 
+# Two files at a time: a test of several ranks waits for most of its time. More would crowd two cores.
+PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
+
 .PHONY: help demo test test-reliability check bench clean FORCE
 
 help:
@@ -49,10 +52,10 @@ demo: $(call ready,demo)
 	$(RUN) scripts/demo.py $(if $(TEXT),--text '$(TEXT)') $(if $(UPDATES),--updates '$(UPDATES)')
 
 test: $(call ready,test)
-	$(RUN) -m pytest -m 'not slow_reliability' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow_reliability' $(PYTEST_ARGS)
 
 test-reliability: $(call ready,test)
-	$(RUN) -m pytest -m slow_reliability $(PYTEST_ARGS)
+	$(PYTEST) -m slow_reliability $(PYTEST_ARGS)
 
 check: $(call ready,dev)
 	$(RUN) -m ruff check .

@@ -21,6 +21,7 @@ TEST = [
     "tensorboard>=2.16",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "tokenizers>=0.20",
     "transformers==5.23.0",
 ]
