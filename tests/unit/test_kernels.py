@@ -78,7 +78,9 @@ class TestEquality:
             assert a.dtype is dtype
             torch.testing.assert_close(a.double(), b, atol=tolerance, rtol=tolerance)
 
-    @pytest.mark.parametrize("activation", [F.relu, torch.tanh, F.silu, lambda x: x], ids=str)
+    @pytest.mark.parametrize(
+        "activation", [F.relu, torch.tanh, F.silu, lambda x: x], ids=["relu", "tanh", "silu", "identity"]
+    )
     @pytest.mark.parametrize("kernel", KERNELS)
     def test_activations(self, kernel: Kernel, activation: Callable[[Tensor], Tensor]) -> None:
         counts = COUNTS["zero"]
