@@ -37,7 +37,7 @@ MODEL_FLAGS_OF_PLUGIN = frozenset(
         for entry in fields(record)
     }
     | {argument.name for argument in MEGATRON_ARGS}
-    | {"use_stable_embedding", "num_workers_valid"}
+    | {"use_stable_embedding", "num_workers_valid", "moe_freeze_modules"}
 ) - {"decoder_layers", "tokens_per_sample", "checkpoint_activations", "megatron"}
 
 

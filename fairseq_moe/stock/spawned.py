@@ -36,10 +36,13 @@ def wait_for(ranks: Any) -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)
-    failed = None
-    while failed is None and any(process.exitcode is None for process in processes):
-        connection.wait([process.sentinel for process in processes if process.exitcode is None])
-        failed = next((p for p in processes if p.exitcode not in (None, 0)), None)
+    while True:
+        # Asked once: a rank that ends between two questions would be neither failed nor waited for.
+        running = [process for process in processes if process.exitcode is None]
+        failed = next((p for p in processes if p not in running and p.exitcode != 0), None)
+        if failed is not None or not running:
+            break
+        connection.wait([process.sentinel for process in running])
     if failed is None:
         return
     has_spoken = failed.exitcode == USER_ERROR_EXIT_CODE  # for all of them

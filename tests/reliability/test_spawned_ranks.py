@@ -70,6 +70,44 @@ def test_the_exit_code_is_that_of_the_first_rank_that_failed(how: str, code: int
     assert run_ranks(_wait_for, 1, bodies, None) == [(code, [-signal.SIGKILL, own])]
 
 
+class _EndsWhenAsked:
+    """A failed rank that is still running when its exit code is asked for the first time."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._read, write = os.pipe()
+        os.close(write)  # the sentinel of a process that has ended can be read
+
+    sentinel = property(lambda self: self._read)
+
+    @property
+    def exitcode(self) -> int | None:
+        self._asked += 1
+        return None if self._asked == 1 else 3
+
+    def join(self, timeout: float) -> None:
+        """It has ended."""
+
+    def is_alive(self) -> bool:
+        """It has ended."""
+        return False
+
+
+def _wait_for_one_that_ends_meanwhile(rank: int) -> int:
+    import fairseq_moe.stock.spawned as spawned
+
+    spawned._GRACE_SEC = 0.2
+    stuck = multiprocessing.get_context("fork").Process(target=_stop_for_ever)
+    stuck.start()
+    with pytest.raises(SystemExit) as stop:
+        spawned.wait_for(SimpleNamespace(processes=[_EndsWhenAsked(), stuck]))
+    return int(stop.value.code)  # type: ignore[arg-type]
+
+
+def test_a_rank_that_ends_while_it_is_looked_at_is_seen() -> None:
+    assert run_ranks(_wait_for_one_that_ends_meanwhile, 1, timeout=30.0) == [3]
+
+
 @pytest.mark.slow
 @pytest.mark.slow_reliability
 def test_sigterm_to_the_command_saves_on_two_real_ranks_and_exits_with_0(
