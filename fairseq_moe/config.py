@@ -5,13 +5,13 @@ looks at a whole fairseq configuration and returns one sentence per problem, all
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from fairseq_moe.freezing import freeze_problems
 from fairseq_moe.layout import layout_problem
 from fairseq_moe.megatron import MegatronConfig, moe_layer_pattern
-from fairseq_moe.megatron_args import argument_problems, getter
+from fairseq_moe.megatron_args import argument_problems, given_fields
 from fairseq_moe.megatron_checks import megatron_problems, unused_arguments
 from fairseq_moe.modern import modern_problems
 from fairseq_moe.modules import ScorerConfig, TopKConfig
@@ -58,10 +58,7 @@ class MoEConfig:
     @classmethod
     def from_args(cls, args: Any) -> "MoEConfig":
         """Read the fields that ``args`` (namespace, config, mapping) has; the others keep their defaults."""
-        get = getter(args)
-        found = {entry.name: get(entry.name) for entry in fields(cls) if entry.name != "megatron"}
-        given = {name: value for name, value in found.items() if value is not None}
-        return cls(**given, megatron=MegatronConfig.from_args(args))
+        return cls(**{**given_fields(cls, args), "megatron": MegatronConfig.from_args(args)})
 
     @property
     def enabled(self) -> bool:

@@ -11,7 +11,7 @@ FREEZABLE = ("routers", "experts")
 
 def frozen_modules(args: Any) -> frozenset[str]:
     """Which of ``FREEZABLE`` a model's flags name."""
-    return frozenset(words((getter(args)("moe_freeze_modules") or "").replace(",", " ")))
+    return frozenset(words(getter(args)("moe_freeze_modules") or ""))
 
 
 def freeze_problems(cfg: Any, *, has_experts: bool) -> list[str]:

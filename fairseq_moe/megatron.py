@@ -6,12 +6,12 @@ are used, and the arguments that describe Megatron's routing are refused (``mega
 """
 
 import ast
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fairseq_moe.megatron_args import getter, resolve_aliases, words
+from fairseq_moe.megatron_args import given_fields, resolve_aliases, words
 from fairseq_moe.modules.capacity import DropPolicy
 from fairseq_moe.modules.expert_bias import BiasRule
 from fairseq_moe.modules.router import ScorerConfig
@@ -80,10 +80,7 @@ class MegatronConfig:
     @classmethod
     def from_args(cls, args: Any) -> "MegatronConfig":
         """Read the fields that ``args`` (a namespace, config or mapping) has."""
-        get = getter(args)
-        found = {field.name: get(field.name) for field in fields(cls)}
-        given = {name: value for name, value in found.items() if value is not None}
-        return cls(**resolve_aliases(given, args))
+        return cls(**resolve_aliases(given_fields(cls, args), args))
 
     @property
     def selected(self) -> bool:

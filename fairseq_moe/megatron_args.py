@@ -5,7 +5,7 @@ anyway or does not apply here; accepted with a warning. ``refused``: the run end
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "argument_problems",
     "argument_warnings",
     "getter",
+    "given_fields",
     "resolve_aliases",
     "words",
 ]
@@ -111,6 +112,13 @@ MEGATRON_VALUES = (
 def getter(args: Any) -> Callable[[str], Any]:
     """Reads a field of a namespace, config or mapping by its name; None where it has none."""
     return args.get if isinstance(args, Mapping) else lambda name: getattr(args, name, None)
+
+
+def given_fields(record: type[Any], args: Any) -> dict[str, Any]:
+    """The fields of a dataclass that ``args`` (a namespace, config or mapping) has a value for."""
+    get = getter(args)
+    found = {field.name: get(field.name) for field in fields(record)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _given(args: Any) -> Iterator[tuple[MegatronArg, Any]]:

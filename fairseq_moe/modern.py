@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fairseq_moe.megatron_args import getter
+from fairseq_moe.megatron_args import getter, given_fields
 from fairseq_moe.modules.attention_grouped import GroupedAttentionConfig
 from fairseq_moe.modules.attention_latent import LatentAttentionConfig
 from fairseq_moe.modules.rope import RotaryConfig, YarnConfig
@@ -57,9 +57,7 @@ class ModernConfig:
     @classmethod
     def from_args(cls, args: Any) -> "ModernConfig":
         """Read the fields that ``args`` (a namespace, config or mapping) has."""
-        get = getter(args)
-        found = {field.name: get(field.name) for field in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if value is not None})
+        return cls(**given_fields(cls, args))
 
     @property
     def enabled(self) -> bool:

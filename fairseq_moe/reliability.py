@@ -1,10 +1,10 @@
 """The flags about failures as one typed record, and every reason to refuse them."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from fairseq_moe.megatron_args import getter
+from fairseq_moe.megatron_args import given_fields
 
 __all__ = ["ReliabilityConfig"]
 
@@ -22,9 +22,7 @@ class ReliabilityConfig:
     @classmethod
     def from_args(cls, args: Any) -> "ReliabilityConfig":
         """Read the fields that ``args`` (namespace, config, mapping) has; the others keep their defaults."""
-        get = getter(args)
-        found = {entry.name: get(entry.name) for entry in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if value is not None})
+        return cls(**given_fields(cls, args))
 
     def problems(self) -> list[str]:
         """One sentence per value that cannot be honoured."""

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from fairseq_moe.convert.spec import Rope, Yarn
+from fairseq_moe.convert.spec import Rope
 from fairseq_moe.errors import ConfigError
+from fairseq_moe.modules.rope import YarnConfig
 
 __all__ = ["ConfigKeys", "rope_keys"]
 
@@ -144,7 +145,7 @@ class ConfigKeys:
             form = {"factor": 1.0, "original_max_position_embeddings": 1, **form}
             if form.get("truncate") is True:
                 del form["truncate"]
-            yarn = Yarn(**{ours: form.pop(key) for key, ours in _YARN_KEYS.items() if key in form})
+            yarn = YarnConfig(**{ours: form.pop(key) for key, ours in _YARN_KEYS.items() if key in form})
         form.pop("partial_rotary_factor", None) if form.get("partial_rotary_factor") == 1 else None
         if form:
             self.problems.append(

@@ -1,12 +1,11 @@
 """A model as flags of ``transformer_lm``, and flags as the model of some family."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
 from fairseq_moe.config import MoEConfig
-from fairseq_moe.convert.spec import Mla, ModelSpec, Rope, Routing, Yarn
+from fairseq_moe.convert.spec import Mla, ModelSpec, Rope, Routing
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.megatron import MegatronConfig
 from fairseq_moe.modern import ModernConfig
@@ -156,7 +155,7 @@ def _described(
         rope=Rope(
             theta=1.0 if rotary is None else rotary.theta,
             interleaved=modern.rope_interleaved,
-            yarn=None if rotary is None or rotary.yarn is None else _yarn(rotary.yarn),
+            yarn=None if rotary is None else rotary.yarn,
         ),
         norm_eps=modern.eps,
         dense_ffn_dim=None if all(moe_layers) else ffn_dim,
@@ -171,10 +170,6 @@ def _described(
         init_std=modern.std,
         attention_dropout=float(flags.get("attention_dropout") or 0.0),
     )
-
-
-def _yarn(yarn: Any) -> Yarn:
-    return Yarn(**{field.name: getattr(yarn, field.name) for field in fields(Yarn)})
 
 
 def _routing(megatron: MegatronConfig) -> Routing:

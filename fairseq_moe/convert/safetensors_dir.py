@@ -185,8 +185,7 @@ def dequantized(weight: Tensor, scale: Tensor, *, block: tuple[int, int]) -> Ten
     """
     result = weight.to(torch.float32)
     for i in range(scale.shape[0]):
-        band = result[i * block[0] : (i + 1) * block[0]]
-        band *= scale[i].repeat_interleave(block[1])[: weight.shape[1]]
+        result[i * block[0] : (i + 1) * block[0]] *= scale[i].repeat_interleave(block[1])[: weight.shape[1]]
     return result
 
 

@@ -2,20 +2,9 @@
 
 from dataclasses import dataclass, field, fields
 
-__all__ = ["Mla", "ModelSpec", "Rope", "Routing", "Yarn", "differences"]
+from fairseq_moe.modules.rope import YarnConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class Yarn:
-    """YaRN's numbers (arXiv 2309.00071); mscale and attention_factor as DeepSeek and transformers use them."""
-
-    factor: float
-    original_max_positions: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
+__all__ = ["Mla", "ModelSpec", "Rope", "Routing", "differences"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +19,7 @@ class Rope:
 
     theta: float
     interleaved: bool = False
-    yarn: Yarn | None = None
+    yarn: YarnConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

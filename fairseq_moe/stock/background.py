@@ -42,13 +42,13 @@ class BackgroundSave:
     """One rank's part in a checkpoint that is being written; the writing begins at once.
 
     Args:
-        update: at which it was asked for.
+        request: what rank 0 has asked for.
         write: writes the shard.
         commit: rank 0 only.
     """
 
-    def __init__(self, *, update: int, write: Callable[[], ShardOutcome], commit: Commit | None) -> None:
-        self.update = update
+    def __init__(self, *, request: Any, write: Callable[[], ShardOutcome], commit: Commit | None) -> None:
+        self.request = request
         self.commit = commit
         self._write = write
         self._outcome: ShardOutcome | Exception | None = None

@@ -266,9 +266,8 @@ def _write_in_background(
         # The last save is finished, so its copy is free.
         copy = trainer.moe_copy = content.copied(getattr(trainer, "moe_copy", None))
     trainer.moe_background = BackgroundSave(
-        update=request.set_id.update, write=lambda: _write(copy, request), commit=commit
+        request=request, write=lambda: _write(copy, request), commit=commit
     )
-    trainer.moe_background_request = request
     _trainers_in_background.add(trainer)
     fault("save.background_begun")
 
@@ -288,8 +287,7 @@ def finish_background_save(trainer: Any) -> None:
     background = getattr(trainer, "moe_background", None)
     if background is None:
         return
-    request, trainer.moe_background = trainer.moe_background_request, None
-    failure = None
+    request, trainer.moe_background, failure = background.request, None, None
     try:
         entries = _agree_on_shards(background.outcome(), request)
         if background.commit is None:
@@ -301,7 +299,7 @@ def finish_background_save(trainer: Any) -> None:
         failure = str(error)
         if background.commit is not None:
             _forget_score(background.commit.noted)
-    _count_failures(trainer, failure, update=background.update)
+    _count_failures(trainer, failure, update=request.set_id.update)
 
 
 def end_of_run() -> None:

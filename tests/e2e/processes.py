@@ -10,14 +10,25 @@ from typing import Any
 
 from tests.helpers.ranks import REPOSITORY, CommandResult
 
-__all__ = ["console_script", "run_process", "torchrun"]
+__all__ = ["console_script", "run_process", "start_process", "torchrun"]
 
 
 def run_process(
     *command: Any, cwd: Path, python_path: Path = REPOSITORY, timeout: float = 100.0
 ) -> CommandResult:
     """Run ``command``; when it is not done after ``timeout`` seconds, it ends with all of its children."""
-    process = subprocess.Popen(
+    process = start_process(*command, cwd=cwd, python_path=python_path)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return CommandResult(exit_codes=[process.returncode], outputs=[output])
+
+
+def start_process(*command: Any, cwd: Path, python_path: Path = REPOSITORY) -> subprocess.Popen[str]:
+    """``command`` as the leader of a process group, with all that it prints in one pipe."""
+    return subprocess.Popen(
         [str(part) for part in command],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(python_path)},
@@ -26,12 +37,6 @@ def run_process(
         text=True,
         start_new_session=True,
     )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return CommandResult(exit_codes=[process.returncode], outputs=[output])
 
 
 def console_script(name: str) -> Path:

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.commands import train_argv
-from tests.e2e.processes import console_script
-from tests.helpers.ranks import REPOSITORY, run_ranks
+from tests.e2e.processes import console_script, start_process
+from tests.helpers.ranks import run_ranks
 
 
 def _save_and_stop(seconds: float) -> None:
@@ -115,16 +114,7 @@ def test_sigterm_to_the_command_saves_on_two_real_ranks_and_exits_with_0(
 ) -> None:
     argv = train_argv(text_data, tmp_path / "save", "--disable-validation", "--no-epoch-checkpoints")
     argv += ["--max-update", "100000", "--distributed-world-size", "2"]
-    command = [console_script("fairseq-train"), *argv]
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = start_process(console_script("fairseq-train"), *argv, cwd=tmp_path)
     try:
         lines = []
         assert process.stdout is not None

@@ -9,8 +9,8 @@ from fairseq_moe.convert.config_writer import write_config
 from fairseq_moe.convert.families import fp8_block, read_config
 from fairseq_moe.convert.flags import command_line, flags_of, spec_of
 from fairseq_moe.convert.names import tensor_table
-from fairseq_moe.convert.spec import Yarn
 from fairseq_moe.errors import ConfigError
+from fairseq_moe.modules.rope import YarnConfig
 
 YARN_V4 = {
     "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -122,7 +122,7 @@ def test_rope_is_read_in_both_forms_and_written_in_both() -> None:
     new_keys = {key: value for key, value in DEEPSEEK_V2.items() if not key.startswith("rope_")}
     new_keys["rope_parameters"] = {**form, "rope_type": "yarn", "rope_theta": 10000}
     assert read_config(new_keys) == old
-    assert old.rope.yarn == Yarn(
+    assert old.rope.yarn == YarnConfig(
         factor=40, original_max_positions=4096, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0
     )
     written = write_config(old, like=new_keys, dtype="bfloat16")
