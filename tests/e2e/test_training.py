@@ -44,6 +44,7 @@ def test_sizes_are_printed_in_the_words_of_the_branch(whole: CommandResult) -> N
     dense = 2 * attention + expert + router + norms + embedding
     assert f"num. non-expert model params: {dense:,} (num. trained: {dense:,})" in whole.outputs[0]
     assert f"num. expert model params: {2 * expert:,} (num. trained: {2 * expert:,})" in whole.outputs[0]
+    assert f"model params: {dense + 4 * expert:,} (per token: {dense + 2 * expert:,};" in whole.outputs[0]
 
 
 def test_load_of_every_expert_is_recorded(whole: CommandResult, save_dir: Path) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "SIGNAL_AT",
     "signal_at",
     "train",
+    "train_without_block_check",
     "train_then_be_killed",
     "train_until_a_user_error",
     "train_without",
@@ -107,6 +108,16 @@ def _kill_when_alone(pid: int, folder: Path) -> None:
         if others and not any(Path("/proc", other).exists() for other in others):
             os.kill(pid, signal.SIGKILL)
             return
+
+
+def train_without_block_check() -> None:
+    """fairseq-train that takes blocks of any length."""
+    import fairseq_cli.train
+
+    from fairseq_moe import stock_flags
+
+    stock_flags._block_problem = lambda cfg: []
+    fairseq_cli.train.cli_main()
 
 
 def _before(owner: Any, name: str, action: Callable[..., Any]) -> None:

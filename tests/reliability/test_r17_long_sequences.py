@@ -77,3 +77,10 @@ def test_blocks_longer_than_the_positions_are_refused(tmp_path: Path) -> None:
     found = run_cli("fairseq_cli.train", train_argv(tmp_path / "no data", tmp_path, *flags))
     assert found.exit_code == 2
     assert "--tokens-per-sample is 64, but --max-target-positions is 32" in found.output
+
+
+def test_without_the_check_such_blocks_are_not_refused(text_data: Path, tmp_path: Path) -> None:
+    argv = train_argv(text_data, tmp_path, "--tokens-per-sample", 64, "--max-target-positions", LIMIT)
+    found = run_cli("tests.reliability.starts", argv, function="train_without_block_check")
+    assert "--tokens-per-sample is 64" not in found.output
+    assert found.exit_code != 2
