@@ -16,7 +16,6 @@ __all__ = [
     "SIGNAL_AT",
     "signal_at",
     "train",
-    "train_without_block_check",
     "train_then_be_killed",
     "train_until_a_user_error",
     "train_without",
@@ -61,12 +60,15 @@ def train_without() -> None:
     import fairseq_moe.stock.failing as failing
     import fairseq_moe.stock.signals as signals
     import fairseq_moe.stock.training as training
+    import fairseq_moe.stock_flags as stock_flags
 
     match sys.argv.pop(1):
         case "heartbeat":
             failing.Watchdog.of_this_process = lambda: None  # type: ignore[method-assign, assignment]
         case "end at out of memory":
             training.world_size = lambda: 1  # type: ignore[attr-defined]
+        case "block check":
+            stock_flags._block_problem = lambda cfg: []
         case "handlers":
             signals.Signals.listen = lambda self: None  # type: ignore[method-assign]
     train()
@@ -108,16 +110,6 @@ def _kill_when_alone(pid: int, folder: Path) -> None:
         if others and not any(Path("/proc", other).exists() for other in others):
             os.kill(pid, signal.SIGKILL)
             return
-
-
-def train_without_block_check() -> None:
-    """fairseq-train that takes blocks of any length."""
-    import fairseq_cli.train
-
-    from fairseq_moe import stock_flags
-
-    stock_flags._block_problem = lambda cfg: []
-    fairseq_cli.train.cli_main()
 
 
 def _before(owner: Any, name: str, action: Callable[..., Any]) -> None:

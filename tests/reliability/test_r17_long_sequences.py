@@ -81,6 +81,6 @@ def test_blocks_longer_than_the_positions_are_refused(tmp_path: Path) -> None:
 
 def test_without_the_check_such_blocks_are_not_refused(text_data: Path, tmp_path: Path) -> None:
     argv = train_argv(text_data, tmp_path, "--tokens-per-sample", 64, "--max-target-positions", LIMIT)
-    found = run_cli("tests.reliability.starts", argv, function="train_without_block_check")
+    found = run_cli("tests.reliability.starts", ["block check", *argv], function="train_without")
     assert "--tokens-per-sample is 64" not in found.output
     assert found.exit_code != 2
