@@ -11,12 +11,11 @@ from torch import Tensor
 
 from fairseq_moe.checkpoint.files import sha256_of
 from fairseq_moe.checkpoint.manifest import Manifest, ShardEntry
-from fairseq_moe.checkpoint.shards import DTYPES, split_key
+from fairseq_moe.checkpoint.safetensors_bytes import DTYPES
+from fairseq_moe.checkpoint.shards import split_key
 from fairseq_moe.errors import CheckpointError
 
 __all__ = ["OpenShard", "shard_problem"]
-
-_DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(kw_only=True)
@@ -64,7 +63,7 @@ class OpenShard:
                 path=path,
                 expert_ids=entry.expert_ids,
                 shapes={key: tuple(piece.get_shape()) for key, piece in slices.items()},
-                dtypes={key: _DTYPE_OF[piece.get_dtype()] for key, piece in slices.items()},
+                dtypes={key: DTYPES[piece.get_dtype()] for key, piece in slices.items()},
                 scalars=json.loads(metadata["optimizer"]),
                 aliases=json.loads(metadata.get("aliases", "{}")),
                 _file=file,

@@ -8,7 +8,7 @@ the shard belongs to, stands as JSON in the file's metadata.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fairseq_moe.checkpoint.files import write_atomically
 from fairseq_moe.checkpoint.manifest import ShardEntry
+from fairseq_moe.checkpoint.safetensors_bytes import NAME_OF_DTYPE, bytes_of, file_header
 from fairseq_moe.errors import CheckpointError
 
 __all__ = [
-    "DTYPES",
     "SETS_DIR",
     "LazyTensor",
     "SetId",
@@ -34,12 +34,6 @@ __all__ = [
 ]
 
 SETS_DIR = "shards"
-
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +203,7 @@ def write_shard(
     path = directory / SETS_DIR / set_id.name / f"shard-{index}-of-{num_shards}.safetensors"
     tensors = content.tensors()
     for key, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in NAME_OF_DTYPE:
             raise CheckpointError(f"{key} is {tensor.dtype}, which safetensors files cannot hold.")
     keys = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))  # so that all are aligned
     metadata = set_id.metadata() | {
@@ -217,7 +211,10 @@ def write_shard(
         "optimizer": json.dumps(content.scalars()),
         "aliases": json.dumps(content.aliases),
     }
-    header, num_bytes = _header({key: tensors[key] for key in keys}, metadata)
+    header, data_bytes = file_header(
+        {key: (tensors[key].dtype, tuple(tensors[key].shape)) for key in keys}, metadata
+    )
+    num_bytes = len(header) + data_bytes
     chunks = _chunks(header, (tensors[key] for key in keys))
     digest = write_atomically(path, chunks, kind="shard", num_bytes=num_bytes)
     return ShardEntry(
@@ -228,28 +225,11 @@ def write_shard(
     )
 
 
-def _header(tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) -> tuple[bytes, int]:
-    """The bytes in front of the first tensor, and the size of the whole file."""
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for key, tensor in tensors.items():
-        start, end = end, end + _num_bytes(tensor)
-        entries[key] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, 8 + len(text) + end
-
-
 def _chunks(header: bytes, tensors: Iterator[StoredTensor]) -> Iterator[bytes | memoryview]:
     yield header
     for stored in tensors:
         tensor = stored if isinstance(stored, Tensor) else stored.load()
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
+        yield bytes_of(tensor.detach().cpu())
 
 
 def _num_bytes(tensor: StoredTensor) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_moe.convert.safetensors_file import StoredTensor, bytes_of, read_header, read_tensor
+from fairseq_moe.checkpoint.safetensors_bytes import bytes_of
+from fairseq_moe.convert.safetensors_file import StoredTensor, read_header, read_tensor
 from fairseq_moe.errors import CheckpointError
 
 __all__ = ["INDEX", "SINGLE", "TensorDir", "dequantized", "digest_of", "read_json"]

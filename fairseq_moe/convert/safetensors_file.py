@@ -1,8 +1,7 @@
 """One safetensors file, read and written tensor by tensor, with memory for one tensor.
 
 The library maps files into memory, so that a pass over a large one fills the memory it can get; and it writes
-a file from tensors that all exist at once. The format is simple: eight bytes with the length of a JSON
-header, the header (name, dtype, shape and place of each tensor), the bytes.
+a file from tensors that all exist at once. ``checkpoint/safetensors_bytes.py`` describes the format.
 """
 
 import json
@@ -16,17 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq_moe.checkpoint.safetensors_bytes import DTYPES, bytes_of, file_header
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["DTYPES", "SafetensorsWriter", "StoredTensor", "bytes_of", "read_header", "read_tensor"]
+__all__ = ["SafetensorsWriter", "StoredTensor", "read_header", "read_tensor"]
 
-# In the order in which the library sorts tensors by dtype: largest alignment first.
-DTYPES = {
-    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
-    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = {dtype: index for index, dtype in enumerate(DTYPES.values())}
 _MAX_HEADER_BYTES = 100_000_000  # as in the library
 
@@ -132,17 +125,11 @@ class SafetensorsWriter:
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         self.names = sorted(shapes, key=lambda name: (_ORDER[shapes[name][0]], name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in self.names:
-            dtype, shape = shapes[name]
-            start, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAME_OF[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        self.num_bytes = end
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        header, self.num_bytes = file_header(
+            {name: shapes[name] for name in self.names}, metadata={"format": "pt"}
+        )
         self._file = path.open("xb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.write(header)
 
     def write(self, tensors: Iterable[Tensor]) -> None:
         """Write all tensors, flush them to disk and close the file."""
@@ -151,9 +138,3 @@ class SafetensorsWriter:
                 self._file.write(bytes_of(tensor))
             self._file.flush()
             os.fsync(self._file.fileno())
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, without a copy if it is contiguous."""
-    view: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return view

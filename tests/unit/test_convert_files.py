@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fairseq_moe.checkpoint.safetensors_bytes import DTYPES
 from fairseq_moe.convert.directories import appearing
 from fairseq_moe.convert.safetensors_dir import INDEX, SINGLE, TensorDir, dequantized
-from fairseq_moe.convert.safetensors_file import DTYPES, SafetensorsWriter, read_header, read_tensor
+from fairseq_moe.convert.safetensors_file import SafetensorsWriter, read_header, read_tensor
 from fairseq_moe.errors import CheckpointError
 
 
