@@ -13,6 +13,7 @@ L      experts on this rank
 K      experts chosen per token
 G      ranks that exchange tokens
 R      rows: (token, choice) pairs that survived capacity
+S      what experts read rows from: tokens, or rows that other ranks sent
 ====== ==========================================================
 
 A padding mask is True where a token is padding, as in fairseq. Nothing here knows fairseq or

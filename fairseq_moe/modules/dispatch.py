@@ -1,7 +1,8 @@
 """Carrying rows to the experts that were chosen for them, and their results back.
 
 ``dispatch`` and ``combine`` are a pair; the record that the first returns is what the second needs. Only
-rows that survived capacity travel, and only to the rank that owns their expert.
+rows that survived capacity travel, and only to the rank that owns their expert. Routing weights do not: they are
+applied to what comes back, except on one rank, where nothing travels and the experts apply them.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,16 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.modules.exchange import Exchange, ExchangeTimes, LocalExchange
-from fairseq_moe.modules.permute import RowPlan, combine_rows, count_rows, plan_rows, take_rows
+from fairseq_moe.modules.permute import (
+    ExpertWork,
+    RowPlan,
+    combine_rows,
+    count_rows,
+    plan_order,
+    plan_rows,
+    take_rows,
+    take_weights,
+)
 from fairseq_moe.modules.routing import RoutingDecision
 
 __all__ = ["DispatchRecord", "Dispatcher"]
@@ -23,19 +33,15 @@ class DispatchRecord:
 
     Args:
         plan: this rank's rows.
+        weights_R: float, their routing weights.
         send_splits: rows sent to each of the G ranks.
         recv_splits: rows received from each.
-        local_counts_L: rows of each local expert, from all ranks.
-        rows_per_expert: every count, where the shape of the batch fixes it; None: routing decides.
-        expert_major_R: int64 order that sorts the received rows by local expert; None: they already are.
     """
 
     plan: RowPlan
+    weights_R: Tensor
     send_splits: list[int]
     recv_splits: list[int]
-    local_counts_L: list[int]
-    expert_major_R: Tensor | None
-    rows_per_expert: int | None = None
 
 
 class Dispatcher:
@@ -57,61 +63,60 @@ class Dispatcher:
         self,
         x_TD: Tensor,
         decision: RoutingDecision,
+        weights_TK: Tensor,
         times: ExchangeTimes,
         *,
         meanwhile: Callable[[], object] | None = None,
-    ) -> tuple[Tensor, DispatchRecord]:
-        """Bring together the rows of this rank's experts, sorted by expert.
+    ) -> tuple[Tensor, ExpertWork, DispatchRecord | None]:
+        """Bring together the rows of this rank's experts.
 
         Args:
             x_TD: float tokens.
             decision: their routing.
+            weights_TK: float, of each choice.
             times: where the time of the exchange is added.
             meanwhile: called once, while the rows are under way: work that needs none of them.
 
         Returns:
-            (R', D) rows for the local experts, and the record for ``combine``.
+            What the experts read, (S, D); what they do with it; and the record for ``combine``.
         """
         send_GL = count_rows(decision, num_experts=self.num_experts).view(self.exchange.size, -1)
         recv_GL = send_GL if self.skip_exchange else self.exchange.counts(send_GL)
         # The one host synchronisation: split sizes are Python integers.
         send, recv = torch.stack([send_GL, recv_GL]).tolist()
         send_splits = [sum(counts) for counts in send]
+        local_counts_L = [sum(counts) for counts in zip(*recv, strict=True)]
+        plan = plan_rows(decision, num_experts=self.num_experts, num_rows=sum(send_splits))
+        weights_R = take_weights(weights_TK, plan)
+        if self.exchange.size == 1:  # experts read tokens themselves and add their results to them
+            if meanwhile is not None:
+                meanwhile()
+            return x_TD, ExpertWork(counts_L=local_counts_L, plan=plan, weights_R=weights_R), None
         record = DispatchRecord(
-            plan=plan_rows(decision, num_experts=self.num_experts, num_rows=sum(send_splits)),
+            plan=plan,
+            weights_R=weights_R,
             send_splits=send_splits,
             recv_splits=[sum(counts) for counts in recv],
-            local_counts_L=[sum(counts) for counts in zip(*recv, strict=True)],
-            expert_major_R=_expert_major_order(recv_GL),
         )
-        rows = take_rows(x_TD, record.plan)
+        rows = take_rows(x_TD, plan)
         exchange = LocalExchange() if self.skip_exchange else self.exchange
         rows = times.measure(exchange.rows, rows, record.send_splits, record.recv_splits, meanwhile=meanwhile)
-        if record.expert_major_R is not None:
-            rows = rows.index_select(0, record.expert_major_R)
-        return rows, record
+        return rows, ExpertWork(counts_L=local_counts_L, plan=_expert_major(recv_GL)), record
 
-    def combine(
-        self, y_RD: Tensor, weights_TK: Tensor, record: DispatchRecord, times: ExchangeTimes
-    ) -> Tensor:
-        """Return each expert output to its token and add them up by weight: (R', D) -> (T, D)."""
-        if record.expert_major_R is not None:
-            y_RD = y_RD.index_select(0, _inverse(record.expert_major_R))
+    def combine(self, y_SD: Tensor, record: DispatchRecord | None, times: ExchangeTimes) -> Tensor:
+        """Return each expert output to its token and add them up by weight: (S, D) -> (T, D)."""
+        if record is None:
+            return y_SD
         if not self.skip_exchange:
-            y_RD = times.measure(self.exchange.rows, y_RD, record.recv_splits, record.send_splits)
-        return combine_rows(y_RD, weights_TK, record.plan)
+            y_SD = times.measure(self.exchange.rows, y_SD, record.recv_splits, record.send_splits)
+        return combine_rows(y_SD, record.weights_R, record.plan)
 
 
-def _expert_major_order(recv_GL: Tensor) -> Tensor | None:
-    """Order that turns rows sorted by (source rank, expert) into rows sorted by (expert, source rank)."""
-    num_ranks, num_local = recv_GL.shape
-    if num_ranks == 1 or num_local == 1:
+def _expert_major(recv_GL: Tensor) -> RowPlan | None:
+    """Takes rows that are sorted by (source rank, expert) in the order of (expert, source rank)."""
+    num_local = recv_GL.shape[1]
+    if num_local == 1:
         return None
-    expert_of_chunk = torch.arange(num_local, device=recv_GL.device).repeat(num_ranks)
+    expert_of_chunk = torch.arange(num_local, device=recv_GL.device).repeat(len(recv_GL))
     expert_of_row = torch.repeat_interleave(expert_of_chunk, recv_GL.reshape(-1))
-    return torch.argsort(expert_of_row, stable=True)
-
-
-def _inverse(order_R: Tensor) -> Tensor:
-    """The permutation that undoes ``order_R``."""
-    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    return plan_order(torch.argsort(expert_of_row, stable=True))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.modules.exchange import Exchange, ExchangeTimes
-from fairseq_moe.modules.permute import RowPlan, combine_rows, plan_rows, take_rows
+from fairseq_moe.modules.permute import ExpertWork, plan_rows, take_weights
 from fairseq_moe.modules.routing import RoutingDecision, count_ids
 
 __all__ = ["AllGatherDispatcher", "GatherRecord"]
@@ -22,18 +22,12 @@ class GatherRecord:
     """What ``combine`` needs.
 
     Args:
-        plan: rows of the local experts among the tokens of all ranks.
         sizes: tokens of each of the G ranks.
-        local_counts_L: rows of each local expert.
         num_tokens: T, tokens of this rank.
-        rows_per_expert: None: routing decides.
     """
 
-    plan: RowPlan
     sizes: list[int]
-    local_counts_L: list[int]
     num_tokens: int
-    rows_per_expert: int | None = None
 
 
 class AllGatherDispatcher:
@@ -54,10 +48,11 @@ class AllGatherDispatcher:
         self,
         x_TD: Tensor,
         decision: RoutingDecision,
+        weights_TK: Tensor,
         times: ExchangeTimes,
         *,
         meanwhile: Callable[[], object] | None = None,
-    ) -> tuple[Tensor, GatherRecord]:
+    ) -> tuple[Tensor, ExpertWork, GatherRecord]:
         """As ``Dispatcher.dispatch``."""
         num_ranks, num_tokens = self.exchange.size, len(x_TD)
         here = torch.full((num_ranks, 1), num_tokens, dtype=torch.int64, device=x_TD.device)
@@ -77,15 +72,16 @@ class AllGatherDispatcher:
             : self.num_local
         ].tolist()
         plan = plan_rows(mine, num_experts=self.num_local, num_rows=sum(counts_L))
-        record = GatherRecord(plan=plan, sizes=sizes, local_counts_L=counts_L, num_tokens=num_tokens)
-        return take_rows(gathered, plan), record
+        weights_R = take_weights(self._gather(weights_TK, sizes, times), plan)
+        work = ExpertWork(counts_L=counts_L, plan=plan, weights_R=weights_R)
+        return gathered, work, GatherRecord(sizes=sizes, num_tokens=num_tokens)
 
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, record: GatherRecord, times: ExchangeTimes) -> Tensor:
-        """As ``Dispatcher.combine``."""
-        weights = self._gather(weights_TK, record.sizes, times)
-        partial = combine_rows(y_RD, weights, record.plan)
+    def combine(self, y_SD: Tensor, record: GatherRecord, times: ExchangeTimes) -> Tensor:
+        """Add up what the ranks' experts have made of each token: (tokens of all ranks, D) -> (T, D)."""
+        if self.exchange.size == 1:
+            return y_SD
         back = [record.num_tokens] * self.exchange.size
-        parts = times.measure(self.exchange.rows, partial, record.sizes, back)
+        parts = times.measure(self.exchange.rows, y_SD, record.sizes, back)
         return parts.view(self.exchange.size, record.num_tokens, parts.shape[1]).sum(0)
 
     def _gather(
@@ -98,6 +94,10 @@ class AllGatherDispatcher:
     ) -> Tensor:
         """All ranks' rows, in rank order; the gradient of a row is the sum over the ranks that saw it."""
         num_ranks = self.exchange.size
+        if num_ranks == 1:
+            if meanwhile is not None:
+                meanwhile()
+            return x_TX
         return times.measure(
             self.exchange.rows,
             x_TX.repeat(num_ranks, 1),

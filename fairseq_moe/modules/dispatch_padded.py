@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fairseq_moe.modules.dispatch import Dispatcher, DispatchRecord
 from fairseq_moe.modules.exchange import Exchange, ExchangeTimes
+from fairseq_moe.modules.permute import ExpertWork, RowPlan, plan_order
 from fairseq_moe.modules.routing import RoutingDecision, queue_positions
 
 __all__ = ["PaddedDispatcher", "PaddedRecord"]
@@ -24,19 +25,15 @@ class PaddedRecord:
 
     Args:
         slot_A: int64, place of each (token, choice) pair among the E * C rows; E * C where it was dropped.
+        weights_TK: float, of each choice.
         send_splits: rows sent to each of the G ranks.
         recv_splits: rows received from each.
-        local_counts_L: rows of each local expert, filler included.
-        rows_per_expert: every one of these counts.
-        expert_major_R: int64 order that sorts the received rows by local expert; None: they already are.
     """
 
     slot_A: Tensor
+    weights_TK: Tensor
     send_splits: list[int]
     recv_splits: list[int]
-    local_counts_L: list[int]
-    rows_per_expert: int
-    expert_major_R: Tensor | None
 
 
 class PaddedDispatcher:
@@ -57,13 +54,14 @@ class PaddedDispatcher:
         self,
         x_TD: Tensor,
         decision: RoutingDecision,
+        weights_TK: Tensor,
         times: ExchangeTimes,
         *,
         meanwhile: Callable[[], object] | None = None,
-    ) -> tuple[Tensor, PaddedRecord | DispatchRecord]:
+    ) -> tuple[Tensor, ExpertWork, PaddedRecord | DispatchRecord | None]:
         """As ``Dispatcher.dispatch``; without a capacity (generation) there is nothing to pad to."""
         if decision.capacity is None:
-            return self.unpadded.dispatch(x_TD, decision, times, meanwhile=meanwhile)
+            return self.unpadded.dispatch(x_TD, decision, weights_TK, times, meanwhile=meanwhile)
         places = decision.capacity if decision.num_places is None else decision.num_places
         slot_A = _slots(decision, self.num_experts, places)
         token_A = torch.arange(slot_A.numel(), device=x_TD.device) // decision.expert_ids_TK.shape[1]
@@ -71,14 +69,11 @@ class PaddedDispatcher:
         buffer = x_TD.new_zeros((num_slots + 1, x_TD.shape[1]))  # the last row takes what was dropped
         buffer = buffer.index_copy(0, slot_A, x_TD.index_select(0, token_A))
         places_G = self._places_of_ranks(places, decision, x_TD.device)
-        order_R = self._expert_major_order(places_G, x_TD.device)
         record = PaddedRecord(
             slot_A=slot_A,
+            weights_TK=weights_TK,
             send_splits=[self.num_local * places] * self.exchange.size,
             recv_splits=[self.num_local * theirs for theirs in places_G],
-            local_counts_L=[sum(places_G)] * self.num_local,
-            rows_per_expert=sum(places_G),
-            expert_major_R=order_R,
         )
         rows = times.measure(
             self.exchange.rows,
@@ -87,24 +82,23 @@ class PaddedDispatcher:
             record.recv_splits,
             meanwhile=meanwhile,
         )
-        return rows if order_R is None else rows.index_select(0, order_R), record
+        work = ExpertWork(
+            counts_L=[sum(places_G)] * self.num_local,
+            plan=self._expert_major(places_G, x_TD.device),
+            rows_per_expert=sum(places_G),
+        )
+        return rows, work, record
 
     def combine(
-        self,
-        y_RD: Tensor,
-        weights_TK: Tensor,
-        record: PaddedRecord | DispatchRecord,
-        times: ExchangeTimes,
+        self, y_RD: Tensor, record: PaddedRecord | DispatchRecord | None, times: ExchangeTimes
     ) -> Tensor:
         """As ``Dispatcher.combine``."""
-        if isinstance(record, DispatchRecord):
-            return self.unpadded.combine(y_RD, weights_TK, record, times)
-        if record.expert_major_R is not None:
-            y_RD = torch.empty_like(y_RD).index_copy(0, record.expert_major_R, y_RD)
+        if not isinstance(record, PaddedRecord):
+            return self.unpadded.combine(y_RD, record, times)
         rows = times.measure(self.exchange.rows, y_RD, record.recv_splits, record.send_splits)
         rows = torch.cat([rows, rows.new_zeros((1, rows.shape[1]))])
-        y_TKD = rows.index_select(0, record.slot_A).view(*weights_TK.shape, rows.shape[1])
-        return torch.einsum("tkd,tk->td", y_TKD, weights_TK.to(y_TKD.dtype))
+        y_TKD = rows.index_select(0, record.slot_A).view(*record.weights_TK.shape, rows.shape[1])
+        return torch.einsum("tkd,tk->td", y_TKD, record.weights_TK.to(y_TKD.dtype))
 
     def _places_of_ranks(self, places: int, decision: RoutingDecision, device: torch.device) -> list[int]:
         num_ranks = self.exchange.size
@@ -113,8 +107,8 @@ class PaddedDispatcher:
         mine = torch.full((num_ranks, 1), places, dtype=torch.int64, device=device)
         return self.exchange.counts(mine).view(-1).tolist()
 
-    def _expert_major_order(self, places_G: list[int], device: torch.device) -> Tensor | None:
-        """Order that turns rows sorted by (source rank, expert) into rows sorted by (expert, source rank)."""
+    def _expert_major(self, places_G: list[int], device: torch.device) -> RowPlan | None:
+        """Takes rows that are sorted by (source rank, expert) in the order of (expert, source rank)."""
         if len(places_G) == 1 or self.num_local == 1:
             return None
         chunks, first = [], 0
@@ -122,7 +116,7 @@ class PaddedDispatcher:
             chunk = torch.arange(first, first + self.num_local * places, device=device)
             chunks.append(chunk.view(self.num_local, places))
             first += self.num_local * places
-        return torch.cat(chunks, dim=1).reshape(-1)
+        return plan_order(torch.cat(chunks, dim=1).reshape(-1))
 
 
 def _slots(decision: RoutingDecision, num_experts: int, places: int) -> Tensor:

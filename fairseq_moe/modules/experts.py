@@ -2,15 +2,15 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_moe.modules.gated import swiglu
 from fairseq_moe.modules.kernels import Kernel, Stacks, choose_kernel, run_experts, under_autocast
+from fairseq_moe.modules.permute import ExpertWork
 from fairseq_moe.modules.recompute import recomputed
 
 __all__ = ["Experts"]
@@ -113,45 +113,35 @@ class Experts(nn.Module):
                     bound = 0.0 if std is not None else 1 / math.sqrt(weight.shape[-1])
                     nn.init.uniform_(bias[local], -bound, bound, generator=generator)
 
-    def forward(
-        self,
-        rows_RD: Tensor,
-        counts_L: Sequence[int],
-        *,
-        rows_per_expert: int | None = None,
-        kernel: Kernel | None = None,
-    ) -> Tensor:
-        """Apply expert l to its rows.
+    def forward(self, source_SD: Tensor, work: ExpertWork, *, kernel: Kernel | None = None) -> Tensor:
+        """Apply expert l to its rows, and add the results up where ``work`` says.
 
         Args:
-            rows_RD: float, rows sorted by local expert.
-            counts_L: rows of each local expert; zeros are fine and give zero (not missing) gradients.
-            rows_per_expert: every count, where the shape of the batch fixes it; None: routing decides.
+            source_SD: float, rows sorted by local expert, or what ``work.plan`` takes rows from.
+            work: whose rows are which. Experts without rows get zero (not missing) gradients.
             kernel: compute so, instead of as the table in ``kernels`` says.
 
         Returns:
-            (R, D).
+            (S, D).
         """
-        run = functools.partial(self._run, counts_L=counts_L, rows_per_expert=rows_per_expert, kernel=kernel)
-        output: Tensor = recomputed(run, rows_RD) if self.recompute else run(rows_RD)
+        run = functools.partial(self._run, work=work, kernel=kernel)
+        output: Tensor = recomputed(run, source_SD) if self.recompute else run(source_SD)
         return output
 
-    def _run(
-        self, rows_RD: Tensor, *, counts_L: Sequence[int], rows_per_expert: int | None, kernel: Kernel | None
-    ) -> Tensor:
+    def _run(self, source_SD: Tensor, *, work: ExpertWork, kernel: Kernel | None) -> Tensor:
         stacks = Stacks(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
-        rows_RD, stacks = under_autocast(rows_RD, stacks)
+        source_SD, stacks = under_autocast(source_SD, stacks)
         activation_dropout = self.activation_dropout if self.training else 0.0
         if kernel is None:
             kernel = choose_kernel(
-                stacks, rows_per_expert=rows_per_expert, activation_dropout=activation_dropout
+                stacks, rows_per_expert=work.rows_per_expert, activation_dropout=activation_dropout
             )
-        out_RD = run_experts(
+        return run_experts(
             kernel,
-            rows_RD,
+            source_SD,
             stacks,
-            counts_L,
+            work,
             activation=self.activation,
             activation_dropout=activation_dropout,
+            dropout=self.dropout if self.training else 0.0,
         )
-        return F.dropout(out_RD, self.dropout, self.training)

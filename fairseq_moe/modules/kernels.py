@@ -9,22 +9,26 @@ bmm       one batched product per matrix; rows padded to the busiest expert unle
 grouped   one ``torch.nn.functional.grouped_mm`` per matrix
 ========= =======================================================================================
 
+Routing weights, where the rows have them, are applied between activation and fc2 if the experts have no biases, and
+else to the outputs, which are then kept for the weights' gradient. ``sliced`` keeps no outputs in any case.
+
 All compute the same function and the same gradients, so a checkpoint knows nothing of them. An expert without
 rows gets zero gradients, not missing ones: optimizers and reductions see the same tensors on every rank.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
 from enum import StrEnum
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fairseq_moe.modules.kernels_activation import Activation, weighted_activation
 from fairseq_moe.modules.kernels_linear import batched_linear, grouped_linear, loop_linear
 from fairseq_moe.modules.kernels_sliced import sliced_network
+from fairseq_moe.modules.permute import ExpertWork, combine_rows, take_rows
 
 __all__ = ["Kernel", "Stacks", "arithmetic_dtype", "choose_kernel", "run_experts", "under_autocast"]
 
@@ -97,7 +101,7 @@ def choose_kernel(
     return Kernel.LOOP if activation_dropout > 0 else Kernel.SLICED
 
 
-@cache
+@functools.cache
 def _cuda_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
@@ -113,7 +117,7 @@ def arithmetic_dtype(like: Tensor) -> torch.dtype:
     return like.dtype
 
 
-@cache
+@functools.cache
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
     """The question that torch asks itself before it calls oneDNN."""
     if not torch.backends.mkldnn.is_available():
@@ -125,47 +129,66 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
 
 def run_experts(
     kernel: Kernel,
-    rows_RD: Tensor,
+    source_SD: Tensor,
     stacks: Stacks,
-    counts_L: Sequence[int],
+    work: ExpertWork,
     *,
-    activation: Callable[[Tensor], Tensor],
+    activation: Activation,
     activation_dropout: float = 0.0,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """W2 dropout(act(W1 x (+ b1))) (+ b2) of each row's expert.
+    """w dropout(W2 activation_dropout(act(W1 x (+ b1))) (+ b2)) of each row's expert, added up where ``work`` says.
 
     Args:
         kernel: how.
-        rows_RD: float, sorted by expert.
+        source_SD: float, rows sorted by expert, or what ``work.plan`` takes rows from.
         stacks: parameters, in the dtype of the rows.
-        counts_L: rows of each expert.
+        work: which rows are whose, where results go, and with what weight.
         activation: of each row, not in place, without parameters; elementwise or ``swiglu``.
         activation_dropout: probability, 0 outside training; ``sliced`` cannot do it.
+        dropout: probability, 0 outside training.
 
     Returns:
-        (R, D).
+        (S, D).
 
     Raises:
         TypeError: rows and parameters differ in dtype.
     """
-    if rows_RD.dtype != stacks.fc1_weight.dtype:
+    if source_SD.dtype != stacks.fc1_weight.dtype:
         raise TypeError(
-            f"experts of dtype {stacks.fc1_weight.dtype} were given rows of dtype {rows_RD.dtype}; "
+            f"experts of dtype {stacks.fc1_weight.dtype} were given rows of dtype {source_SD.dtype}; "
             "convert one of them, or use torch.autocast"
         )
-    counts = tuple(counts_L)
-    wide = arithmetic_dtype(rows_RD)
-    with torch.autocast(rows_RD.device.type, enabled=False):
+    wide = arithmetic_dtype(source_SD)
+    with torch.autocast(source_SD.device.type, enabled=False):
         if kernel == Kernel.SLICED:
-            return sliced_network(rows_RD, stacks, counts, activation=activation, wide=wide)
+            return sliced_network(source_SD, stacks, work, activation=activation, dropout=dropout, wide=wide)
+        linear = functools.partial(_linear, kernel, counts_L=tuple(work.counts_L), wide=wide)
+        rows_RD = source_SD if work.plan is None else take_rows(source_SD, work.plan)
+        hidden_RF = linear(rows_RD, stacks.fc1_weight, stacks.fc1_bias)
+        weights_R = work.weights_R
+        if weights_R is not None and stacks.fc2_bias is None:
+            active_RF = weighted_activation(activation, hidden_RF, weights_R)
+            weights_R = None
+        else:
+            active_RF = activation(hidden_RF)
+        active_RF = F.dropout(active_RF, activation_dropout, training=activation_dropout > 0)
+        y_RD = linear(active_RF, stacks.fc2_weight, stacks.fc2_bias)
+        y_RD = F.dropout(y_RD, dropout, training=dropout > 0)
+        return y_RD if work.plan is None else combine_rows(y_RD, weights_R, work.plan)
 
-        def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            if kernel == Kernel.BMM:
-                return batched_linear(x, weight, bias, counts)
-            if kernel == Kernel.GROUPED:
-                return grouped_linear(x, weight, bias, counts)
-            return loop_linear(x, weight, bias, counts, wide=wide)
 
-        hidden_RF = activation(linear(rows_RD, stacks.fc1_weight, stacks.fc1_bias))
-        hidden_RF = F.dropout(hidden_RF, activation_dropout, training=activation_dropout > 0)
-        return linear(hidden_RF, stacks.fc2_weight, stacks.fc2_bias)
+def _linear(
+    kernel: Kernel,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    counts_L: tuple[int, ...],
+    wide: torch.dtype,
+) -> Tensor:
+    if kernel == Kernel.BMM:
+        return batched_linear(x, weight, bias, counts_L)
+    if kernel == Kernel.GROUPED:
+        return grouped_linear(x, weight, bias, counts_L)
+    return loop_linear(x, weight, bias, counts_L, wide=wide)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
+from fairseq_moe.modules import host_memory
+
 __all__ = ["addmm_into", "batched_linear", "grouped_linear", "loop_linear", "mm_into"]
 
 Gradients = tuple[Tensor | None, ...]
@@ -75,7 +77,7 @@ class _LoopLinear(torch.autograd.Function):
         grad_RO = grads[0].contiguous()
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_x_RI = torch.empty_like(x_RI) if wants_x else None
-        grad_weight_LOI = torch.empty_like(weight_LOI) if wants_weight else None
+        grad_weight_LOI = host_memory.empty(weight_LOI.shape, like=weight_LOI) if wants_weight else None
         grad_bias_LO = weight_LOI.new_empty(weight_LOI.shape[:2]) if wants_bias else None
         start = 0
         for expert, count in enumerate(counts_L):

@@ -3,9 +3,13 @@
 Nothing of size R x F is touched twice from memory: of the hidden layer only the values before the activation
 are kept for the backward pass, one block per expert, and the activation is computed again there. One exception:
 where half precision has units of its own, GELU is dear beside the products, and its values are kept, too.
+
+With a plan, nothing of size R x D is made either. An expert's rows are read from their tokens when it is its turn,
+its outputs are added to them, and the gradient of a routing weight w, for y = w (W2 a + b2) and the gradient g of y,
+is (g W2) . a + g . b2, whose first product is needed anyway: so outputs are not kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,127 +17,195 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_moe.modules.gated import swiglu, swiglu_backward
-from fairseq_moe.modules.kernels_linear import Gradients, addmm_into, mm_into
+from fairseq_moe.modules import host_memory
+from fairseq_moe.modules.kernels_activation import Activation, through_activation
+from fairseq_moe.modules.kernels_linear import Gradients, mm_into
+from fairseq_moe.modules.permute import ExpertWork
 
 __all__ = ["sliced_network"]
 
 
-class _Plan(NamedTuple):
+class _How(NamedTuple):
     """What is not differentiated.
 
     Args:
         counts_L: rows of each expert.
+        token_R: int64, the input's row that each row is; None: the input's rows in their order.
         activation: of the hidden layer; its values may be fewer (``swiglu``).
+        dropout: probability, on the outputs; 0 outside training.
         wide: dtype of the products.
-        keeps_active: keep the values after the activation, too.
+        needs_grad: a backward pass may follow.
+        keeps_active: keep the values after the activation for it, too.
     """
 
-    counts_L: tuple[int, ...]
-    activation: Callable[[Tensor], Tensor]
+    counts_L: Sequence[int]
+    token_R: Tensor | None
+    activation: Activation
+    dropout: float
     wide: torch.dtype
+    needs_grad: bool
     keeps_active: bool
+
+    def nothing(self) -> list[None]:
+        """For each expert."""
+        return [None] * len(self.counts_L)
+
+    def split(self, values_R: Tensor | None) -> Sequence[Tensor | None]:
+        """The part of each expert."""
+        return self.nothing() if values_R is None else values_R.split(self.counts_L)
+
+    def read(self, values_SD: Tensor) -> Iterable[Tensor]:
+        """The rows of each expert, when it is its turn."""
+        if self.token_R is None:
+            return values_SD.split(self.counts_L)
+        return (values_SD.index_select(0, token) for token in self.token_R.split(self.counts_L))
 
 
 def sliced_network(
-    rows_RD: Tensor,
+    source_SD: Tensor,
     stacks: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
-    counts_L: tuple[int, ...],
+    work: ExpertWork,
     *,
-    activation: Callable[[Tensor], Tensor],
+    activation: Activation,
+    dropout: float,
     wide: torch.dtype,
 ) -> Tensor:
-    """W2 act(W1 x (+ b1)) (+ b2) of each row's expert; products are taken in ``wide``."""
-    keeps_active = activation is F.gelu and wide.itemsize < 4
-    plan = _Plan(counts_L, activation, wide, keeps_active)
-    return _SlicedNetwork.apply(rows_RD, *stacks, plan)
+    """dropout(W2 act(W1 x (+ b1)) (+ b2)) of each row's expert, where ``work`` says; products in ``wide``."""
+    how = _How(
+        counts_L=tuple(work.counts_L),
+        token_R=None if work.plan is None else work.plan.token_R,
+        activation=activation,
+        dropout=dropout,
+        wide=wide,
+        needs_grad=torch.is_grad_enabled(),
+        keeps_active=activation is F.gelu and wide.itemsize < 4,
+    )
+    weights_R = None if work.weights_R is None else work.weights_R.to(source_SD.dtype)
+    return _SlicedNetwork.apply(source_SD, *stacks, weights_R, how)
 
 
 class _SlicedNetwork(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, *args: Any) -> Tensor:
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias, plan = args
-        wide, counts = plan.wide, plan.counts_L
-        out_RD = rows_RD.new_empty((len(rows_RD), fc2_weight.shape[1]))
-        kept = []
-        for x, y, w1, b1, w2, b2 in zip(
-            rows_RD.split(counts),
-            out_RD.split(counts),
-            fc1_weight,
-            _slices(fc1_bias, counts),
-            fc2_weight,
-            _slices(fc2_bias, counts),
-            strict=True,
+    def forward(ctx: Any, source_SD: Tensor, *args: Any) -> Tensor:
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, weights_R, how = args
+        wide = how.wide
+        out = _Places(source_SD, fc2_weight.shape[1], how)
+        kept = _Kept.empty(source_SD, fc1_weight.shape[1], fc2_weight, how)
+        for expert, (x, w1, b1, w2, b2, weight, keep) in enumerate(
+            zip(
+                how.read(source_SD),
+                fc1_weight,
+                _unbound(fc1_bias, how),
+                fc2_weight,
+                _unbound(fc2_bias, how),
+                how.split(weights_R),
+                kept.slices(how),
+                strict=True,
+            )
         ):
-            hidden = _linear(b1, x.to(wide), w1.to(wide))
-            active = plan.activation(hidden)
-            addmm_into(y, b2, active, w2.to(wide).t())
-            kept.append(hidden.to(rows_RD.dtype))
-            if plan.keeps_active:
-                kept.append(active)
-        ctx.save_for_backward(rows_RD, fc1_weight, fc2_weight, *kept)
-        ctx.plan = plan
-        return out_RD
+            hidden = _linear(b1, x.to(wide), w1.to(wide), keep=keep.hidden)
+            active = how.activation(hidden)
+            if keep.active is not None:
+                keep.active.copy_(active)
+            y = _linear(b2, active, w2.to(wide))
+            if how.dropout > 0:
+                y, mask = torch.native_dropout(y, how.dropout, True)
+                if keep.mask is not None:
+                    keep.mask.copy_(mask)
+            out.put(expert, y if weight is None else y * weight.unsqueeze(1))
+        ctx.save_for_backward(source_SD, fc1_weight, fc2_weight, fc2_bias, weights_R, *kept)
+        ctx.how = how
+        return out.all()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
-        rows_RD, fc1_weight, fc2_weight, *kept = ctx.saved_tensors
-        plan: _Plan = ctx.plan
-        wide, counts = plan.wide, plan.counts_L
-        grad_RD = grads[0].contiguous()
-        into = _Gradients.empty(ctx.needs_input_grad, rows_RD, fc1_weight, fc2_weight, plan)
-        slices = into.slices(counts)
-        hidden_of_L = kept[:: 2 if plan.keeps_active else 1]
-        active_of_L = kept[1::2] if plan.keeps_active else [None] * len(counts)
-        with torch.autocast(rows_RD.device.type, enabled=False):
-            for x, grad, w1, w2, hidden, active, to in zip(
-                rows_RD.split(counts),
-                grad_RD.split(counts),
-                fc1_weight,
-                fc2_weight,
-                hidden_of_L,
-                active_of_L,
-                slices,
-                strict=True,
-            ):
-                grad = grad.to(wide)
-                active, grad_hidden = _through_activation(
-                    plan.activation, hidden.to(wide), active, torch.mm(grad, w2.to(wide))
+        source_SD, fc1_weight, fc2_weight, fc2_bias, weights_R, *kept = ctx.saved_tensors
+        how: _How = ctx.how
+        wide, wanted = how.wide, ctx.needs_input_grad
+        grad_source = _Places(source_SD, source_SD.shape[1], how) if wanted[0] else None
+        into = _Gradients.empty(wanted[1:], fc1_weight, fc2_weight, weights_R)
+        with torch.autocast(source_SD.device.type, enabled=False):
+            for expert, (x, grad, w1, w2, b2, weight, keep, to) in enumerate(
+                zip(
+                    how.read(source_SD),
+                    how.read(grads[0].contiguous()),
+                    fc1_weight,
+                    fc2_weight,
+                    _unbound(fc2_bias, how),
+                    how.split(weights_R),
+                    _Kept(*kept).slices(how),
+                    into.slices(how),
+                    strict=True,
                 )
+            ):
+                assert keep.hidden is not None
+                grad = grad.to(wide)
+                if keep.mask is not None:
+                    grad = torch.ops.aten.native_dropout_backward(grad, keep.mask, 1 / (1 - how.dropout))
+                grad_active = torch.mm(grad, w2.to(wide))
+                active, grad_hidden = through_activation(
+                    how.activation, keep.hidden.to(wide), keep.active, grad_active
+                )
+                if to.weights is not None:
+                    to.weights.copy_(torch.linalg.vecdot(grad_active, active))
+                    if b2 is not None:
+                        to.weights.add_(torch.mv(grad, b2.to(wide)))
+                if weight is not None:
+                    grad = grad * weight.unsqueeze(1)
+                    grad_hidden = grad_hidden.mul_(weight.unsqueeze(1))
                 _linear_gradients(to.fc2_weight, to.fc2_bias, grad, active)
                 _linear_gradients(to.fc1_weight, to.fc1_bias, grad_hidden, x.to(wide))
-                if to.rows is not None:
-                    mm_into(to.rows, grad_hidden, w1.to(wide))
-        return (*into, None)
+                if grad_source is not None:
+                    grad_source.put(expert, torch.mm(grad_hidden, w1.to(wide)))
+        return (None if grad_source is None else grad_source.all(), *into, None)
 
 
-def _slices(bias_LO: Tensor | None, counts_L: tuple[int, ...]) -> Sequence[Tensor | None]:
-    return [None] * len(counts_L) if bias_LO is None else bias_LO.unbind()
+class _Places:
+    """(S, D) of the input's dtype, made of the experts' parts: put in their places, or added to their tokens.
+
+    Sums are taken in float32 at least. No expert has a token twice, so sums are the same in every run.
+    """
+
+    def __init__(self, source_SD: Tensor, width: int, how: _How) -> None:
+        self._dtype = source_SD.dtype
+        shape = (len(source_SD), width)
+        if how.token_R is None:
+            self._values = host_memory.empty(shape, like=source_SD)
+            self._parts = self._values.split(how.counts_L)
+        else:
+            dtype = torch.promote_types(self._dtype, torch.float32)
+            self._values = host_memory.empty(shape, like=source_SD, dtype=dtype).zero_()
+            self._parts = how.token_R.split(how.counts_L)
+        self._adds = how.token_R is not None
+
+    def put(self, expert: int, part: Tensor) -> None:
+        """An expert's part."""
+        if self._adds:
+            self._values.index_add_(0, self._parts[expert], part.to(self._values.dtype))
+        else:
+            self._parts[expert].copy_(part)
+
+    def all(self) -> Tensor:
+        """When every expert has had its turn."""
+        return self._values.to(self._dtype)
 
 
-def _linear(bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+def _unbound(bias_LO: Tensor | None, how: _How) -> Sequence[Tensor | None]:
+    return how.nothing() if bias_LO is None else bias_LO.unbind()
 
 
-def _through_activation(
-    activation: Callable[[Tensor], Tensor], hidden: Tensor, active: Tensor | None, grad_active: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The activation's values, computed unless they were kept, and the gradient before it."""
-    # Autograd within a backward pass costs as much as a small product, so the usual ones are spelled out.
-    if activation is F.gelu:
-        active = F.gelu(hidden) if active is None else active
-        return active, torch.ops.aten.gelu_backward(grad_active, hidden)
-    if activation is F.relu:
-        active = F.relu(hidden)
-        return active, torch.ops.aten.threshold_backward(grad_active, active, 0)
-    if activation is swiglu:
-        return swiglu_backward(grad_active, hidden)
-    with torch.enable_grad():
-        leaf = hidden.detach().requires_grad_()
-        active = activation(leaf)
-    (grad_hidden,) = torch.autograd.grad(active, leaf, grad_active)
-    return active.detach(), grad_hidden
+def _linear(bias: Tensor | None, x: Tensor, weight: Tensor, *, keep: Tensor | None = None) -> Tensor:
+    """x W^T (+ b), which ``keep`` gets, too, in its own dtype."""
+    out = keep if keep is not None and keep.dtype == x.dtype else None
+    y = (
+        torch.mm(x, weight.t(), out=out)
+        if bias is None
+        else torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
+    )
+    if keep is not None and out is None:
+        keep.copy_(y)
+    return y
 
 
 def _linear_gradients(weight: Tensor | None, bias: Tensor | None, grad: Tensor, x: Tensor) -> None:
@@ -143,31 +215,59 @@ def _linear_gradients(weight: Tensor | None, bias: Tensor | None, grad: Tensor, 
         bias.copy_(grad.sum(0))
 
 
-class _Gradients(NamedTuple):
-    """Of the inputs, in their order; None where nobody asked."""
+class _Kept(NamedTuple):
+    """For the backward pass: hidden values before and after the activation, and the mask of the dropout.
 
-    rows: Tensor | None
+    None where they are not needed.
+    """
+
+    hidden: Tensor | None
+    active: Tensor | None
+    mask: Tensor | None
+
+    @classmethod
+    def empty(cls, source_SD: Tensor, hidden_dim: int, fc2_weight: Tensor, how: _How) -> "_Kept":
+        """Every slice will be written once."""
+        if not how.needs_grad:
+            return cls(None, None, None)
+        num_rows, active_dim = sum(how.counts_L), fc2_weight.shape[2]
+        like = source_SD
+        return cls(
+            host_memory.empty((num_rows, hidden_dim), like=like),
+            host_memory.empty((num_rows, active_dim), like=like, dtype=how.wide)
+            if how.keeps_active
+            else None,
+            like.new_empty((num_rows, fc2_weight.shape[1]), dtype=torch.bool) if how.dropout > 0 else None,
+        )
+
+    def slices(self, how: _How) -> "list[_Kept]":
+        """The part of each expert."""
+        return [_Kept(*parts) for parts in zip(*map(how.split, self), strict=True)]
+
+
+class _Gradients(NamedTuple):
+    """Of parameters and weights, in the order of the inputs; None where nobody asked."""
+
     fc1_weight: Tensor | None
     fc1_bias: Tensor | None
     fc2_weight: Tensor | None
     fc2_bias: Tensor | None
+    weights: Tensor | None
 
     @classmethod
     def empty(
-        cls, wanted: tuple[bool, ...], rows_RD: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, plan: _Plan
+        cls, wanted: tuple[bool, ...], fc1_weight: Tensor, fc2_weight: Tensor, weights_R: Tensor | None
     ) -> "_Gradients":
         """Every slice will be written once."""
         return cls(
-            torch.empty_like(rows_RD, memory_format=torch.contiguous_format) if wanted[0] else None,
-            torch.empty_like(fc1_weight) if wanted[1] else None,
-            fc1_weight.new_empty(fc1_weight.shape[:2]) if wanted[2] else None,
-            torch.empty_like(fc2_weight) if wanted[3] else None,
-            fc2_weight.new_empty(fc2_weight.shape[:2]) if wanted[4] else None,
+            host_memory.empty(fc1_weight.shape, like=fc1_weight) if wanted[0] else None,
+            fc1_weight.new_empty(fc1_weight.shape[:2]) if wanted[1] else None,
+            host_memory.empty(fc2_weight.shape, like=fc2_weight) if wanted[2] else None,
+            fc2_weight.new_empty(fc2_weight.shape[:2]) if wanted[3] else None,
+            torch.empty_like(weights_R) if weights_R is not None and wanted[4] else None,
         )
 
-    def slices(self, counts_L: tuple[int, ...]) -> "list[_Gradients]":
+    def slices(self, how: _How) -> "list[_Gradients]":
         """The part of each expert."""
-        nothing = [None] * len(counts_L)
-        rows = nothing if self.rows is None else self.rows.split(counts_L)
-        stacks = (nothing if stack is None else stack.unbind() for stack in self[1:])
-        return [_Gradients(*parts) for parts in zip(rows, *stacks, strict=True)]
+        stacks = (how.nothing() if stack is None else stack.unbind() for stack in self[:-1])
+        return [_Gradients(*parts) for parts in zip(*stacks, how.split(self.weights), strict=True)]

@@ -113,9 +113,11 @@ class MoELayer(nn.Module):
             if self.shared_experts is not None:
                 shared_TD.append(self.shared_experts(x_TD))
 
-        rows, record = self.dispatcher.dispatch(x_TD, routed.decision, times, meanwhile=apply_shared_experts)
-        y_RD = self.experts(rows, record.local_counts_L, rows_per_expert=record.rows_per_expert)
-        y_TD = sum(shared_TD, self.dispatcher.combine(y_RD, routed.weights_TK, record, times))
+        source_SD, work, record = self.dispatcher.dispatch(
+            x_TD, routed.decision, routed.weights_TK, times, meanwhile=apply_shared_experts
+        )
+        y_SD = self.experts(source_SD, work)
+        y_TD = sum(shared_TD, self.dispatcher.combine(y_SD, record, times))
         return y_TD, self._aux(routed, times)
 
     def _aux(self, routed: RouterOutput, times: ExchangeTimes) -> MoEAux:

@@ -5,10 +5,11 @@ rows        t0 t1 | t1 | t0 t2    expert 0 | expert 1 | expert 2, tokens in orde
 token_of_R   0  1    1    0  2
 by_token_R   3  0 |  1  2 |  4    the same rows, token by token, choices in order
 
-Both directions only read by index and never add to one place from several: rows are sums over ``by_token_R``,
+Both directions only read by index and never add to one place from several: tokens are sums over ``by_token_R``,
 which ``embedding_bag`` computes in one pass and in the same order every time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,16 @@ from torch.autograd.function import once_differentiable
 
 from fairseq_moe.modules.routing import RoutingDecision, count_ids
 
-__all__ = ["RowPlan", "combine_rows", "count_rows", "plan_rows", "take_rows"]
+__all__ = [
+    "ExpertWork",
+    "RowPlan",
+    "combine_rows",
+    "count_rows",
+    "plan_order",
+    "plan_rows",
+    "take_rows",
+    "take_weights",
+]
 
 _CPU_CHUNK = 512  # rows that a CPU handles at once, so that they stay in its cache
 
@@ -39,6 +49,24 @@ class RowPlan:
     token_R: Tensor
     by_token_R: Tensor
     starts_T: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertWork:
+    """What a rank's experts do with the rows, or tokens, that they are given.
+
+    Args:
+        counts_L: rows of each local expert; zeros are fine.
+        plan: which row of the input each of their rows is, and where in the output its result is added;
+            None: the input's rows are sorted by expert, and results stay in their places.
+        weights_R: float, of each result in the output; None: 1. Needs a plan.
+        rows_per_expert: every count, where the shape of the batch fixes it; None: routing decides.
+    """
+
+    counts_L: Sequence[int]
+    plan: RowPlan | None = None
+    weights_R: Tensor | None = None
+    rows_per_expert: int | None = None
 
 
 def count_rows(decision: RoutingDecision, *, num_experts: int) -> Tensor:
@@ -69,6 +97,17 @@ def plan_rows(decision: RoutingDecision, *, num_experts: int, num_rows: int) -> 
     )
 
 
+def plan_order(order_R: Tensor) -> RowPlan:
+    """Rows in another order: row r is row ``order_R[r]`` of the input, and its result goes back there."""
+    places = torch.arange(len(order_R), device=order_R.device)
+    return RowPlan(
+        assignment_R=order_R,
+        token_R=order_R,
+        by_token_R=torch.empty_like(order_R).scatter_(0, order_R, places),
+        starts_T=places,
+    )
+
+
 def _kept_ids(decision: RoutingDecision, *, dropped_id: int) -> Tensor:
     return decision.expert_ids_TK.masked_fill(~decision.kept_TK, dropped_id).reshape(-1)
 
@@ -78,10 +117,16 @@ def take_rows(x_TD: Tensor, plan: RowPlan) -> Tensor:
     return _TakeRows.apply(x_TD, plan)
 
 
-def combine_rows(y_RD: Tensor, weights_TK: Tensor, plan: RowPlan) -> Tensor:
-    """(R, D) -> (T, D): sum of each token's rows times their weights; zero for a token without rows."""
-    weights_R = weights_TK.reshape(-1).index_select(0, plan.assignment_R).to(y_RD.dtype)
-    return _CombineRows.apply(y_RD, weights_R, plan)
+def take_weights(weights_TK: Tensor, plan: RowPlan) -> Tensor:
+    """(T, K) -> (R,): each kept assignment's weight."""
+    return weights_TK.reshape(-1).index_select(0, plan.assignment_R)
+
+
+def combine_rows(y_RD: Tensor, weights_R: Tensor | None, plan: RowPlan) -> Tensor:
+    """(R, D) -> (T, D): sum of each token's rows, times their weights; zero for a token without rows."""
+    if weights_R is None:
+        return _AddRows.apply(y_RD, plan)
+    return _CombineRows.apply(y_RD, weights_R.to(y_RD.dtype), plan)
 
 
 def _add_by_token(rows_RD: Tensor, plan: RowPlan, weights_R: Tensor | None = None) -> Tensor:
@@ -100,6 +145,18 @@ class _TakeRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _add_by_token(grads[0].contiguous(), ctx.plan), None
+
+
+class _AddRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, plan: RowPlan) -> Tensor:
+        ctx.plan = plan
+        return _add_by_token(y_RD.contiguous(), plan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].index_select(0, ctx.plan.token_R), None
 
 
 class _CombineRows(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ TINY_FLAGS = [
     "--lr-scheduler", "fixed", "--lr", "0.5", "--optimizer", "sgd", "--clip-norm", "0",
     "--moe-freq", "2", "--moe-expert-count", "4", "--moe-second-expert-policy", "all",
     "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.1",
+    "--save-dir", os.path.join(tempfile.gettempdir(), "no-such-directory"),  # two at a time would lock each other out
 ]  # fmt: skip
 
 

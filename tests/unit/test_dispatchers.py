@@ -59,7 +59,9 @@ def test_dispatchers_agree(kind: str, factor: float | None, max_tokens: int | No
 def test_padded_experts_see_the_same_shape_whatever_the_routing() -> None:
     moe = layer("padded", 1.0, max_tokens=20)
     seen = []
-    moe.experts.register_forward_pre_hook(lambda module, args: seen.append((args[0].shape, tuple(args[1]))))
+    moe.experts.register_forward_pre_hook(
+        lambda module, args: seen.append((args[0].shape, tuple(args[1].counts_L)))
+    )
     for seed in range(3):
         x = torch.randn(20, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         moe(x, tokens=TokenInfo(mode=RouterMode.TRAIN))
@@ -69,9 +71,7 @@ def test_padded_experts_see_the_same_shape_whatever_the_routing() -> None:
 def test_padded_experts_let_the_kernel_know_their_fixed_number_of_rows() -> None:
     moe = layer("padded", 1.0, max_tokens=20)
     seen = []
-    moe.experts.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["rows_per_expert"]), with_kwargs=True
-    )
+    moe.experts.register_forward_pre_hook(lambda module, args: seen.append(args[1].rows_per_expert))
     x = torch.zeros(20, D, dtype=torch.float64)
     moe(x, tokens=TokenInfo(mode=RouterMode.TRAIN))
     moe(x, tokens=TokenInfo(mode=RouterMode.GENERATE))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairseq_moe.modules.experts import Experts
+from fairseq_moe.modules.permute import ExpertWork
 
 SHAPES = {"fc1_weight": (3, 8, 4), "fc1_bias": (3, 8), "fc2_weight": (3, 4, 8), "fc2_bias": (3, 4)}
 
@@ -70,23 +71,25 @@ class TestForward:
         for local, rows in enumerate(x.split(counts)):
             fc1, fc2 = linears(1 + local)
             expected.append(fc2(F.gelu(fc1(rows))))
-        torch.testing.assert_close(experts(x, counts), torch.cat(expected))
+        torch.testing.assert_close(experts(x, ExpertWork(counts_L=counts)), torch.cat(expected))
 
     def test_dropout_only_while_training(self) -> None:
         experts = make(dropout=0.5, activation_dropout=0.5)
         x = torch.randn(6, 4)
         experts.eval()
-        assert torch.equal(experts(x, [2, 2, 2]), experts(x, [2, 2, 2]))
+        assert torch.equal(
+            experts(x, ExpertWork(counts_L=[2, 2, 2])), experts(x, ExpertWork(counts_L=[2, 2, 2]))
+        )
         experts.train()
-        assert (experts(x, [2, 2, 2]) == 0).any()
+        assert (experts(x, ExpertWork(counts_L=[2, 2, 2])) == 0).any()
 
     def test_wrong_number_of_rows_is_an_error(self) -> None:
         with pytest.raises(RuntimeError):
-            make()(torch.randn(5, 4), [1, 1, 1])
+            make()(torch.randn(5, 4), ExpertWork(counts_L=[1, 1, 1]))
 
     def test_rows_of_another_dtype_are_an_error(self) -> None:
         with pytest.raises(TypeError, match=r"float32 were given rows of dtype torch\.bfloat16"):
-            make()(torch.randn(3, 4).bfloat16(), [1, 1, 1])
+            make()(torch.randn(3, 4).bfloat16(), ExpertWork(counts_L=[1, 1, 1]))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_autocast(self, dtype: torch.dtype) -> None:
@@ -94,9 +97,9 @@ class TestForward:
         half = copy.deepcopy(experts).to(dtype)
         half_x = x.detach().to(dtype).requires_grad_()
         with torch.autocast("cpu", dtype=dtype):
-            y = experts(x, [1, 0, 2])
+            y = experts(x, ExpertWork(counts_L=[1, 0, 2]))
             y.float().sum().backward()
-        half_y = half(half_x, [1, 0, 2])
+        half_y = half(half_x, ExpertWork(counts_L=[1, 0, 2]))
         half_y.float().sum().backward()
         assert torch.equal(y, half_y) and y.dtype is dtype
         assert x.grad is not None and half_x.grad is not None
@@ -109,7 +112,7 @@ class TestForward:
 class TestGradients:
     def test_experts_without_rows_get_zeros(self) -> None:
         experts = make()
-        experts(torch.randn(4, 4), [0, 4, 0]).sum().backward()
+        experts(torch.randn(4, 4), ExpertWork(counts_L=[0, 4, 0])).sum().backward()
         for name in SHAPES:
             grad = getattr(experts, name).grad
             assert grad is not None
@@ -119,7 +122,7 @@ class TestGradients:
     def test_no_rows_at_all(self) -> None:
         experts = make()
         x = torch.empty(0, 4, requires_grad=True)
-        experts(x, [0, 0, 0]).sum().backward()
+        experts(x, ExpertWork(counts_L=[0, 0, 0])).sum().backward()
         assert x.grad is not None and x.grad.shape == (0, 4)
         for name, shape in SHAPES.items():
             grad = getattr(experts, name).grad

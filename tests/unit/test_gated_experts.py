@@ -12,6 +12,7 @@ from fairseq_moe.modules import kernels
 from fairseq_moe.modules.experts import Experts
 from fairseq_moe.modules.gated import swiglu, swiglu_backward
 from fairseq_moe.modules.kernels import Kernel, Stacks, choose_kernel, run_experts
+from fairseq_moe.modules.permute import ExpertWork
 from fairseq_moe.modules.shared_experts import SharedExperts
 
 L, D, H = 4, 8, 16
@@ -39,7 +40,9 @@ def with_gradients(out: Tensor, leaves: tuple[Tensor, ...]) -> Result:
 
 def by_kernel(kernel: Kernel, counts: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Result:
     rows, fc1, fc2 = leaves_of(counts, dtype)
-    out = run_experts(kernel, rows, Stacks(fc1, None, fc2, None), counts, activation=swiglu)
+    out = run_experts(
+        kernel, rows, Stacks(fc1, None, fc2, None), ExpertWork(counts_L=counts), activation=swiglu
+    )
     return with_gradients(out, (rows, fc1, fc2))
 
 
@@ -80,7 +83,13 @@ class TestKernels:
         leaves = leaves_of((2, 0, 1, 2), torch.float64)
 
         def network(rows: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
-            return run_experts(kernel, rows, Stacks(fc1, None, fc2, None), (2, 0, 1, 2), activation=swiglu)
+            return run_experts(
+                kernel,
+                rows,
+                Stacks(fc1, None, fc2, None),
+                ExpertWork(counts_L=(2, 0, 1, 2)),
+                activation=swiglu,
+            )
 
         assert torch.autograd.gradcheck(network, leaves, fast_mode=True)
 
@@ -91,7 +100,9 @@ class TestKernels:
         leaves = leaves_of(counts, torch.float32)
         leaves[frozen].requires_grad_(False)
         rows, fc1, fc2 = leaves
-        out = run_experts(kernel, rows, Stacks(fc1, None, fc2, None), counts, activation=swiglu)
+        out = run_experts(
+            kernel, rows, Stacks(fc1, None, fc2, None), ExpertWork(counts_L=counts), activation=swiglu
+        )
         out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape))
         for index, (leaf, expected) in enumerate(zip(leaves, by_kernel(kernel, counts).grads, strict=True)):
             assert (leaf.grad is None) == (index == frozen)
@@ -146,7 +157,7 @@ class TestModule:
 
     def test_autocast(self) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert make()(torch.randn(3, 64), [1, 0, 2]).dtype is torch.bfloat16
+            assert make()(torch.randn(3, 64), ExpertWork(counts_L=[1, 0, 2])).dtype is torch.bfloat16
 
     @pytest.mark.parametrize("gated", [False, True])
     def test_shared_network(self, gated: bool) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fairseq_moe.modules import kernels
 from fairseq_moe.modules.kernels import Kernel, Stacks, arithmetic_dtype, choose_kernel, run_experts
+from fairseq_moe.modules.permute import ExpertWork
 
 L, D, H = 4, 8, 16
 COUNTS = {
@@ -45,7 +46,7 @@ def run(
     activation: Callable[[Tensor], Tensor] = F.gelu,
 ) -> Result:
     rows, stacks = rows_of(counts, dtype), stacks_of(dtype)
-    out = run_experts(kernel, rows, stacks, counts, activation=activation)
+    out = run_experts(kernel, rows, stacks, ExpertWork(counts_L=counts), activation=activation)
     cotangent = torch.linspace(-1, 1, out.numel()).view(out.shape).to(dtype)
     return Result(out.detach(), list(torch.autograd.grad(out, (rows, *stacks), cotangent)))
 
@@ -112,7 +113,7 @@ class TestGradients:
         leaves = (rows_of(counts, torch.float64), *stacks_of(torch.float64))
 
         def network(rows: Tensor, *stacks: Tensor) -> Tensor:
-            return run_experts(kernel, rows, Stacks(*stacks), counts, activation=F.gelu)
+            return run_experts(kernel, rows, Stacks(*stacks), ExpertWork(counts_L=counts), activation=F.gelu)
 
         assert torch.autograd.gradcheck(network, leaves, fast_mode=True)
 
@@ -127,7 +128,7 @@ class TestGradients:
         leaves = (rows, *stacks)
         for index in frozen:
             leaves[index].requires_grad_(False)
-        out = run_experts(kernel, rows, stacks, counts, activation=F.gelu)
+        out = run_experts(kernel, rows, stacks, ExpertWork(counts_L=counts), activation=F.gelu)
         out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape))
         for index, leaf in enumerate(leaves):
             if index in frozen:
@@ -144,7 +145,7 @@ class TestGradients:
         for cotangent in (torch.ones(1, 1).expand(len(rows), D), torch.randn(D, len(rows)).t()):
             grads = [
                 torch.autograd.grad(
-                    run_experts(kernel, x, stacks, counts, activation=F.gelu),
+                    run_experts(kernel, x, stacks, ExpertWork(counts_L=counts), activation=F.gelu),
                     (x, *stacks),
                     c,
                 )

@@ -196,8 +196,8 @@ class TestExchangeTimes:
         times.measure(lambda r: r, torch.ones(2, 2))
         assert times.cpu_ms > once > 0
 
-    def test_logged_by_the_layer_also_on_cpu(self) -> None:
+    def test_one_rank_exchanges_nothing(self) -> None:
         layer = make_layer()
         layer.record_exchange_times = True
         _, aux = layer(torch.randn(5, D), tokens=TokenInfo(mode=RouterMode.TRAIN))
-        assert dict(zip(LAYER_STATS, aux.stats.tolist(), strict=True))["all_to_all_cpu_time_ms"] > 0
+        assert dict(zip(LAYER_STATS, aux.stats.tolist(), strict=True))["all_to_all_cpu_time_ms"] == 0

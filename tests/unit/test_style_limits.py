@@ -103,12 +103,13 @@ def test_torch_distributed_has_one_door(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((PACKAGE / "modules").rglob("*.py")), ids=name_of)
 def test_modules_know_torch_and_one_another_only(path: Path) -> None:
     own = ("torch", "fairseq_moe.modules")
+    library = {"collections", "dataclasses", "enum", "functools", "math", "time", "typing"}
+    if path.name == "host_memory.py":  # where tensors come from, no mathematics
+        library |= {"numpy", "threading", "weakref"}
     foreign = [
         module
         for module in imports(path)
-        if not any(starts_with(module, prefix) for prefix in own)
-        and module.split(".")[0]
-        not in {"collections", "dataclasses", "enum", "functools", "math", "time", "typing"}
+        if not any(starts_with(module, prefix) for prefix in own) and module.split(".")[0] not in library
     ]
     assert not foreign
 
