@@ -17,7 +17,11 @@ from torch import Tensor
 __all__ = ["empty"]
 
 _MIN_BYTES = 1 << 20  # below, the C library keeps what is freed
-_SPARE = 8  # sizes are rounded up to eighths of a power of two, as routing varies them a little
+# Routing varies the number of rows. A block may be used to half, and is made larger than was asked for; pages that
+# nobody has written to take no memory.
+_MAX_SIZE_RATIO = 2
+_STEPS_PER_DOUBLING = 4
+_SPARE_FRAC = 0.25  # what may lie unused, beside what was in use at once
 
 
 class _Block:
@@ -28,11 +32,12 @@ class _Block:
         self._user: weakref.ref[np.ndarray] | None = None
 
     @property
+    def num_bytes(self) -> int:
+        return self._memory.size
+
+    @property
     def is_free(self) -> bool:
         return self._user is None or self._user() is None
-
-    def fits(self, num_bytes: int) -> bool:
-        return self._memory.size == num_bytes
 
     def lend(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The block's next tensor. It holds ``lent``, which dies with the last tensor that shares its storage."""
@@ -42,22 +47,46 @@ class _Block:
 
 
 class _Pool:
-    """All blocks of this process."""
+    """Blocks of at most 1.25 times what was in use at once."""
 
     def __init__(self) -> None:
-        self._blocks: list[_Block] = []
+        self.blocks: list[_Block] = []
+        self._most_in_use_bytes = 0
         self._lock = threading.Lock()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """From a free block of the right size; if there is none, all that are free go back to the system."""
-        num_bytes = _rounded(math.prod(shape) * dtype.itemsize)
+        """From the smallest free block that is large enough and not much too large, or else from a new one."""
+        num_bytes = math.prod(shape) * dtype.itemsize
         with self._lock:
-            block = next((b for b in self._blocks if b.fits(num_bytes) and b.is_free), None)
+            free = sorted(
+                (block for block in self.blocks if block.is_free), key=lambda block: block.num_bytes
+            )
+            in_use_bytes = sum(block.num_bytes for block in self.blocks) - sum(
+                block.num_bytes for block in free
+            )
+            block = next((b for b in free if num_bytes <= b.num_bytes <= _MAX_SIZE_RATIO * num_bytes), None)
+            size_bytes = _size(num_bytes) if block is None else block.num_bytes
+            self._most_in_use_bytes = max(self._most_in_use_bytes, in_use_bytes + size_bytes)
             if block is None:
-                self._blocks = [b for b in self._blocks if not b.is_free]
-                block = _Block(num_bytes)
-                self._blocks.append(block)
+                most_bytes = int((1 + _SPARE_FRAC) * self._most_in_use_bytes)
+                self._drop(free, keep_bytes=most_bytes - in_use_bytes - size_bytes)
+                block = _Block(size_bytes)
+                self.blocks.append(block)
             return block.lend(shape, dtype)
+
+    def _drop(self, free: list[_Block], *, keep_bytes: int) -> None:
+        """Give back the smallest free blocks, until the others are no more than so many bytes."""
+        free_bytes = sum(block.num_bytes for block in free)
+        for block in free:
+            if free_bytes <= keep_bytes:
+                return
+            self.blocks.remove(block)
+            free_bytes -= block.num_bytes
+
+
+def _size(num_bytes: int) -> int:
+    step = (1 << (num_bytes - 1).bit_length()) // (2 * _STEPS_PER_DOUBLING)
+    return -(-num_bytes // step) * step
 
 
 _POOL = _Pool()
@@ -66,15 +95,10 @@ _POOL = _Pool()
 def empty(shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor with any content, on the device and, unless told otherwise, of the dtype of ``like``.
 
-    Its memory is taken again when no tensor uses it any more. What lies unused is kept until a size is asked for that
-    none of it fits: so a process keeps what one update needs, and no more than that.
+    Its memory is taken again when no tensor uses it any more. A process keeps at most a quarter more than it once
+    used at the same time.
     """
     dtype = like.dtype if dtype is None else dtype
     if like.device.type != "cpu" or math.prod(shape) * dtype.itemsize < _MIN_BYTES:
         return like.new_empty(shape, dtype=dtype)
     return _POOL.empty(shape, dtype)
-
-
-def _rounded(num_bytes: int) -> int:
-    step = (1 << (num_bytes - 1).bit_length()) // (2 * _SPARE)
-    return -(-num_bytes // step) * step

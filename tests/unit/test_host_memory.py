@@ -1,11 +1,10 @@
 """Memory of CPU tensors that is used again: never while anyone uses it, and not hoarded."""
 
-import gc
-
+import pytest
 import torch
 
 from fairseq_moe.modules import host_memory
-from fairseq_moe.modules.host_memory import empty
+from fairseq_moe.modules.host_memory import _Pool, empty
 
 LIKE = torch.empty(0)
 LARGE = (1024, 512)  # 2 MiB
@@ -72,24 +71,52 @@ def test_dtype_shape_and_alignment() -> None:
     assert empty(LARGE, like=LIKE.double()).dtype is torch.float64
 
 
-def test_nearly_equal_sizes_share_a_block() -> None:
-    first = empty((1000, 1000), like=LIKE)
-    address = first.data_ptr()
-    del first
-    assert empty((1010, 1000), like=LIKE).data_ptr() == address
+@pytest.mark.parametrize(("rows", "is_same"), [(1000, True), (600, True), (1200, False), (500, False)])
+def test_a_block_serves_what_is_a_little_smaller_and_nothing_else(rows: int, is_same: bool) -> None:
+    pool = _Pool()
+    pool.empty((1000, 1000), torch.float32)
+    (block,) = pool.blocks
+    assert 4_000_000 <= block.num_bytes <= 1.25 * 4_000_000
+    pool.empty((rows, 1000), torch.float32)
+    assert (pool.blocks == [block]) is is_same
 
 
-def test_what_fits_nobody_goes_back_to_the_system() -> None:
-    pool = host_memory._POOL
-    del_me = [empty((n, 1024, 1024), like=LIKE) for n in (1, 2, 3)]
-    del_me.clear()
-    gc.collect()
-    kept = empty((7, 1024, 1024), like=LIKE)
-    assert all(block.fits(kept.nbytes) or not block.is_free for block in pool._blocks)
+def held_bytes(pool: _Pool) -> int:
+    return sum(block.num_bytes for block in pool.blocks)
+
+
+def test_blocks_are_never_much_more_than_was_in_use_at_once() -> None:
+    pool = _Pool()
+    sizes = torch.randint(300, 3000, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    for size in sizes:  # one at a time, each of another size
+        pool.empty((size, 1000), torch.float32)
+        assert held_bytes(pool) <= 1.25 * 1.25 * 4000 * max(sizes)
+    both = [pool.empty((size, 1000), torch.float32) for size in (2000, 4000)]
+    most = held_bytes(pool)
+    both.clear()
+    for size in sizes:
+        pool.empty((size, 1000), torch.float32)
+        assert held_bytes(pool) <= 1.25 * most
+
+
+def test_gradients_stay_while_the_number_of_rows_varies() -> None:
+    pool = _Pool()
+
+    def update(*num_rows: int) -> list[int]:
+        hidden = [pool.empty((rows, 1000), torch.float32) for rows in num_rows]
+        gradients = []
+        for _ in num_rows:  # a layer's hidden values are gone when the next layer's gradients are made
+            gradients += [pool.empty((5000, 1000), torch.float32) for _ in range(2)]
+            hidden.pop()
+        return sorted(gradient.data_ptr() for gradient in gradients)
+
+    first = update(1000, 900)
+    for num_rows in ((990, 400), (300, 700), (950, 950), (400, 1000), (700, 200)):
+        assert update(*num_rows) == first
 
 
 def test_small_tensors_and_other_devices_are_left_to_torch() -> None:
-    before = len(host_memory._POOL._blocks)
+    before = len(host_memory._POOL.blocks)
     empty((4,), like=LIKE)
     assert empty(LARGE, like=LIKE.to("meta")).is_meta
-    assert len(host_memory._POOL._blocks) == before
+    assert len(host_memory._POOL.blocks) == before
