@@ -10,8 +10,9 @@ Ways to spend the same floating-point operations on T tokens, K = 2 experts each
 - peers: see ``bench_peers.py``; those that are not installed are named and left out.
 
 The rounds of all ways are interleaved; a ratio is the median over the rounds of the ratio within a round, so
-that other work on the machine disturbs all alike. Memory is the peak during one forward and backward pass
-above what was there before it in the first pass, so it holds activations and gradients.
+that other work on the machine disturbs all alike. Two kinds of memory are told: what is kept between forward and
+backward pass, parameters and input not counted (a model keeps that of all its layers at once), and the peak during the
+first forward and backward pass above what was there before it, which holds gradients, too.
 """
 
 import argparse
@@ -48,6 +49,7 @@ TOP_K = 2
 CHUNK_ROWS = 512
 MIB = 1024 * 1024
 LIMIT, OURS = "dense limit", "MoE layer"
+WHOLE, CHUNKED = "dense, whole", "dense, in chunks"
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ def our_layer(size: Size) -> tuple[nn.Module, Run]:
 
 
 WAYS: dict[str, Callable[[Size], tuple[nn.Module, Run]]] = {
-    "dense, whole": dense_limit,
-    "dense, in chunks": lambda size: dense_limit(size, chunk_rows=CHUNK_ROWS),
+    WHOLE: dense_limit,
+    CHUNKED: lambda size: dense_limit(size, chunk_rows=CHUNK_ROWS),
     OURS: our_layer,
     **PEERS,
 }
@@ -154,6 +156,7 @@ def measure(
     torch.manual_seed(0)
     dtype = getattr(torch, size.dtype)
     steps: dict[str, Callable[[], None]] = {}
+    passes: dict[str, tuple[nn.Module, Run, Tensor]] = {}
     missing: dict[str, str] = {}
     for name in ways:
         try:
@@ -164,7 +167,8 @@ def measure(
         module.to(device=device, dtype=dtype)
         x_TD = torch.randn(size.tokens, size.model_dim, device=device, dtype=dtype, requires_grad=True)
         steps[name] = _step(module, run, x_TD)
-    # First, because our gradients of stacks stay allocated after a pass and would not show in the next.
+        passes[name] = module, run, x_TD
+    # First, because memory that we use again would not show in the next pass.
     peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(rounds + warmups):
@@ -172,7 +176,7 @@ def measure(
             elapsed_ms = timed_ms(step, device)
             if round_number >= warmups:
                 times[name].append(elapsed_ms)
-    dense = [times[name] for name in ("dense, whole", "dense, in chunks")]
+    dense = [times[name] for name in (WHOLE, CHUNKED)]
     limits_ms = [min(both) for both in zip(*dense, strict=True)]
     result: dict[str, Any] = {
         "size": vars(size),
@@ -188,6 +192,8 @@ def measure(
             "ratio": round(statistics.median(ratios), 3),
             "peak_mib": round(peaks[name] / MIB, 1),
         }
+        if name != CHUNKED:  # which has several backward passes
+            result[name]["kept_mib"] = round(_kept_bytes(*passes[name]) / MIB, 1)
     return result
 
 
@@ -198,6 +204,24 @@ def _step(module: nn.Module, run: Run, x_TD: Tensor) -> Callable[[], None]:
         run(x_TD).backward()
 
     return step
+
+
+def _kept_bytes(module: nn.Module, run: Run, x_TD: Tensor) -> int:
+    """What autograd keeps after a forward pass, besides parameters and input."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (x_TD, *module.parameters())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = run(x_TD)  # alive, or what it keeps would be freed and its addresses used again
+    total = sum(kept.values())
+    del loss
+    return total
 
 
 def _rows_bytes(size: Size) -> int:
@@ -213,7 +237,7 @@ def _mask_bytes(size: Size) -> int:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as a Markdown table; peak memory after each time."""
+    """The results as a Markdown table; after each time the memory kept, and at the peak, in MiB."""
     names = [name for name in WAYS if any(name in result for result in results)]
     head = ["T, D, F, E, dtype", "goal", LIMIT, *names, "kT(D+F), MiB", "branch's masks, MiB"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -226,10 +250,15 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         ]
         for name in names:
             way = result.get(name)
-            cells.append("-" if way is None else f"{way['ratio']:.2f} ({way['peak_mib']:.0f} MiB)")
+            cells.append("-" if way is None else _cell(way))
         cells += [f"{result['kT(D+F)_mib']:.0f}", f"{result['branch_masks_mib']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(way: dict[str, float]) -> str:
+    kept = f"{way['kept_mib']:.0f}, " if "kept_mib" in way else ""
+    return f"{way['ratio']:.2f} ({kept}{way['peak_mib']:.0f})"
 
 
 def main() -> None:
@@ -248,13 +277,16 @@ def main() -> None:
     report = environment(device)
     print(json.dumps(report), flush=True)
     report["results"] = []
-    ways = ["dense, whole", "dense, in chunks", *(way for way in args.ways if not way.startswith("dense"))]
+    ways = [WHOLE, CHUNKED, *(way for way in args.ways if not way.startswith("dense"))]
     sizes = [size for size in SIZES[args.what, args.device] if args.dtype in (None, size.dtype)]
     for size in sizes[: args.sizes]:
         result = measure(size, device=device, rounds=args.rounds, warmups=args.warmups, ways=ways)
         print(json.dumps(result), flush=True)
         report["results"].append(result)
-    print("forward + backward: ratio to the dense limit (peak memory)\n" + table(report["results"]))
+    print(
+        "forward + backward: ratio to the dense limit (MiB kept between them, MiB at the peak)\n"
+        + table(report["results"])
+    )
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

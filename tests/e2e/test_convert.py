@@ -129,11 +129,14 @@ def test_a_published_model_is_trained_and_given_back(
     (tmp_path / "input").write_text(f"{SENTENCE}\n")
     text_flags = ["--bpe", "hf_tokenizers", "--hf-tokenizer-json", tokenizer]
     length = ["--beam", "1", "--max-len-b", len(run.items) - 1 + NUM_NEW]
-    output = _run("fairseq_cli.interactive", *reading, "--input", tmp_path / "input", *text_flags, *length)
-    (text,) = re.findall(r"^D-0\t\S+\t(.*)$", output, flags=re.MULTILINE)
     new = continued[1:]
     expected = new[: new.index(EOS)] if EOS in new else new
-    assert _ids(tokenizer, text) == expected
+    whole = ["--prefix-size", len(run.items) - 1, "--required-batch-size-multiple", "1"]  # of one sentence
+    inputs = {"interactive": ["--input", tmp_path / "input"], "generate": ["--gen-subset", "valid", *whole]}
+    for command, of_it in inputs.items():
+        output = _run(f"fairseq_cli.{command}", *reading, *of_it, *text_flags, *length)
+        (text,) = re.findall(r"^D-0\t\S+\t(.*)$", output, flags=re.MULTILINE)
+        assert _ids(tokenizer, text) == expected, command
 
 
 def _ids(tokenizer: Path, text: str) -> list[int]:
