@@ -11,7 +11,7 @@ from typing import Any
 from fairseq_moe.freezing import freeze_problems
 from fairseq_moe.layout import layout_problem
 from fairseq_moe.megatron import MegatronConfig, moe_layer_pattern
-from fairseq_moe.megatron_args import argument_problems, given_fields
+from fairseq_moe.megatron_args import argument_problems, given_fields, words
 from fairseq_moe.megatron_checks import megatron_problems, unused_arguments
 from fairseq_moe.modern import modern_problems
 from fairseq_moe.modules import ScorerConfig, TopKConfig
@@ -125,8 +125,8 @@ class MoEConfig:
     @property
     def recompute_modules(self) -> frozenset[str]:
         """Which of ``modules.recompute.RECOMPUTABLE`` are computed again in the backward pass."""
-        words = (self.moe_recompute_modules or "").replace(",", " ").split()
-        return frozenset(words) | (frozenset({"moe"}) if self.moe_layer_recompute else frozenset())
+        named = frozenset(words(self.moe_recompute_modules or ""))
+        return named | {"moe"} if self.moe_layer_recompute else named
 
     def problems(self, *, num_layers: int, world_size: int) -> list[str]:
         """One sentence per value that cannot be honoured, whatever the other flags of fairseq say."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.modules.exchange import Exchange, ExchangeTimes
-from fairseq_moe.modules.permute import ExpertWork, plan_rows, take_weights
-from fairseq_moe.modules.routing import RoutingDecision, count_ids
+from fairseq_moe.modules.permute import ExpertWork, count_rows, plan_rows, take_weights
+from fairseq_moe.modules.routing import RoutingDecision
 
 __all__ = ["AllGatherDispatcher", "GatherRecord"]
 
@@ -68,9 +68,7 @@ class AllGatherDispatcher:
             kept_TK=is_local,
             capacity=None,
         )
-        counts_L = count_ids(mine.expert_ids_TK.reshape(-1), size=self.num_local + 1)[
-            : self.num_local
-        ].tolist()
+        counts_L = count_rows(mine, num_experts=self.num_local).tolist()
         plan = plan_rows(mine, num_experts=self.num_local, num_rows=sum(counts_L))
         weights_R = take_weights(self._gather(weights_TK, sizes, times), plan)
         work = ExpertWork(counts_L=counts_L, plan=plan, weights_R=weights_R)

@@ -8,7 +8,7 @@ e), which is 1 when every expert is chosen equally often, whatever the scores (S
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules.routing import RoutingDecision, count_ids
+from fairseq_moe.modules.routing import RoutingDecision, count_choices, count_ids
 
 __all__ = ["balance_loss", "choice_counts", "load_balancing_loss", "sequence_balancing_loss", "z_loss"]
 
@@ -30,8 +30,7 @@ def balance_loss(gates_TE: Tensor, decision: RoutingDecision) -> Tensor:
     """
     num_tokens, num_experts = gates_TE.shape
     gates_TE = _at_least_fp32(gates_TE)
-    first_T = decision.expert_ids_TK[:, 0].masked_fill(~decision.wanted_TK[:, 0], num_experts)
-    counts_E = count_ids(first_T, size=num_experts + 1)[:num_experts]
+    counts_E = count_choices(decision.expert_ids_TK[:, 0], decision.wanted_TK[:, 0], num_experts=num_experts)
     denominator = max(num_tokens, 1)
     share_E = counts_E.to(gates_TE.dtype) / denominator
     mean_E = gates_TE.sum(dim=0) / denominator
@@ -43,9 +42,9 @@ def choice_counts(scores_TE: Tensor, *, top_k: int, padding_T: Tensor | None = N
     """How often an expert is among the K best by plain scores, without bias, groups or drops: int64 (E,)."""
     num_experts = scores_TE.shape[-1]
     ids_TK = scores_TE.topk(top_k, dim=-1).indices
-    if padding_T is not None:
-        ids_TK = ids_TK.masked_fill(padding_T.unsqueeze(-1), num_experts)
-    return count_ids(ids_TK.reshape(-1), size=num_experts + 1)[:num_experts]
+    if padding_T is None:
+        return count_ids(ids_TK.reshape(-1), size=num_experts)
+    return count_choices(ids_TK, ~padding_T.unsqueeze(-1), num_experts=num_experts)
 
 
 def load_balancing_loss(

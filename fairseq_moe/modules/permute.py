@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_moe.modules.routing import RoutingDecision, count_ids
+from fairseq_moe.modules.routing import RoutingDecision, count_choices
 
 __all__ = [
     "ExpertWork",
@@ -71,7 +71,7 @@ class ExpertWork:
 
 def count_rows(decision: RoutingDecision, *, num_experts: int) -> Tensor:
     """Kept assignments of each expert: int64 (E,)."""
-    return count_ids(_kept_ids(decision, dropped_id=num_experts), size=num_experts + 1)[:num_experts]
+    return count_choices(decision.expert_ids_TK, decision.kept_TK, num_experts=num_experts)
 
 
 def plan_rows(decision: RoutingDecision, *, num_experts: int, num_rows: int) -> RowPlan:
@@ -83,7 +83,8 @@ def plan_rows(decision: RoutingDecision, *, num_experts: int, num_rows: int) -> 
         num_rows: R, the sum of ``count_rows``; the caller has it on the host, where sizes are needed.
     """
     top_k = decision.expert_ids_TK.shape[1]
-    by_expert = torch.argsort(_kept_ids(decision, dropped_id=num_experts), stable=True)
+    ids = decision.expert_ids_TK.masked_fill(~decision.kept_TK, num_experts)
+    by_expert = torch.argsort(ids.reshape(-1), stable=True)
     assignment_R = by_expert[:num_rows]
     # Kept assignments up to and with each one, in (token, choice) order: a row's place among them, plus 1.
     kept_so_far = decision.kept_TK.reshape(-1).cumsum(0)
@@ -106,10 +107,6 @@ def plan_order(order_R: Tensor) -> RowPlan:
         by_token_R=torch.empty_like(order_R).scatter_(0, order_R, places),
         starts_T=places,
     )
-
-
-def _kept_ids(decision: RoutingDecision, *, dropped_id: int) -> Tensor:
-    return decision.expert_ids_TK.masked_fill(~decision.kept_TK, dropped_id).reshape(-1)
 
 
 def take_rows(x_TD: Tensor, plan: RowPlan) -> Tensor:

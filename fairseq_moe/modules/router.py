@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fairseq_moe.modules.branch_rule import BranchRule, RouterConfig
 from fairseq_moe.modules.expert_bias import BiasRule, quantile_thresholds, sign_step
-from fairseq_moe.modules.routing import RoutingDecision, count_ids
+from fairseq_moe.modules.routing import RoutingDecision, count_choices
 from fairseq_moe.modules.rules import RouterMode, RouterOutput, RoutingRule, TokenInfo
 from fairseq_moe.modules.scores import choice_scores
 from fairseq_moe.modules.topk_rule import TopKConfig, TopKRule
@@ -199,5 +199,4 @@ class Router(nn.Module):
         return self.global_counts_E.clone()
 
     def _wanted_counts(self, decision: RoutingDecision) -> Tensor:
-        ids = decision.expert_ids_TK.masked_fill(~decision.wanted_TK, self.num_experts)
-        return count_ids(ids.reshape(-1), size=self.num_experts + 1)[: self.num_experts]
+        return count_choices(decision.expert_ids_TK, decision.wanted_TK, num_experts=self.num_experts)

@@ -21,6 +21,7 @@ __all__ = [
     "SecondExpertPolicy",
     "capacity_of",
     "combine_weights",
+    "count_choices",
     "count_ids",
     "decide_top1",
     "decide_top2",
@@ -103,6 +104,18 @@ def count_ids(ids: Tensor, *, size: int) -> Tensor:
     ``torch.bincount`` would do, but it waits for the device to learn the largest id.
     """
     return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))
+
+
+def count_choices(expert_ids: Tensor, counted: Tensor, *, num_experts: int) -> Tensor:
+    """How often each expert is chosen: int64 (E,).
+
+    Args:
+        expert_ids: int64, of any shape; any value where not counted.
+        counted: bool, broadcastable to that shape.
+        num_experts: E.
+    """
+    ids = expert_ids.masked_fill(~counted, num_experts)
+    return count_ids(ids.reshape(-1), size=num_experts + 1)[:num_experts]
 
 
 def gumbel_noise(like_TE: Tensor) -> Tensor:

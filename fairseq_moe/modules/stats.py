@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules.routing import RoutingDecision, count_ids
+from fairseq_moe.modules.routing import RoutingDecision, count_choices, count_ids
 
 __all__ = ["LAYER_STATS", "expert_load", "layer_stats", "load_violations"]
 
@@ -82,10 +82,10 @@ def layer_stats(
 def expert_load(decision: RoutingDecision, *, num_experts: int) -> Tensor:
     """Assignments per expert, wanted (row 0) and kept (row 1): float32 (2, E)."""
     rows = [
-        count_ids(decision.expert_ids_TK.masked_fill(~mask, num_experts).reshape(-1), size=num_experts + 1)
+        count_choices(decision.expert_ids_TK, mask, num_experts=num_experts)
         for mask in (decision.wanted_TK, decision.kept_TK)
     ]
-    return torch.stack(rows)[:, :num_experts].float()
+    return torch.stack(rows).float()
 
 
 def _entropy(gates_TE: Tensor) -> Tensor:
