@@ -1,8 +1,9 @@
 """CPU memory that is used again, for the large tensors that a layer makes anew in every update.
 
 The C library gives blocks above 32 MiB back to the system as soon as they are freed, and smaller ones often; the
-system then clears every page of the next block again, which costs a tenth of a layer of 8 experts and half of one of
-64. torch keeps freed GPU memory for the next tensor; this does the same for a few large tensors of a CPU.
+system then clears every page of the next block again, which took a twentieth of the time of a layer of 8 experts and
+a fifth of one of 64 (docs/benchmarks.md). torch keeps freed GPU memory for the next tensor; this does the same for a
+few large tensors of a CPU.
 """
 
 import math
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["empty"]
+__all__ = ["empty", "release"]
 
 _MIN_BYTES = 1 << 20  # below, the C library keeps what is freed
 # Routing varies the number of rows. A block may be used to half, and is made larger than was asked for; pages that
@@ -74,6 +75,12 @@ class _Pool:
                 self.blocks.append(block)
             return block.lend(shape, dtype)
 
+    def release(self) -> None:
+        """Give back all that nobody uses."""
+        with self._lock:
+            self.blocks = [block for block in self.blocks if not block.is_free]
+            self._most_in_use_bytes = sum(block.num_bytes for block in self.blocks)
+
     def _drop(self, free: list[_Block], *, keep_bytes: int) -> None:
         """Give back the smallest free blocks, until the others are no more than so many bytes."""
         free_bytes = sum(block.num_bytes for block in free)
@@ -102,3 +109,8 @@ def empty(shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = Non
     if like.device.type != "cpu" or math.prod(shape) * dtype.itemsize < _MIN_BYTES:
         return like.new_empty(shape, dtype=dtype)
     return _POOL.empty(shape, dtype)
+
+
+def release() -> None:
+    """Give all memory back to the system that no tensor uses: after the last update of a process that goes on."""
+    _POOL.release()

@@ -115,6 +115,14 @@ def test_gradients_stay_while_the_number_of_rows_varies() -> None:
         assert update(*num_rows) == first
 
 
+def test_release_gives_back_what_nobody_uses() -> None:
+    pool = _Pool()
+    used, unused = (pool.empty(LARGE, torch.float32) for _ in range(2))
+    del unused
+    pool.release()
+    assert held_bytes(pool) == used.nbytes
+
+
 def test_small_tensors_and_other_devices_are_left_to_torch() -> None:
     before = len(host_memory._POOL.blocks)
     empty((4,), like=LIKE)
