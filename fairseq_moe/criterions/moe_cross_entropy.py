@@ -79,7 +79,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         auxes = [aux for aux in net_output[1].get("moe_aux", []) if aux is not None]
         # Only the moe branch's rules have the balance loss; the others say nothing for the gate loss to weigh.
         is_branch = not net_output[1].get("moe_loss_coefficients")
-        gate_loss = self._gate_loss([aux.balance_loss for aux in auxes if is_branch], inner_loss)
+        gate_loss = self._gate_loss(auxes if is_branch else [], inner_loss)
         loss = inner_loss
         if auxes:
             coefficients = net_output[1]["moe_loss_coefficients"]
@@ -120,12 +120,17 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             flat_TV = logits_BSV.reshape(-1, logits_BSV.shape[-1])
             total = total + summed_nll(flat_TV, target_T, ignore_index=self.padding_idx)
             if aux is not None:
-                total = total + sample_size * _weighted_losses([aux], extra["moe_loss_coefficients"])
+                coefficients = extra["moe_loss_coefficients"]
+                weighted = _weighted_losses([aux], coefficients)
+                if not coefficients:
+                    weighted = weighted + self.gate_loss_weight * self._gate_loss([aux], total)
+                total = total + sample_size * weighted
         return total * (extra["mtp_loss_weight"] / len(logits))
 
-    def _gate_loss(self, layer_losses: list[Tensor], inner_loss: Tensor) -> Tensor:
-        if not layer_losses:
+    def _gate_loss(self, auxes: list[Any], inner_loss: Tensor) -> Tensor:
+        if not auxes:
             return torch.zeros((), device=inner_loss.device)
+        layer_losses = [aux.balance_loss for aux in auxes]
         # float() keeps the sum in fp32 whatever the model computes in; a float64 model stays float64.
         terms = [loss if loss.dtype == torch.float64 else loss.float() for loss in layer_losses]
         gate_loss = torch.stack(terms).sum()
@@ -153,9 +158,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
                 f"moe_{name}_loss", total(f"moe_{name}_loss") / per_sample, sample_size, round=8
             )
         if any("mtp_loss" in log for log in logging_outputs):
-            metrics.log_scalar(
-                "mtp_loss", total("mtp_loss") / sample_size / math.log(2), sample_size, round=3
-            )
+            metrics.log_scalar("mtp_loss", total("mtp_loss") / per_sample / math.log(2), sample_size, round=3)
         for name in LAYER_STATS:
             metrics.log_scalar(name, total(name) / per_batch, batches, round=3)
         loads = [log[LOAD_KEY] for log in logging_outputs if LOAD_KEY in log]
@@ -178,8 +181,9 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
 def _weighted_losses(auxes: list[Any], coefficients: dict[str, float]) -> Tensor:
     """Sum over layers and losses of coefficient * loss, for the losses that the model's flags weigh."""
     total = torch.stack([aux.losses for aux in auxes]).sum(0)
-    weights = total.new_tensor([coefficients.get(name, 0.0) for name in LOSSES])
-    return (total * weights).sum()
+    # One by one, because a tensor of the coefficients would have to be copied to the device.
+    terms = [coefficients.get(name, 0.0) * loss for name, loss in zip(LOSSES, total.unbind(), strict=True)]
+    return torch.stack(terms).sum()
 
 
 def _layer_mean_losses(auxes: list[Any], sample_size: Any, inner_loss: Tensor) -> dict[str, Tensor]:

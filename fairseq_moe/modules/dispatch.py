@@ -101,7 +101,11 @@ class Dispatcher:
         rows = take_rows(x_TD, plan)
         exchange = LocalExchange() if self.skip_exchange else self.exchange
         rows = times.measure(exchange.rows, rows, record.send_splits, record.recv_splits, meanwhile=meanwhile)
-        return rows, ExpertWork(counts_L=local_counts_L, plan=_expert_major(recv_GL)), record
+        return (
+            rows,
+            ExpertWork(counts_L=local_counts_L, plan=_expert_major(recv_GL, sum(local_counts_L))),
+            record,
+        )
 
     def combine(self, y_SD: Tensor, record: DispatchRecord | None, times: ExchangeTimes) -> Tensor:
         """Return each expert output to its token and add them up by weight: (S, D) -> (T, D)."""
@@ -112,11 +116,11 @@ class Dispatcher:
         return combine_rows(y_SD, record.weights_R, record.plan)
 
 
-def _expert_major(recv_GL: Tensor) -> RowPlan | None:
+def _expert_major(recv_GL: Tensor, num_rows: int) -> RowPlan | None:
     """Takes rows that are sorted by (source rank, expert) in the order of (expert, source rank)."""
     num_local = recv_GL.shape[1]
     if num_local == 1:
         return None
     expert_of_chunk = torch.arange(num_local, device=recv_GL.device).repeat(len(recv_GL))
-    expert_of_row = torch.repeat_interleave(expert_of_chunk, recv_GL.reshape(-1))
+    expert_of_row = torch.repeat_interleave(expert_of_chunk, recv_GL.reshape(-1), output_size=num_rows)
     return plan_order(torch.argsort(expert_of_row, stable=True))

@@ -57,7 +57,7 @@ def quantile_thresholds(
         return torch.zeros_like(bias_E)
     next_best_T1 = (scores_TE + bias_E).topk(top_k + 1, dim=-1).values[:, -1:]
     margins_TE = scores_TE - next_best_T1
-    num_valid = torch.tensor(num_tokens, device=scores_TE.device)
+    num_valid = torch.full((), num_tokens, device=scores_TE.device)
     if padding_T is not None:
         margins_TE = margins_TE.masked_fill(padding_T.unsqueeze(-1), float("-inf"))
         num_valid = (~padding_T).sum()

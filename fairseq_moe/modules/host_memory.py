@@ -7,6 +7,7 @@ few large tensors of a CPU.
 """
 
 import math
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -75,6 +76,9 @@ class _Pool:
                 self.blocks.append(block)
             return block.lend(shape, dtype)
 
+    def renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
     def release(self) -> None:
         """Give back all that nobody uses."""
         with self._lock:
@@ -97,13 +101,14 @@ def _size(num_bytes: int) -> int:
 
 
 _POOL = _Pool()
+os.register_at_fork(after_in_child=_POOL.renew_lock)  # another thread may have held it
 
 
 def empty(shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor with any content, on the device and, unless told otherwise, of the dtype of ``like``.
 
-    Its memory is taken again when no tensor uses it any more. A process keeps at most a quarter more than it once
-    used at the same time.
+    Its memory is taken again when no tensor uses it any more. A process keeps blocks of at most 1.25 times those that
+    were once in use at the same time; a block may be up to twice as large as what it holds.
     """
     dtype = like.dtype if dtype is None else dtype
     if like.device.type != "cpu" or math.prod(shape) * dtype.itemsize < _MIN_BYTES:

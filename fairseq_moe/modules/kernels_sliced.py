@@ -4,9 +4,9 @@ Nothing of size R x F is touched twice from memory: of the hidden layer only the
 are kept for the backward pass, one block per expert, and the activation is computed again there. One exception:
 where half precision has units of its own, GELU is dear beside the products, and its values are kept, too.
 
-With a plan, nothing of size R x D is made either. An expert's rows are read from their tokens when it is its turn,
-its outputs are added to them, and the gradient of a routing weight w, for y = w (W2 a + b2) and the gradient g of y,
-is (g W2) . a + g . b2, whose first product is needed anyway: so outputs are not kept.
+With a plan, nothing of size R x D is made either, but the mask of a dropout. An expert's rows are read from their
+tokens when it is its turn, its outputs are added to them, and the gradient of a routing weight w, for y = w (W2 a + b2)
+and the gradient g of y, is (g W2) . a + g . b2, whose first product is needed anyway: so outputs are not kept.
 """
 
 from collections.abc import Iterable, Sequence
@@ -45,6 +45,11 @@ class _How(NamedTuple):
     wide: torch.dtype
     needs_grad: bool
     keeps_active: bool
+
+    @property
+    def dropout_scale(self) -> float:
+        """What is not dropped is larger by this."""
+        return 1 / (1 - self.dropout) if self.dropout < 1 else 0.0
 
     def nothing(self) -> list[None]:
         """For each expert."""
@@ -142,7 +147,7 @@ class _SlicedNetwork(torch.autograd.Function):
                 assert keep.hidden is not None
                 grad = grad.to(wide)
                 if keep.mask is not None:
-                    grad = torch.ops.aten.native_dropout_backward(grad, keep.mask, 1 / (1 - how.dropout))
+                    grad = torch.ops.aten.native_dropout_backward(grad, keep.mask, how.dropout_scale)
                 grad_active = torch.mm(grad, w2.to(wide))
                 active, grad_hidden = through_activation(
                     how.activation, keep.hidden.to(wide), keep.active, grad_active

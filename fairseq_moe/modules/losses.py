@@ -108,7 +108,7 @@ def z_loss(logits_TE: Tensor, *, padding_T: Tensor | None = None) -> Tensor:
 def _valid_sum(values_T: Tensor, padding_T: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum over the tokens that are not padding, and their number."""
     if padding_T is None:
-        return values_T.sum(0), values_T.new_tensor(len(values_T))
+        return values_T.sum(0), values_T.new_full((), len(values_T))
     keep = ~padding_T
     masked = values_T * keep.view(-1, *[1] * (values_T.dim() - 1))
     return masked.sum(0), keep.sum().to(values_T.dtype)

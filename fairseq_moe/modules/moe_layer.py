@@ -1,6 +1,5 @@
 """The mixture-of-experts layer: route, dispatch, apply the experts, combine."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from fairseq_moe.modules import stats
 from fairseq_moe.modules.dispatch import Dispatcher
 from fairseq_moe.modules.exchange import ExchangeTimes
 from fairseq_moe.modules.experts import Experts
-from fairseq_moe.modules.recompute import recomputed
+from fairseq_moe.modules.recompute import recomputed, recomputed_first
 from fairseq_moe.modules.router import Router, RouterOutput
 from fairseq_moe.modules.routing import RoutingDecision
 from fairseq_moe.modules.rules import LOSSES, TokenInfo
@@ -96,9 +95,13 @@ class MoELayer(nn.Module):
         """
         if not self.recompute or memo is not None:
             return self._mix(x_TD, tokens, memo)
-        output: tuple[Tensor, MoEAux] = recomputed(
-            functools.partial(self._mix, tokens=tokens, memo=RoutingMemo()), x_TD
-        )
+        memo = RoutingMemo()
+
+        def mix(x_TD: Tensor) -> tuple[Tensor, MoEAux]:
+            y_TD, aux = self._mix(x_TD, tokens, memo)
+            return recomputed_first(y_TD), aux
+
+        output: tuple[Tensor, MoEAux] = recomputed(mix, x_TD)
         return output
 
     def _mix(self, x_TD: Tensor, tokens: TokenInfo, memo: RoutingMemo | None) -> tuple[Tensor, MoEAux]:

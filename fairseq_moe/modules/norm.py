@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D), in the dtype of ``x``."""
+        """(..., D) -> (..., D), in the wider dtype of ``x`` and the weight."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if wide.dtype == x.dtype == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -59,7 +59,7 @@ class ExpertWork:
         counts_L: rows of each local expert; zeros are fine.
         plan: which row of the input each of their rows is, and where in the output its result is added;
             None: the input's rows are sorted by expert, and results stay in their places.
-        weights_R: float, of each result in the output; None: 1. Needs a plan.
+        weights_R: float, of each result in the output; None: 1. Needs a plan, or ValueError is raised.
         rows_per_expert: every count, where the shape of the batch fixes it; None: routing decides.
     """
 
@@ -67,6 +67,10 @@ class ExpertWork:
     plan: RowPlan | None = None
     weights_R: Tensor | None = None
     rows_per_expert: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights_R is not None and self.plan is None:
+            raise ValueError("rows have weights, but no plan of where their weighted results are added")
 
 
 def count_rows(decision: RoutingDecision, *, num_experts: int) -> Tensor:

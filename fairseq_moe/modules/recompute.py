@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["RECOMPUTABLE", "recomputed"]
+__all__ = ["RECOMPUTABLE", "recomputed", "recomputed_first"]
 
 # Parts of an MoE layer, and what is computed again.
 RECOMPUTABLE = {
@@ -20,8 +20,8 @@ RECOMPUTABLE = {
 def recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """``function(*tensors)``, which runs once more, with the same random numbers, when gradients are wanted.
 
-    Under FSDP a function may run a wrapped module whole, or be run by one; it must not hold one whose parameters
-    are needed while it runs again.
+    Under FSDP a function may be run by a wrapped module; if it runs one itself, its output must pass
+    ``recomputed_first``.
 
     Args:
         function: keeps the same tensors for its backward pass each time; gradients reach its parameters as usual.
@@ -31,3 +31,25 @@ def recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
         return function(*tensors)
     # The other kind would finish the gradients of a wrapper's parameters before the rest of the wrapper is done.
     return checkpoint(function, *tensors, use_reentrant=False)
+
+
+def recomputed_first(output: Tensor) -> Tensor:
+    """The output itself, whose gradient waits until the function that made it has run again.
+
+    FSDP prepares a wrapped module for its backward pass when the gradient of the module's output arrives. A
+    recomputation that began only then, at the first operation that needs a kept tensor, would run that module forward
+    once more in the midst of its backward pass.
+    """
+    return _RecomputedFirst.apply(output)
+
+
+class _RecomputedFirst(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.save_for_backward(output.new_empty(0))
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        _ = ctx.saved_tensors  # kept tensors of the function are asked for: it runs
+        return grads[0]

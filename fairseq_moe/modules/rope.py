@@ -101,7 +101,8 @@ class Rotary:
         if tables is None or len(tables[0]) < num_positions or tables[0].device != device:
             # Doubled, so that decoding token by token does not compute them for each.
             known = 0 if tables is None else len(tables[0])
-            tables = self._compute(max(num_positions, 2 * known), device)
+            with torch.inference_mode(False):  # or they could never be used in training
+                tables = self._compute(max(num_positions, 2 * known), device)
             self._tables = tables
         return tables
 

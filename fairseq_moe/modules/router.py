@@ -186,11 +186,21 @@ class Router(nn.Module):
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         dtype = self.scorer.dtype or x_TD.dtype
+        device = x_TD.device.type
+        rounds = self.scorer.dtype is None and torch.is_autocast_enabled(
+            device
+        )  # unless a dtype was asked for
+        with torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=rounds):
+            return self._products(x_TD, dtype)
+
+    def _products(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.scorer.cosine:
             return F.linear(x_TD.to(dtype), self.weight.to(dtype))
         projected = F.linear(x_TD.to(dtype), self.projection.to(dtype))
         projected = projected.to(torch.promote_types(dtype, torch.float32))
         logits_TE = projected @ F.normalize(self.weight.to(projected.dtype), dim=-1, eps=1e-4).t()
+        if len(x_TD) == 0:
+            return logits_TE.to(dtype)
         finite = torch.isfinite(logits_TE)
         return torch.where(finite, logits_TE, logits_TE.masked_fill(~finite, float("inf")).amin()).to(dtype)
 

@@ -53,7 +53,7 @@ class RouterOutput(NamedTuple):
 
     Args:
         gates_TE: normalised scores, differentiable.
-        weights_TK: combine weights, differentiable, in the dtype of the tokens.
+        weights_TK: combine weights, differentiable, in the dtype of the scores; the experts round them.
         decision: who goes where.
         losses: unscaled auxiliary losses by name, differentiable; those of ``LOSSES`` that the rule has.
     """

@@ -28,7 +28,7 @@ def sinkhorn_plan(logits_TE: Tensor, *, padding_T: Tensor | None = None) -> Tens
     """
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     num_experts = logits_TE.shape[1]
-    num_tokens = logits_TE.new_tensor(float(len(logits_TE)))
+    num_tokens = logits_TE.new_full((), len(logits_TE))
     cost_TE = torch.exp(logits_TE - logits_TE.amax(-1, keepdim=True))
     if padding_T is not None:
         cost_TE = cost_TE.masked_fill(padding_T.unsqueeze(-1), 0.0)
@@ -36,11 +36,12 @@ def sinkhorn_plan(logits_TE: Tensor, *, padding_T: Tensor | None = None) -> Tens
     rows_T = cost_TE.new_ones(len(cost_TE))
     columns_E = cost_TE.new_ones(num_experts)
     moving = torch.ones((), dtype=torch.bool, device=logits_TE.device)
-    for _ in range(_MAX_ITERATIONS):
-        new_rows_T = 1 / (num_tokens * (cost_TE @ columns_E + _EPS))
-        new_columns_E = 1 / (num_experts * (new_rows_T @ cost_TE + _EPS))
-        moved = (new_columns_E - columns_E).abs().mean()
-        rows_T = torch.where(moving, new_rows_T, rows_T)
-        columns_E = torch.where(moving, new_columns_E, columns_E)
-        moving = moving & (moved > _TOLERANCE)
+    with torch.autocast(cost_TE.device.type, enabled=False):  # which would round the products
+        for _ in range(_MAX_ITERATIONS):
+            new_rows_T = 1 / (num_tokens * (cost_TE @ columns_E + _EPS))
+            new_columns_E = 1 / (num_experts * (new_rows_T @ cost_TE + _EPS))
+            moved = (new_columns_E - columns_E).abs().mean()
+            rows_T = torch.where(moving, new_rows_T, rows_T)
+            columns_E = torch.where(moving, new_columns_E, columns_E)
+            moving = moving & (moved > _TOLERANCE)
     return rows_T.unsqueeze(-1) * cost_TE * columns_E

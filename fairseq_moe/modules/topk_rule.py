@@ -96,7 +96,7 @@ class TopKRule:
 
     Args:
         config: the rule.
-        bias_E: float32, moves choices and never weights; changed in place by its owner.
+        bias_E: float32, moves choices and never weights; its owner sets the attribute before each pass.
         global_counts: choices of this micro-batch -> choices of all ranks in this update so far.
     """
 

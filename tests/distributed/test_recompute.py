@@ -63,6 +63,28 @@ def test_recomputing_changes_no_number_and_counts_once(modules: str, backend: st
         assert torch.equal(found["tensors"][name], tensor), name
 
 
+@pytest.mark.parametrize("modules", ["moe", "experts"])
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (1, ()),
+        (2, ("--expert-model-parallel-size", 1)),
+        (2, ("--moe-token-dispatcher-type", "allgather")),
+    ],
+    ids=["alone", "replicas", "allgather"],
+)
+def test_fully_sharded_layers_whose_last_step_are_the_experts(
+    world_size: int, flags: tuple[Any, ...], modules: str
+) -> None:
+    """Nothing after the experts keeps a tensor, so nothing but the layer itself can start the recomputation."""
+    flags = (*MEGATRON, *GLOBAL, *WRAP_ALL, "--update-freq", 2, "--ddp-backend", "fully_sharded", *flags)
+    expected = _plain(world_size, *flags)
+    found = run_ranks(_two_updates, world_size, [*flags, "--moe-recompute-modules", modules])[0]
+    assert found["logged"] == expected["logged"]
+    for name, tensor in expected["tensors"].items():
+        assert torch.equal(found["tensors"][name], tensor), name
+
+
 DENSE = ("--moe-freq", 0, "--moe-expert-count", 0, "--decoder-layers", 2)
 
 

@@ -161,6 +161,17 @@ def test_dropout_leaves_out_values_of_rows_and_keeps_their_mean() -> None:
     assert y.mean().item() == pytest.approx(1.0, abs=0.02)
 
 
+def test_everything_may_be_dropped() -> None:
+    leaves = leaves_of("gelu", torch.float32)
+    out = by_kernel(Kernel.SLICED, leaves, "gelu", dropout=1.0)
+    assert not out.any() and not any(grad.any() for grad in gradients(out, leaves.given))
+
+
+def test_weights_need_a_plan() -> None:
+    with pytest.raises(ValueError, match="no plan"):
+        ExpertWork(counts_L=[1], weights_R=torch.ones(1))
+
+
 def layer_of(activation: Callable[[Tensor], Tensor]) -> MoELayer:
     return MoELayer(
         router=Router(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fairseq.logging import metrics
 from torch import Tensor, nn
 
 from fairseq_moe.criterions import MoECrossEntropyCriterion
@@ -64,6 +65,12 @@ class TestCompositions:
         with torch.no_grad():
             steps = [model.decoder(words()[:, : i + 1], incremental_state=state)[0] for i in range(S)]
             torch.testing.assert_close(torch.cat(steps, 1), model(words())[0], atol=1e-4, rtol=1e-4)
+
+    def test_a_look_under_inference_mode_leaves_it_trainable(self) -> None:
+        model = make("--position-embedding", "rope", "--decoder-normalization", "rmsnorm")
+        with torch.inference_mode():
+            model(words())
+        model(words())[0].sum().backward()
 
     def test_no_flag_is_stock(self) -> None:
         model = make(*EXPERTS, pad=1)
@@ -214,6 +221,26 @@ class TestFurtherTokens:
         torch.testing.assert_close((twice - loss).detach(), expected.detach(), atol=1e-3, rtol=1e-5)
         loss.backward()
         assert all(p.grad is not None and p.grad.any() for p in model.decoder.mtp.parameters())
+
+    def test_the_branchs_gates_weigh_its_experts_too(self) -> None:
+        gates = ["--moe-freq", "1", "--moe-expert-count", "4"]
+        model = make(*MTP, "--mtp-loss-weight", "0.3", *gates).train()
+
+        def gradients(weight: float) -> list[Tensor]:
+            model.zero_grad()
+            losses = criterion()
+            losses.gate_loss_weight = weight
+            losses(model, self.sample())[0].backward()
+            return [p.grad for name, p in model.decoder.mtp.named_parameters() if "router" in name]
+
+        for without, with_loss in zip(gradients(0.0), gradients(1.0), strict=True):
+            assert not torch.allclose(without, with_loss)
+
+    def test_no_sample_gives_a_loss_of_0(self) -> None:
+        numbers = dict.fromkeys(("sample_size", "ntokens", "mtp_loss", "loss", "inner_loss"), 0)
+        with metrics.aggregate() as found:
+            MoECrossEntropyCriterion.reduce_metrics([numbers])
+        assert found.get_smoothed_values()["mtp_loss"] == 0
 
     def test_kept_and_not_computed_without_a_weight(self) -> None:
         model = make(*MTP, *EXPERTS).train()

@@ -108,6 +108,20 @@ def test_without_precision_the_product_has_that_of_the_tokens() -> None:
     torch.testing.assert_close(found.gates_TE, logits.float().softmax(-1))
 
 
+def test_autocast_leaves_a_precision_alone_that_was_asked_for() -> None:
+    router = make_router(score=ScoreRule(top_k=2), dtype=torch.float32)
+    expected = router(tokens(), tokens=EVAL).gates_TE
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(router(tokens(), tokens=EVAL).gates_TE, expected)
+        rounded = make_router(score=ScoreRule(top_k=2))(tokens(), tokens=EVAL).gates_TE
+    assert not torch.equal(rounded, expected)
+
+
+def test_cosine_scorer_without_tokens() -> None:
+    found = make_router(cosine=True, num_experts=16)(tokens(0), tokens=TRAIN)
+    assert found.gates_TE.shape == (0, 16)
+
+
 @pytest.mark.parametrize("num_experts", [4, 16, 40])
 def test_cosine_scorer(num_experts: int) -> None:
     router = make_router(score=ScoreRule(top_k=2), cosine=True, num_experts=num_experts)

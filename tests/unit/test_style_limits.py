@@ -105,7 +105,7 @@ def test_modules_know_torch_and_one_another_only(path: Path) -> None:
     own = ("torch", "fairseq_moe.modules")
     library = {"collections", "dataclasses", "enum", "functools", "math", "time", "typing"}
     if path.name == "host_memory.py":  # where tensors come from, no mathematics
-        library |= {"numpy", "threading", "weakref"}
+        library |= {"numpy", "os", "threading", "weakref"}
     foreign = [
         module
         for module in imports(path)
