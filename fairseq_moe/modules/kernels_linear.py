@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fairseq_moe.modules import host_memory
 
-__all__ = ["addmm_into", "batched_linear", "grouped_linear", "loop_linear", "mm_into"]
+__all__ = ["affine", "batched_linear", "grouped_linear", "loop_linear", "mm_into"]
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -27,16 +27,14 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.copy_(torch.mm(a, b))
 
 
-def addmm_into(out: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
-    """out = a b + bias, rounded to the dtype of ``out``; the bias, if any, may be of another dtype than ``a``."""
-    if bias is None:
-        mm_into(out, a, b)
-        return
-    bias = bias.to(a.dtype)
-    if out.dtype == a.dtype:
-        torch.addmm(bias, a, b, out=out)
-    else:
-        out.copy_(torch.addmm(bias, a, b))
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+    """x W^T (+ b) in the dtype of ``x``; ``out`` gets it, too, rounded to its own dtype."""
+    into = out if out is not None and out.dtype == x.dtype else None
+    weight = weight.t()
+    y = torch.mm(x, weight, out=into) if bias is None else torch.addmm(bias.to(x.dtype), x, weight, out=into)
+    if out is not None and into is None:
+        out.copy_(y)
+    return y
 
 
 def loop_linear(
@@ -66,7 +64,7 @@ class _LoopLinear(torch.autograd.Function):
         y_RO = x_RI.new_empty((x_RI.shape[0], weight_LOI.shape[1]))
         for expert, (x, y) in enumerate(zip(x_RI.split(counts_L), y_RO.split(counts_L), strict=True)):
             bias = None if bias_LO is None else bias_LO[expert]
-            addmm_into(y, bias, x.to(wide), weight_LOI[expert].to(wide).t())
+            affine(x.to(wide), weight_LOI[expert].to(wide), bias, out=y)
         return y_RO
 
     @staticmethod

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from fairseq_moe.modules import host_memory
 from fairseq_moe.modules.kernels_activation import Activation, through_activation
-from fairseq_moe.modules.kernels_linear import Gradients, mm_into
+from fairseq_moe.modules.kernels_linear import Gradients, affine, mm_into
 from fairseq_moe.modules.permute import ExpertWork
 
 __all__ = ["sliced_network"]
@@ -108,11 +108,11 @@ class _SlicedNetwork(torch.autograd.Function):
                 strict=True,
             )
         ):
-            hidden = _linear(b1, x.to(wide), w1.to(wide), keep=keep.hidden)
+            hidden = affine(x.to(wide), w1.to(wide), b1, out=keep.hidden)
             active = how.activation(hidden)
             if keep.active is not None:
                 keep.active.copy_(active)
-            y = _linear(b2, active, w2.to(wide))
+            y = affine(active, w2.to(wide), b2)
             if how.dropout > 0:
                 y, mask = torch.native_dropout(y, how.dropout, True)
                 if keep.mask is not None:
@@ -198,19 +198,6 @@ class _Places:
 
 def _unbound(bias_LO: Tensor | None, how: _How) -> Sequence[Tensor | None]:
     return how.nothing() if bias_LO is None else bias_LO.unbind()
-
-
-def _linear(bias: Tensor | None, x: Tensor, weight: Tensor, *, keep: Tensor | None = None) -> Tensor:
-    """x W^T (+ b), which ``keep`` gets, too, in its own dtype."""
-    out = keep if keep is not None and keep.dtype == x.dtype else None
-    y = (
-        torch.mm(x, weight.t(), out=out)
-        if bias is None
-        else torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
-    )
-    if keep is not None and out is None:
-        keep.copy_(y)
-    return y
 
 
 def _linear_gradients(weight: Tensor | None, bias: Tensor | None, grad: Tensor, x: Tensor) -> None:
