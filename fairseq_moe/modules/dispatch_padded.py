@@ -1,39 +1,36 @@
 """Dispatch at fixed shapes: every expert gets exactly its capacity in rows from every rank, filled with zeros.
 
-Filler rows have weight 0 and touch no result and no gradient. Where the largest batch is known, every rank
-sends the places of that batch, so sizes do not depend on the data, the exchange has even splits and nothing
-waits for the device; elsewhere the ranks first tell each other their capacities.
+The filler is one more token, of zeros and with weight 0, that touches no result and no gradient. Where the largest
+batch is known, every rank sends the places of that batch, so sizes do not depend on the data, the exchange has even
+splits and nothing waits for the device; elsewhere the ranks first tell each other their capacities.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_moe.modules.dispatch import Dispatcher, DispatchRecord
 from fairseq_moe.modules.exchange import Exchange, ExchangeTimes
-from fairseq_moe.modules.permute import ExpertWork, RowPlan, plan_order
-from fairseq_moe.modules.routing import RoutingDecision, queue_positions
+from fairseq_moe.modules.permute import ExpertWork, RowPlan, plan_order, take_rows, take_weights
+from fairseq_moe.modules.routing import RoutingDecision, count_ids, queue_positions
 
 __all__ = ["PaddedDispatcher", "PaddedRecord"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PaddedRecord:
+class PaddedRecord(NamedTuple):
     """What ``combine`` needs.
 
     Args:
-        slot_A: int64, place of each (token, choice) pair among the E * C rows; E * C where it was dropped.
-        weights_TK: float, of each choice.
-        send_splits: rows sent to each of the G ranks.
-        recv_splits: rows received from each.
+        places: how the places of all experts are filled, and what was sent; None: nothing was.
+        num_tokens: T. One token more is read and written, of zeros, for the places that stay empty.
     """
 
-    slot_A: Tensor
-    weights_TK: Tensor
-    send_splits: list[int]
-    recv_splits: list[int]
+    places: DispatchRecord | None
+    num_tokens: int
 
 
 class PaddedDispatcher:
@@ -63,42 +60,40 @@ class PaddedDispatcher:
         if decision.capacity is None:
             return self.unpadded.dispatch(x_TD, decision, weights_TK, times, meanwhile=meanwhile)
         places = decision.capacity if decision.num_places is None else decision.num_places
-        slot_A = _slots(decision, self.num_experts, places)
-        token_A = torch.arange(slot_A.numel(), device=x_TD.device) // decision.expert_ids_TK.shape[1]
-        num_slots = self.num_experts * places
-        buffer = x_TD.new_zeros((num_slots + 1, x_TD.shape[1]))  # the last row takes what was dropped
-        buffer = buffer.index_copy(0, slot_A, x_TD.index_select(0, token_A))
+        plan = _fill_places(decision, num_experts=self.num_experts, places=places)
         places_G = self._places_of_ranks(places, decision, x_TD.device)
-        record = PaddedRecord(
-            slot_A=slot_A,
-            weights_TK=weights_TK,
+        source_SD = F.pad(x_TD, (0, 0, 0, 1))
+        weights_R = take_weights(F.pad(weights_TK, (0, 0, 0, 1)), plan)
+        work = ExpertWork(
+            counts_L=[sum(places_G)] * self.num_local,
+            plan=plan,
+            weights_R=weights_R,
+            rows_per_expert=sum(places_G),
+        )
+        if self.exchange.size == 1:
+            if meanwhile is not None:
+                meanwhile()
+            return source_SD, work, PaddedRecord(None, len(x_TD))
+        record = DispatchRecord(
+            plan=plan,
+            weights_R=weights_R,
             send_splits=[self.num_local * places] * self.exchange.size,
             recv_splits=[self.num_local * theirs for theirs in places_G],
         )
+        rows = take_rows(source_SD, plan)
         rows = times.measure(
-            self.exchange.rows,
-            buffer[:num_slots],
-            record.send_splits,
-            record.recv_splits,
-            meanwhile=meanwhile,
+            self.exchange.rows, rows, record.send_splits, record.recv_splits, meanwhile=meanwhile
         )
-        work = ExpertWork(
-            counts_L=[sum(places_G)] * self.num_local,
-            plan=self._expert_major(places_G, x_TD.device),
-            rows_per_expert=sum(places_G),
-        )
-        return rows, work, record
+        work = replace(work, plan=self._expert_major(places_G, x_TD.device), weights_R=None)
+        return rows, work, PaddedRecord(record, len(x_TD))
 
     def combine(
-        self, y_RD: Tensor, record: PaddedRecord | DispatchRecord | None, times: ExchangeTimes
+        self, y_SD: Tensor, record: PaddedRecord | DispatchRecord | None, times: ExchangeTimes
     ) -> Tensor:
         """As ``Dispatcher.combine``."""
         if not isinstance(record, PaddedRecord):
-            return self.unpadded.combine(y_RD, record, times)
-        rows = times.measure(self.exchange.rows, y_RD, record.recv_splits, record.send_splits)
-        rows = torch.cat([rows, rows.new_zeros((1, rows.shape[1]))])
-        y_TKD = rows.index_select(0, record.slot_A).view(*record.weights_TK.shape, rows.shape[1])
-        return torch.einsum("tkd,tk->td", y_TKD, record.weights_TK.to(y_TKD.dtype))
+            return self.unpadded.combine(y_SD, record, times)
+        return self.unpadded.combine(y_SD, record.places, times)[: record.num_tokens]
 
     def _places_of_ranks(self, places: int, decision: RoutingDecision, device: torch.device) -> list[int]:
         num_ranks = self.exchange.size
@@ -119,8 +114,25 @@ class PaddedDispatcher:
         return plan_order(torch.cat(chunks, dim=1).reshape(-1))
 
 
-def _slots(decision: RoutingDecision, num_experts: int, places: int) -> Tensor:
-    """expert * C + place among the expert's kept pairs, in token order; E * C for pairs that were dropped."""
+def _fill_places(decision: RoutingDecision, *, num_experts: int, places: int) -> RowPlan:
+    """C places for each expert as rows of T + 1 tokens, the last of which stands in every place that stays empty.
+
+    An expert's kept tokens take its places in their order.
+    """
+    num_tokens, top_k = decision.expert_ids_TK.shape
     ids_A1, kept_A1 = decision.expert_ids_TK.reshape(-1, 1), decision.kept_TK.reshape(-1, 1)
     position_A1 = queue_positions(ids_A1, kept_A1, num_experts=num_experts)
-    return torch.where(kept_A1, ids_A1 * places + position_A1, num_experts * places).reshape(-1)
+    num_places = num_experts * places
+    # What was dropped goes to one more place, which is cut off.
+    place_A = torch.where(kept_A1, ids_A1 * places + position_A1, num_places).view(-1)
+    assignments_A = torch.arange(len(place_A), device=place_A.device)
+    assignment_R = place_A.new_full((num_places + 1,), len(place_A)).scatter_(0, place_A, assignments_A)
+    assignment_R = assignment_R[:num_places]
+    token_R = assignment_R // top_k
+    ends_T = count_ids(token_R, size=num_tokens + 1).cumsum(0)
+    return RowPlan(
+        assignment_R=assignment_R,
+        token_R=token_R,
+        by_token_R=torch.argsort(token_R, stable=True),
+        starts_T=F.pad(ends_T[:-1], (1, 0)),
+    )

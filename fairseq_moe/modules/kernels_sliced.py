@@ -169,7 +169,8 @@ class _SlicedNetwork(torch.autograd.Function):
 class _Places:
     """(S, D) of the input's dtype, made of the experts' parts: put in their places, or added to their tokens.
 
-    Sums are taken in float32 at least. No expert has a token twice, so sums are the same in every run.
+    Sums are taken in float32 at least. No expert has a token twice (but for a padded dispatch's filler, of weight 0),
+    so sums are the same in every run.
     """
 
     def __init__(self, source_SD: Tensor, width: int, how: _How) -> None:

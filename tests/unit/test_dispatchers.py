@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
@@ -9,9 +10,9 @@ from fairseq_moe.modules.dispatch_allgather import AllGatherDispatcher
 from fairseq_moe.modules.dispatch_padded import PaddedDispatcher
 from fairseq_moe.modules.exchange import LocalExchange
 from fairseq_moe.modules.scores import ScoreRule
-from fairseq_moe.modules.topk_rule import CapacityConfig
+from fairseq_moe.modules.topk_rule import CapacityConfig, Choice
 
-D, F, E = 8, 16, 4
+D, H, E = 8, 16, 4
 
 
 def layer(kind: str, factor: float | None, max_tokens: int | None = None) -> MoELayer:
@@ -30,8 +31,8 @@ def layer(kind: str, factor: float | None, max_tokens: int | None = None) -> MoE
         num_local_experts=E,
         first_expert_id=0,
         model_dim=D,
-        hidden_dim=F,
-        activation=torch.nn.functional.gelu,
+        hidden_dim=H,
+        activation=F.gelu,
     )
     router = Router(model_dim=D, num_experts=E, config=config)
     return MoELayer(router=router, experts=experts, dispatcher=dispatcher).double()
@@ -65,7 +66,7 @@ def test_padded_experts_see_the_same_shape_whatever_the_routing() -> None:
     for seed in range(3):
         x = torch.randn(20, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         moe(x, tokens=TokenInfo(mode=RouterMode.TRAIN))
-    assert set(seen) == {(torch.Size([40, D]), (10, 10, 10, 10))}
+    assert set(seen) == {(torch.Size([20 + 1, D]), (10, 10, 10, 10))}  # tokens and the filler
 
 
 def test_padded_experts_let_the_kernel_know_their_fixed_number_of_rows() -> None:
@@ -76,3 +77,32 @@ def test_padded_experts_let_the_kernel_know_their_fixed_number_of_rows() -> None
     moe(x, tokens=TokenInfo(mode=RouterMode.TRAIN))
     moe(x, tokens=TokenInfo(mode=RouterMode.GENERATE))
     assert seen == [10, None]
+
+
+def test_nothing_of_every_token_at_every_expert_is_kept() -> None:
+    """Expert choice has as many choices per token as there are experts, most of which are not taken."""
+    num_tokens, num_experts, dim = 256, 32, 16
+    torch.manual_seed(0)
+    moe = MoELayer(
+        router=Router(
+            model_dim=dim,
+            num_experts=num_experts,
+            config=TopKConfig(
+                score=ScoreRule(top_k=2), choice=Choice.EXPERT, capacity=CapacityConfig(factor=1.0)
+            ),
+        ),
+        experts=Experts(
+            num_local_experts=num_experts, first_expert_id=0, model_dim=dim, hidden_dim=16, activation=F.gelu
+        ),
+        dispatcher=PaddedDispatcher(LocalExchange(), num_experts=num_experts),
+    )
+    largest = 0
+
+    def note(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        moe(torch.randn(num_tokens, dim, requires_grad=True), tokens=TokenInfo(mode=RouterMode.TRAIN))
+    assert largest <= max(p.numel() for p in moe.parameters()) < num_tokens * num_experts * dim / 8
