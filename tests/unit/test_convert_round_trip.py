@@ -216,6 +216,40 @@ def test_companions_of_another_model_are_refused(hf_model: Models, tmp_path: Pat
         to_hf(tmp_path / "ours", tmp_path / "back", companions=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("weight_map", "expected"),
+    [
+        (
+            "../../outside.safetensors",
+            "names '../../outside.safetensors', which is not a file of its directory",
+        ),
+        ("{folder}/outside.safetensors", "outside.safetensors', which is not a file of its directory"),
+        (
+            "config.json",
+            "names 'config.json', which is not a file of its directory that ends in .safetensors",
+        ),
+        ("nul\0.safetensors", "which is not a file of its directory"),
+        (3, "has no weight_map from names to files"),
+        ([], "has no weight_map from names to files"),
+        (None, "has no weight_map from names to files"),
+    ],
+)
+def test_a_record_that_names_other_places_is_refused(
+    weight_map: object, expected: str, hf_model: Models, tmp_path: Path
+) -> None:
+    from_hf(hf_model("mixtral"), tmp_path / "ours")
+    path = tmp_path / "ours" / "hf" / "conversion.json"
+    record = json.loads(path.read_text())
+    if isinstance(weight_map, str | int):
+        file = weight_map.format(folder=tmp_path) if isinstance(weight_map, str) else weight_map
+        weight_map = dict.fromkeys(record["weight_map"], file)
+    path.write_text(json.dumps(record | {"weight_map": weight_map}))
+    with pytest.raises(CheckpointError) as caught:
+        to_hf(tmp_path / "ours", tmp_path / "back")
+    assert expected in str(caught.value)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["ours"], "nothing is left behind"
+
+
 def test_the_dtype_can_be_chosen_and_routers_keep_their_bias(hf_model: Models, tmp_path: Path) -> None:
     from_hf(hf_model("deepseek_v3"), tmp_path / "ours")
     to_hf(tmp_path / "ours", tmp_path / "back", dtype=torch.bfloat16)
