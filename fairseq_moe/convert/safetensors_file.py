@@ -68,7 +68,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
         found = dict(_entries(path, header, start=8 + length))
-        end = max((tensor.offset + tensor.num_bytes for tensor in found.values()), default=8 + length)
+        end = _end(found, start=8 + length)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no safetensors file or is damaged ({error}); fetch it again."
@@ -98,6 +98,16 @@ def _entries(path: Path, header: dict[str, Any], *, start: int) -> Iterator[tupl
         if not is_place or last - first != tensor.num_bytes:
             raise ValueError(f"{name} of shape {tensor.shape} takes bytes {first} to {last}")
         yield name, tensor
+
+
+def _end(found: Mapping[str, StoredTensor], *, start: int) -> int:
+    """Where the last tensor ends; each must begin where another ends, as the library demands."""
+    end = start
+    for name, tensor in sorted(found.items(), key=lambda entry: (entry[1].offset, entry[1].num_bytes)):
+        if tensor.offset != end:
+            raise ValueError(f"{name} begins at byte {tensor.offset - start}, not at {end - start}")
+        end += tensor.num_bytes
+    return end
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -86,6 +87,23 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[bytes], byt
         TensorDir.open(tmp_path)
     assert expected in str(caught.value)
     assert SINGLE in str(caught.value)
+
+
+@pytest.mark.parametrize("offsets", [((0, 24), (0, 24)), ((0, 24), (12, 36)), ((0, 24), (28, 52))])
+def test_bytes_of_two_tensors_or_of_none_are_refused(
+    tmp_path: Path, offsets: tuple[tuple[int, int], ...]
+) -> None:
+    entries = {
+        f"w{index}": {"dtype": "F32", "shape": [2, 3], "data_offsets": place}
+        for index, place in enumerate(offsets)
+    }
+    header = json.dumps(entries).encode()
+    data = len(header).to_bytes(8, "little") + header + b"0" * offsets[-1][1]
+    (tmp_path / SINGLE).write_bytes(data)
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"is damaged .*w1 begins at byte"):
+        read_header(tmp_path / SINGLE)
 
 
 @pytest.fixture
