@@ -41,7 +41,8 @@ def dictionary_text(vocab_size: int, config: dict[str, Any]) -> str:
     for key in ("bos_token_id", "eos_token_id"):
         value = config.get(key)
         value = value[0] if isinstance(value, list) and value else value
-        ids.append(str(value) if isinstance(value, int) and 0 <= value < vocab_size else "-")
+        is_id = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
+        ids.append(str(value) if is_id else "-")
     return f"#identity vocab_size={vocab_size} bos={ids[0]} eos={ids[1]}\n"
 
 
@@ -49,7 +50,7 @@ def parse_identity(line: str, *, source: str) -> IdentityLine | None:
     """The first line of a ``dict.txt``; None if it is an ordinary one.
 
     Raises:
-        CheckpointError: it begins like an identity dictionary and is none.
+        CheckpointError: it begins like an identity dictionary and is none, or names a token that is no id.
     """
     if not line.startswith("#identity "):
         return None
@@ -57,4 +58,14 @@ def parse_identity(line: str, *, source: str) -> IdentityLine | None:
     if match is None:
         raise CheckpointError(f"the dictionary {source} has the line {line.strip()!r}, which is damaged.")
     size, bos, eos = int(match[1]), *(None if text == "-" else int(text) for text in (match[2], match[3]))
+    if size < 1:
+        raise CheckpointError(
+            f"the dictionary {source} has no ids (vocab_size={size}); convert the model again."
+        )
+    for name, token in (("bos", bos), ("eos", eos)):
+        if token is not None and token >= size:
+            raise CheckpointError(
+                f"the dictionary {source} has {name}={token}, and its ids end at {size - 1}; convert the model "
+                "again."
+            )
     return IdentityLine(vocab_size=size, bos=bos, eos=eos)

@@ -26,7 +26,7 @@ def read_config(values: dict[str, Any], *, source: str = "config.json") -> Model
         ConfigError: another family, or settings that change the model and are not supported, each by name.
     """
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(
             [
                 f"{source} has model_type {kind!r}, expected one of {', '.join(FAMILIES)}; convert such a model."
@@ -54,9 +54,7 @@ def fp8_block(values: dict[str, Any], *, source: str = "config.json") -> tuple[i
     if not isinstance(settings, dict):
         settings = {"quant_method": settings}
     block = settings.get("weight_block_size")
-    good_block = (
-        isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
-    )
+    good_block = isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
     if settings.get("quant_method") != "fp8" or settings.get("fmt", "e4m3") != "e4m3" or not good_block:
         raise ConfigError(
             [
@@ -69,15 +67,21 @@ def fp8_block(values: dict[str, Any], *, source: str = "config.json") -> tuple[i
 
 
 def _check_sizes(keys: ConfigKeys, spec: ModelSpec) -> None:
-    routing = spec.routing
+    routing, group_size = spec.routing, spec.routing.num_experts // (spec.routing.num_groups or 1)
     for problem, text in (
-        (
-            spec.num_heads % max(spec.num_kv_heads, 1),
-            "num_attention_heads not a multiple of num_key_value_heads",
-        ),
+        (spec.num_heads % spec.num_kv_heads, "num_attention_heads not a multiple of num_key_value_heads"),
+        (spec.attention_dropout > 1, "attention_dropout above 1"),
         (not any(spec.moe_layers), "no layer with experts"),
         (not 1 <= routing.top_k <= routing.num_experts, "num_experts_per_tok not between 1 and the experts"),
         (routing.num_experts % (routing.num_groups or 1), "experts that do not divide over n_group groups"),
+        (
+            routing.group_topk and routing.top_k > routing.group_topk * group_size,
+            "num_experts_per_tok above the experts of topk_group groups",
+        ),
+        (
+            routing.group_score == "best_two" and group_size < 2,
+            "groups of one expert, of which the best two are counted",
+        ),
         (
             routing.normalized and routing.top_k == 1,
             "norm_topk_prob with one expert per token, whose weight is 1",
@@ -105,7 +109,7 @@ def _grouped_heads(keys: ConfigKeys, common: dict[str, Any]) -> dict[str, Any]:
     heads = common["num_heads"]
     return {
         "num_kv_heads": keys.integer("num_key_value_heads", default=heads),
-        "head_dim": keys.integer("head_dim", default=common["model_dim"] // max(heads, 1)),
+        "head_dim": keys.integer("head_dim", default=common["model_dim"] // heads),
         "rope": keys.rope(interleaved=False),
     }
 
@@ -113,9 +117,11 @@ def _grouped_heads(keys: ConfigKeys, common: dict[str, Any]) -> dict[str, Any]:
 def _no_sliding_window(keys: ConfigKeys) -> None:
     keys.fixed("use_sliding_window", False)
     keys.ignore("sliding_window")
-    layers = keys.values.get("layer_types") or []
     keys.ignore("layer_types")
-    if any(kind != "full_attention" for kind in layers):
+    layers = keys.values.get("layer_types")
+    if not isinstance(layers, list | None):
+        keys.problems.append(f"{keys.source} has layer_types {layers!r}, expected a list of full_attention.")
+    elif any(kind != "full_attention" for kind in layers or []):
         keys.problems.append(f"{keys.source} has layer_types other than full_attention.")
 
 
@@ -132,7 +138,7 @@ def _mixtral(keys: ConfigKeys) -> ModelSpec:
     return ModelSpec(
         **common,
         **_grouped_heads(keys, common),
-        norm_eps=keys.number("rms_norm_eps", 1e-5),
+        norm_eps=keys.number("rms_norm_eps", 1e-5, positive=True),
         expert_ffn_dim=keys.integer("intermediate_size"),
         moe_layers=(True,) * common["num_layers"],
         routing=routing,
@@ -152,8 +158,8 @@ def _olmoe(keys: ConfigKeys) -> ModelSpec:
         **_grouped_heads(keys, common),
         attention_bias="all" if keys.flag("attention_bias", False) else "none",
         qk_norm="full",
-        clip_qkv=keys.number("clip_qkv", None),
-        norm_eps=keys.number("rms_norm_eps", 1e-5),
+        clip_qkv=keys.number("clip_qkv", None, positive=True),
+        norm_eps=keys.number("rms_norm_eps", 1e-5, positive=True),
         expert_ffn_dim=keys.integer("intermediate_size"),
         moe_layers=(True,) * common["num_layers"],
         routing=routing,
@@ -171,13 +177,13 @@ def _qwen(keys: ConfigKeys, **own: Any) -> ModelSpec:
     )
     step, dense = keys.integer("decoder_sparse_step", default=1), keys.integers("mlp_only_layers")
     moe_layers = tuple(
-        index not in dense and step > 0 and (index + 1) % step == 0 for index in range(common["num_layers"])
+        index not in dense and (index + 1) % step == 0 for index in range(common["num_layers"])
     )
     dense_dim = keys.integer("intermediate_size")
     return ModelSpec(
         **common,
         **_grouped_heads(keys, common),
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        norm_eps=keys.number("rms_norm_eps", 1e-6, positive=True),
         dense_ffn_dim=None if all(moe_layers) else dense_dim,
         expert_ffn_dim=keys.integer("moe_intermediate_size"),
         moe_layers=moe_layers,
@@ -217,8 +223,11 @@ def _deepseek(keys: ConfigKeys, *, routing: Routing, interleaved: bool, **own: A
     keys.fixed("attention_bias", False)
     keys.fixed("mlp_bias", False)
     keys.fixed("moe_layer_freq", 1)
-    num_dense = min(keys.integer("first_k_dense_replace", default=0), layers)
-    width, shared = keys.integer("moe_intermediate_size"), keys.integer("n_shared_experts", default=0)
+    num_dense = min(keys.integer("first_k_dense_replace", default=0, least=0), layers)
+    width, shared = (
+        keys.integer("moe_intermediate_size"),
+        keys.integer("n_shared_experts", default=0, least=0),
+    )
     dense_dim = keys.integer("intermediate_size")
     return ModelSpec(
         **common,
@@ -226,7 +235,7 @@ def _deepseek(keys: ConfigKeys, *, routing: Routing, interleaved: bool, **own: A
         head_dim=head_dim,
         mla=mla,
         rope=keys.rope(interleaved=interleaved),
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        norm_eps=keys.number("rms_norm_eps", 1e-6, positive=True),
         dense_ffn_dim=dense_dim if num_dense else None,
         expert_ffn_dim=width,
         shared_ffn_dim=width * shared or None,
@@ -240,7 +249,6 @@ def _deepseek_routing(keys: ConfigKeys, **own: Any) -> Routing:
     return Routing(
         num_experts=keys.integer("n_routed_experts"),
         top_k=keys.integer("num_experts_per_tok"),
-        scaling=keys.number("routed_scaling_factor", 1.0),
         aux_loss_coeff=keys.number("aux_loss_alpha", 0.0),
         aux_loss_per_sequence=keys.flag("seq_aux", True),
         **own,
@@ -255,26 +263,41 @@ def _deepseek_v2(keys: ConfigKeys) -> ModelSpec:
     groups, kept = keys.integer("n_group", default=None), keys.integer("topk_group", default=None)
     limited: dict[str, Any] = {}
     if method == "group_limited_greedy":
-        if not groups or not kept:
+        if groups is None or kept is None:
             keys.problems.append(f"{keys.source} has topk_method {method} without n_group and topk_group.")
-        limited = {"num_groups": groups, "group_topk": kept, "group_score": "max"}
-    return _deepseek(keys, routing=_deepseek_routing(keys, **limited), interleaved=True)
+        else:
+            limited = _limited(keys, groups, kept, score="max")
+    scaling = keys.number("routed_scaling_factor", 1.0, positive=True)
+    return _deepseek(keys, routing=_deepseek_routing(keys, scaling=scaling, **limited), interleaved=True)
+
+
+def _limited(keys: ConfigKeys, groups: int, kept: int, *, score: str) -> dict[str, Any]:
+    if kept > groups and not keys.problems:
+        keys.problems.append(f"{keys.source} describes a model with topk_group above n_group.")
+    return {"num_groups": groups, "group_topk": kept, "group_score": score}
 
 
 def _deepseek_v3(keys: ConfigKeys) -> ModelSpec:
     keys.fixed("scoring_func", "sigmoid")
     keys.fixed("topk_method", "noaux_tc")
     keys.fixed("norm_topk_prob", True)
-    groups, kept = keys.integer("n_group", default=1), keys.integer("topk_group", default=1)
-    limited: dict[str, Any] = {}
-    if groups > 1:
-        limited = {"num_groups": groups, "group_topk": kept, "group_score": "best_two"}
-    routing = _deepseek_routing(keys, score="sigmoid", normalized=True, expert_bias=True, **limited)
+    # Where one of these is absent, transformers takes that of the 671B model, which another model hardly means.
+    groups, kept = keys.integer("n_group"), keys.integer("topk_group")
+    scaling = keys.number("routed_scaling_factor", positive=True)
+    limited = _limited(keys, groups, kept, score="best_two")
+    routing = _deepseek_routing(
+        keys,
+        score="sigmoid",
+        normalized=True,
+        expert_bias=True,
+        scaling=scaling,
+        **(limited if groups > 1 else {}),
+    )
     return _deepseek(
         keys,
         routing=routing,
         interleaved=keys.flag("rope_interleave", True),
-        mtp_layers=keys.integer("num_nextn_predict_layers", "num_mtp_layers", default=0),
+        mtp_layers=keys.integer("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0),
     )
 
 

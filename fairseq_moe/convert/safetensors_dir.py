@@ -13,12 +13,13 @@ from fairseq_moe.checkpoint.safetensors_bytes import bytes_of
 from fairseq_moe.convert.safetensors_file import StoredTensor, read_header, read_tensor
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["INDEX", "SINGLE", "TensorDir", "dequantized", "digest_of", "read_json"]
+__all__ = ["INDEX", "SINGLE", "TensorDir", "dequantized", "digest_of", "read_json", "read_weight_map"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SCALE = "_scale_inv"
 _FP8 = torch.float8_e4m3fn
+_OF_WEIGHTS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16, _FP8})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,11 +30,29 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path} ({error}).") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}, expected a JSON object.")
     return values
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Which file holds each tensor, from a JSON file that says so under ``weight_map``.
+
+    Raises:
+        CheckpointError: it does not, or names what is no safetensors file of one directory.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map from names to files.")
+    for file in sorted(set(weight_map.values())):
+        # What is not printable may be no file name at all (a NUL, half of a character).
+        if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
+            raise CheckpointError(
+                f"{path} names {file!r}, which is not a file of its directory that ends in .safetensors."
+            )
+    return weight_map
 
 
 @dataclass(kw_only=True)
@@ -73,8 +92,17 @@ class TensorDir:
                 f"{path} has neither {SINGLE} nor {INDEX}; give a directory with one of them."
             )
         found = cls(path=path, stored=stored, fp8_block=fp8_block, fp8_to=fp8_to)
+        found._check_dtypes()
         found._check_scales()
         return found
+
+    def _check_dtypes(self) -> None:
+        for name, tensor in self.stored.items():
+            if tensor.dtype not in _OF_WEIGHTS:
+                raise CheckpointError(
+                    f"{name} of {self.path} is {tensor.dtype}, expected float32, another dtype of weights, or "
+                    "FP8 of the kind e4m3."
+                )
 
     def _check_scales(self) -> None:
         for name, tensor in self.stored.items():
@@ -144,13 +172,13 @@ class TensorDir:
 
 def _indexed(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a directory with an index, which must say what the files say."""
-    weight_map = read_json(path / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path / INDEX} has no weight_map from names to files.")
+    weight_map = read_weight_map(path / INDEX)
     files = set(weight_map.values())
-    outside = sorted(file for file in files if Path(file).name != file)
-    if outside:
-        raise CheckpointError(f"{path / INDEX} names {outside[0]!r}, which is not a file of its directory.")
+    if (path / SINGLE).is_file() and files != {SINGLE}:
+        raise CheckpointError(
+            f"{path} has both {SINGLE} and {INDEX}, which names other files; transformers reads the first alone, "
+            "so remove the one that is not the model."
+        )
     missing = sorted(file for file in files if not (path / file).is_file())
     if missing:
         raise CheckpointError(f"{path} lacks the shard {', '.join(missing)} that {INDEX} names; fetch it.")

@@ -58,7 +58,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, by name.
 
     Raises:
-        CheckpointError: it cannot be read, is cut off, or is no safetensors file.
+        CheckpointError: it cannot be read, is cut off, is no safetensors file, or has a dtype that we do not read.
     """
     try:
         with path.open("rb") as file:
@@ -68,8 +68,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
         found = dict(_entries(path, header, start=8 + length))
-        end = max((tensor.offset + tensor.num_bytes for tensor in found.values()), default=8 + length)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        end = _end(found, start=8 + length)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no safetensors file or is damaged ({error}); fetch it again."
         ) from error
@@ -84,13 +84,30 @@ def _entries(path: Path, header: dict[str, Any], *, start: int) -> Iterator[tupl
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        first, last = entry["data_offsets"]
-        tensor = StoredTensor(
-            path=path, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), offset=start + first
-        )
-        if first < 0 or last - first != tensor.num_bytes or any(size < 0 for size in tensor.shape):
+        (first, last), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointError(
+                f"{path} has {name} of dtype {entry['dtype']!r}, which fairseq_moe does not read, expected one of "
+                f"{', '.join(DTYPES)}."
+            )
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"{name} has the shape {shape!r}")
+        tensor = StoredTensor(path=path, dtype=dtype, shape=tuple(shape), offset=start + first)
+        # 24.0 equals 24, and is no place in a file.
+        is_place = type(first) is int and type(last) is int and first >= 0
+        if not is_place or last - first != tensor.num_bytes:
             raise ValueError(f"{name} of shape {tensor.shape} takes bytes {first} to {last}")
         yield name, tensor
+
+
+def _end(found: Mapping[str, StoredTensor], *, start: int) -> int:
+    """Where the last tensor ends; each must begin where another ends, as the library demands."""
+    end = start
+    for name, tensor in sorted(found.items(), key=lambda entry: (entry[1].offset, entry[1].num_bytes)):
+        if tensor.offset != end:
+            raise ValueError(f"{name} begins at byte {tensor.offset - start}, not at {end - start}")
+        end += tensor.num_bytes
+    return end
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:

@@ -15,7 +15,7 @@ from fairseq_moe.convert.config_writer import write_config
 from fairseq_moe.convert.directories import appearing, copy_companions
 from fairseq_moe.convert.from_hf import Conversion
 from fairseq_moe.convert.names import Block, OurTensor, copied_names, is_fused, tensor_table
-from fairseq_moe.convert.safetensors_dir import INDEX, SINGLE, digest_of, read_json
+from fairseq_moe.convert.safetensors_dir import INDEX, SINGLE, digest_of, read_json, read_weight_map
 from fairseq_moe.convert.safetensors_file import SafetensorsWriter
 from fairseq_moe.convert.store import COMPANIONS, CONVERSION, StoredModel
 from fairseq_moe.errors import CheckpointError
@@ -62,8 +62,7 @@ def to_hf(
     with appearing(target) as directory:
         model = StoredModel.open(checkpoint)
         beside = _find_companions(model, companions)
-        like, record = _read_companions(beside)
-        weight_map: Mapping[str, str] = record.get("weight_map", {})
+        like, record, weight_map = _read_companions(beside)
         table = tensor_table(model.spec, fused=is_fused(weight_map))
         _check_names(model, table)
         outputs = _outputs(model, table, weight_map, dtype)
@@ -100,11 +99,14 @@ def _find_companions(model: StoredModel, given: Path | None) -> Path | None:
     return None
 
 
-def _read_companions(beside: Path | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def _read_companions(
+    beside: Path | None,
+) -> tuple[dict[str, Any] | None, dict[str, Any], dict[str, str]]:
+    """config.json, the record of the conversion, and which file held each tensor."""
     if beside is None:
-        return None, {}
-    record = read_json(beside / CONVERSION) if (beside / CONVERSION).is_file() else {}
-    return read_json(beside / "config.json"), record
+        return None, {}, {}
+    config, path = read_json(beside / "config.json"), beside / CONVERSION
+    return (config, read_json(path), read_weight_map(path)) if path.is_file() else (config, {}, {})
 
 
 def _notes(beside: Path | None, record: dict[str, Any], digest: str) -> list[str]:

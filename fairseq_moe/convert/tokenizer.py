@@ -31,6 +31,9 @@ def load_tokenizer(path: Path, *, vocab_size: int | None = None) -> Any:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise MoEError(f"cannot read the tokenizer {path} ({error}).") from error
+    # Batches of inference need these; in data they would cut lines off and fill them up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     largest = max(tokenizer.get_vocab().values(), default=0)
     if vocab_size is not None and largest >= vocab_size:
         raise MoEError(f"{path} has token id {largest}, and the model's ids end at {vocab_size - 1}.")

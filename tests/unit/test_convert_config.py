@@ -132,6 +132,18 @@ def test_rope_is_read_in_both_forms_and_written_in_both() -> None:
     assert "type" not in written["rope_parameters"]
 
 
+def test_rope_scaling_without_a_theta_beside_it_counts() -> None:
+    old = read_config(DEEPSEEK_V2)
+    bare = {key: value for key, value in DEEPSEEK_V2.items() if not key.startswith("rope_")}
+    form = {key: value for key, value in YARN_V4.items() if key != "type"} | {"rope_type": "yarn"}
+    assert read_config(bare | {"rope_scaling": YARN_V4 | {"rope_theta": 10000}}) == old
+    assert read_config(bare | {"rope_scaling": form, "rope_parameters": form | {"rope_theta": 10000}}) == old
+    assert read_config(bare | {"rope_theta": 1e4, "rope_scaling": YARN_V4, "rope_parameters": form}) == old
+    assert read_config(MIXTRAL | {"rope_scaling": {}, "rope_parameters": {"rope_type": "default"}}) == (
+        read_config(MIXTRAL)
+    )
+
+
 def test_what_is_absent_means_what_the_published_code_means() -> None:
     mixtral, qwen2 = read_config(MIXTRAL), read_config(QWEN2)
     assert (mixtral.head_dim, mixtral.norm_eps, mixtral.routing.normalized) == (128, 1e-5, True)
@@ -169,10 +181,34 @@ REFUSED = {
         "yarn without original_max",
     ),
     "no rope": (MIXTRAL, {"rope_theta": None}, "neither rope_parameters nor rope_theta"),
-    "two ropes": (MIXTRAL, {"rope_parameters": {"rope_theta": 1e4}}, "which contradicts its rope_theta"),
+    "two ropes": (MIXTRAL, {"rope_parameters": {"rope_theta": 1e4}}, "which contradict one another"),
+    "scaling against parameters": (
+        MIXTRAL,
+        {"rope_theta": None, "rope_scaling": YARN_V4, "rope_parameters": {"rope_theta": 1e6}},
+        "which contradict one another",
+    ),
+    "scaling against theta": (
+        MIXTRAL,
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 1e4}},
+        "which contradict one another",
+    ),
+    "scaling of an unknown type": (
+        MIXTRAL,
+        {"rope_theta": None, "rope_scaling": {"rope_type": "llama3", "rope_theta": 1e6}},
+        "rope type 'llama3', expected default or yarn",
+    ),
+    "scaling without any theta": (
+        MIXTRAL,
+        {"rope_theta": None, "rope_scaling": {"rope_type": "default"}},
+        "rope_theta None, expected a number above 1",
+    ),
     "sliding window": (MIXTRAL, {"sliding_window": 4096}, "sliding_window 4096"),
     "Qwen's window": (QWEN2, {"use_sliding_window": True}, "use_sliding_window True, expected False"),
-    "layer types": (QWEN2, {"layer_types": ["sliding_attention"]}, "layer_types other than full_attention"),
+    "layer types": (
+        QWEN2,
+        {"layer_types": ["sliding_attention"]},
+        "layer_types other than full_attention",
+    ),
     "activation": (MIXTRAL, {"hidden_act": "gelu"}, "hidden_act 'gelu', expected 'silu'"),
     "jitter": (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1"),
     "MLA bias": (DEEPSEEK_V2, {"attention_bias": True}, "attention_bias True, expected False"),
@@ -184,7 +220,7 @@ REFUSED = {
     "missing key": (
         MIXTRAL,
         {"num_key_value_heads": "eight"},
-        "num_key_value_heads 'eight', expected a number",
+        "num_key_value_heads 'eight', expected a whole number",
     ),
     "no experts": (MIXTRAL, {"num_local_experts": None}, "no num_local_experts or num_experts"),
     "quantisation": (
@@ -193,9 +229,118 @@ REFUSED = {
         "quantization_config with quant_method 'awq'",
     ),
     "groups": (DEEPSEEK_V2, {"n_group": 7}, "experts that do not divide over n_group groups"),
+    "no groups": (DEEPSEEK_V3, {"n_group": None}, "has no n_group, which this model needs"),
+    "no kept groups": (DEEPSEEK_V3, {"topk_group": None}, "has no topk_group, which this model needs"),
+    "no factor": (
+        DEEPSEEK_V3,
+        {"routed_scaling_factor": None},
+        "has no routed_scaling_factor, which this model needs",
+    ),
+    "more kept groups than groups": (DEEPSEEK_V3, {"topk_group": 9}, "topk_group above n_group"),
+    "V2's kept groups": (DEEPSEEK_V2, {"topk_group": 9}, "topk_group above n_group"),
+    "kept groups of one": (DEEPSEEK_V3, {"n_group": 1, "topk_group": 2}, "topk_group above n_group"),
+    "too few experts in groups": (
+        DEEPSEEK_V2,
+        {"n_group": 160},
+        "num_experts_per_tok above the experts of topk_group groups",
+    ),
+    "groups of one expert": (
+        DEEPSEEK_V3,
+        {"n_group": 256, "topk_group": 8},
+        "groups of one expert, of which the best two are counted",
+    ),
     "heads": (MIXTRAL, {"num_key_value_heads": 5}, "not a multiple of num_key_value_heads"),
     "one expert": (QWEN3, {"num_experts_per_tok": 1}, "norm_topk_prob with one expert per token"),
 }
+
+
+def _yarn(**changes: Any) -> dict[str, Any]:
+    return {"rope_scaling": YARN_V4 | changes}
+
+
+# What is no setting at all: of another type, or out of its range.
+MALFORMED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "model_type": (MIXTRAL, {"model_type": ["mixtral"]}, "model_type ['mixtral'], expected one of"),
+    "no words": (MIXTRAL, {"vocab_size": 0}, "vocab_size 0, expected a whole number from 1 up"),
+    "no heads": (
+        MIXTRAL,
+        {"num_key_value_heads": 0},
+        "num_key_value_heads 0, expected a whole number from 1 up",
+    ),
+    "half a layer": (MIXTRAL, {"num_hidden_layers": 1.5}, "num_hidden_layers 1.5, expected a whole number"),
+    "no rank": (DEEPSEEK_V2, {"q_lora_rank": 0}, "q_lora_rank 0, expected a whole number from 1 up"),
+    "shared": (
+        DEEPSEEK_V2,
+        {"n_shared_experts": -1},
+        "n_shared_experts -1, expected a whole number from 0 up",
+    ),
+    "eps of NaN": (MIXTRAL, {"rms_norm_eps": float("nan")}, "rms_norm_eps nan, expected a number above 0"),
+    "eps of 0": (MIXTRAL, {"rms_norm_eps": 0}, "rms_norm_eps 0, expected a number above 0"),
+    "infinite bound": (OLMOE, {"clip_qkv": float("inf")}, "clip_qkv inf, expected a number above 0"),
+    "a huge number": (MIXTRAL, {"rms_norm_eps": 10**400}, "expected a number above 0"),
+    "negative loss": (
+        MIXTRAL,
+        {"router_aux_loss_coef": -1},
+        "router_aux_loss_coef -1, expected a number from 0 up",
+    ),
+    "no scaling": (
+        DEEPSEEK_V3,
+        {"routed_scaling_factor": 0},
+        "routed_scaling_factor 0, expected a number above 0",
+    ),
+    "dropout": (MIXTRAL, {"attention_dropout": 1.5}, "a model with attention_dropout above 1"),
+    "rope_scaling": (MIXTRAL, {"rope_scaling": "yarn"}, "rope_scaling 'yarn', expected a JSON object"),
+    "rope_parameters": (MIXTRAL, {"rope_parameters": [1]}, "rope_parameters [1], expected a JSON object"),
+    "rope type": (
+        MIXTRAL,
+        {"rope_scaling": {"type": ["yarn"]}},
+        "rope type ['yarn'], expected default or yarn",
+    ),
+    "theta below 0": (MIXTRAL, {"rope_theta": -1e4}, "rope_theta -10000.0, expected a number above 1"),
+    "theta of NaN": (MIXTRAL, {"rope_theta": float("nan")}, "rope_theta nan, expected a number above 1"),
+    "theta of true": (MIXTRAL, {"rope_theta": True}, "rope_theta True, expected a number above 1"),
+    "yarn's factor": (
+        DEEPSEEK_V2,
+        _yarn(factor="x"),
+        "the rope setting factor 'x', expected a number above 0",
+    ),
+    "yarn's factor 0": (DEEPSEEK_V2, _yarn(factor=0), "the rope setting factor 0, expected a number above 0"),
+    "yarn's size": (
+        DEEPSEEK_V2,
+        _yarn(original_max_position_embeddings=4096.5),
+        "the rope setting original_max_position_embeddings 4096.5, expected a whole number from 1 up",
+    ),
+    "yarn's mscale": (
+        DEEPSEEK_V2,
+        _yarn(mscale=[1]),
+        "the rope setting mscale [1], expected a number from 0 up",
+    ),
+    "yarn's beta": (
+        DEEPSEEK_V2,
+        _yarn(beta_slow=0),
+        "the rope setting beta_slow 0, expected a number above 0",
+    ),
+    "layer_types": (QWEN2, {"layer_types": 3}, "layer_types 3, expected a list of full_attention"),
+    "layers of true": (
+        QWEN2,
+        {"mlp_only_layers": [True]},
+        "mlp_only_layers [True], expected a list of layers",
+    ),
+    "blocks of true": (
+        DEEPSEEK_V3,
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [True, True]}},
+        "weight_block_size [True, True], expected fp8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_what_is_no_setting_is_refused_in_one_sentence(name: str) -> None:
+    values, change, expected = MALFORMED[name]
+    with pytest.raises(ConfigError) as caught:
+        read_config(values | change)
+    assert expected in str(caught.value)
+    assert len(caught.value.problems) == 1
 
 
 @pytest.mark.parametrize("name", REFUSED)

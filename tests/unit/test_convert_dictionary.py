@@ -13,6 +13,7 @@ from fairseq_moe.convert.bpe import HFTokenizersBPE, HFTokenizersConfig
 from fairseq_moe.convert.cli import main
 from fairseq_moe.convert.dictionary import IdentityDictionary, load_identity
 from fairseq_moe.convert.dictionary_file import dictionary_text
+from fairseq_moe.convert.tokenizer import encode_lines, load_tokenizer
 from fairseq_moe.errors import CheckpointError, MoEError
 
 TEXT = ["To be, or not to be: that is the question.", "", "Whether 'tis nobler in the mind to suffer"] * 4
@@ -61,6 +62,27 @@ def test_a_model_without_special_tokens_has_padding_in_their_place(tmp_path: Pat
     assert (dictionary.bos(), dictionary.eos(), dictionary.unk()) == (9, 9, 9)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("#identity vocab_size=9 bos=9 eos=1", "has bos=9, and its ids end at 8"),
+        ("#identity vocab_size=9 bos=- eos=12", "has eos=12, and its ids end at 8"),
+        ("#identity vocab_size=0 bos=- eos=-", "has no ids"),
+    ],
+)
+def test_a_special_token_that_is_no_id_is_refused(tmp_path: Path, line: str, expected: str) -> None:
+    (tmp_path / "dict.txt").write_text(line + "\n")
+    with pytest.raises(CheckpointError) as caught:
+        load_identity(tmp_path / "dict.txt")
+    assert expected in str(caught.value)
+
+
+def test_true_is_no_token_id() -> None:
+    assert dictionary_text(9, {"bos_token_id": True, "eos_token_id": [1]}) == (
+        "#identity vocab_size=9 bos=- eos=1\n"
+    )
+
+
 def test_the_stock_task_loads_either_dictionary(model: Path, tmp_path: Path) -> None:
     found, _ = LanguageModelingTask.setup_dictionary(LanguageModelingConfig(data=str(model)))
     assert isinstance(found, IdentityDictionary)
@@ -81,6 +103,18 @@ def test_bpe_gives_back_what_it_was_given(model: Path) -> None:
         words = bpe.encode(line)
         assert all(word.isdecimal() for word in words.split())
         assert bpe.decode(words) == line
+
+
+def test_truncation_and_padding_of_a_tokenizer_do_not_reach_the_data(model: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    path = model / "hf" / "tokenizer.json"
+    whole = encode_lines(load_tokenizer(path), TEXT)
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert encode_lines(load_tokenizer(tmp_path / "tokenizer.json"), TEXT) == whole
 
 
 def test_text_becomes_data_with_the_models_own_ids(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,6 +54,14 @@ def _overlong(data: bytes) -> bytes:
     return data.replace(b"[0,24]", b"[0,28]")
 
 
+def _with_header(data: bytes, header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + data[-24:]
+
+
+def _header_with(shape: object = (2, 3), offsets: object = (0, 24)) -> bytes:
+    return json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -61,7 +70,13 @@ def _overlong(data: bytes) -> bytes:
         (lambda data: data[:20], "a header of"),
         (_damage_length, "a header of"),
         (_overlong, "takes bytes 0 to 28"),
-        (lambda data: data.replace(b"F32", b"F99"), "'F99'"),
+        (lambda data: data.replace(b"F32", b"F99"), "has w of dtype 'F99', which fairseq_moe does not read"),
+        (lambda data: data.replace(b"F32", b"C64"), "has w of dtype 'C64', which fairseq_moe does not read"),
+        (lambda data: data.replace(b'"F32"', b"[ 32]"), "is damaged"),
+        (lambda data: _with_header(data, b"[" * 100_000), "is damaged"),
+        (lambda data: _with_header(data, _header_with(shape=[2.0, 3])), "has the shape [2.0, 3]"),
+        (lambda data: _with_header(data, _header_with(offsets=[0.0, 24])), "takes bytes 0.0 to 24"),
+        (lambda data: _with_header(data, _header_with(shape="23")), "has the shape '23'"),
         (lambda data: b"", "a header of"),
     ],
 )
@@ -72,6 +87,23 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[bytes], byt
         TensorDir.open(tmp_path)
     assert expected in str(caught.value)
     assert SINGLE in str(caught.value)
+
+
+@pytest.mark.parametrize("offsets", [((0, 24), (0, 24)), ((0, 24), (12, 36)), ((0, 24), (28, 52))])
+def test_bytes_of_two_tensors_or_of_none_are_refused(
+    tmp_path: Path, offsets: tuple[tuple[int, int], ...]
+) -> None:
+    entries = {
+        f"w{index}": {"dtype": "F32", "shape": [2, 3], "data_offsets": place}
+        for index, place in enumerate(offsets)
+    }
+    header = json.dumps(entries).encode()
+    data = len(header).to_bytes(8, "little") + header + b"0" * offsets[-1][1]
+    (tmp_path / SINGLE).write_bytes(data)
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"is damaged .*w1 begins at byte"):
+        read_header(tmp_path / SINGLE)
 
 
 @pytest.fixture
@@ -125,6 +157,14 @@ def _escape(path: Path) -> None:
     _write_index(path, _index(path) | {"a": "../model.safetensors"})
 
 
+def _name_no_weights(path: Path) -> None:
+    _write_index(path, _index(path) | {"a": "config.json"})
+
+
+def _add_single_file(path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, path / SINGLE)
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -134,6 +174,9 @@ def _escape(path: Path) -> None:
         (_add_tensor_to_index, "lacks e, which"),
         (_swap_in_index, "model-00001-of-00002.safetensors holds a, which"),
         (_escape, "names '../model.safetensors', which is not a file of its directory"),
+        (_name_no_weights, "names 'config.json', which is not a file of its directory that ends in"),
+        (_add_single_file, f"has both {SINGLE} and {INDEX}, which names"),
+        (lambda path: (path / INDEX).write_text("[" * 100_000), "cannot read"),
         (lambda path: (path / INDEX).unlink(), f"neither {SINGLE} nor {INDEX}"),
         (lambda path: (path / INDEX).write_text("{"), "cannot read"),
         (lambda path: (path / INDEX).write_text("{}"), "has no weight_map"),
@@ -147,6 +190,20 @@ def test_an_index_that_is_not_true_is_refused(
     with pytest.raises(CheckpointError) as caught:
         TensorDir.open(sharded)
     assert expected in str(caught.value)
+
+
+def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / SINGLE)
+    _write_index(tmp_path, {"a": SINGLE})
+    assert TensorDir.open(tmp_path).names() == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e5m2])
+def test_weights_that_are_no_weights_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({"model.norm.weight": torch.ones(2).to(dtype)}, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError) as caught:
+        TensorDir.open(tmp_path)
+    assert f"model.norm.weight of {tmp_path} is {dtype}, expected float32" in str(caught.value)
 
 
 def test_fp8_blocks_at_the_edges_keep_their_size() -> None:

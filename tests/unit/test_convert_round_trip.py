@@ -1,4 +1,4 @@
-"""Every family there and back: the same files, byte for byte; what is wrong is said in one sentence."""
+"""Every family there and back: files of transformers come back byte for byte; what is wrong is said in one sentence."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from fairseq_moe.checkpoint import Checkpoint
 from fairseq_moe.convert import from_hf, to_hf
 from fairseq_moe.convert.cli import main
 from fairseq_moe.convert.families import read_config
+from fairseq_moe.convert.safetensors_dir import INDEX
 from fairseq_moe.errors import CheckpointError, ConfigError, MoEError
 from tests.helpers.hf import HF_MODELS, add_prediction_block
 from tests.helpers.ranks import run_ranks
@@ -53,6 +54,24 @@ def test_back_conversion_gives_the_same_files(
     }
     assert (tmp_path / "back" / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
     assert not (tmp_path / "back" / "conversion.json").exists()
+
+
+def test_files_of_other_writers_come_back_with_the_same_tensors_in_the_same_places(
+    hf_model: Models, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(hf_model("mixtral", shard="30KB"), source)
+    for path in source.glob("*.safetensors"):
+        save_file(load_file(path), path)  # no metadata
+    index = json.loads((source / INDEX).read_text())
+    del index["metadata"]["total_parameters"]
+    (source / INDEX).write_text(json.dumps(index))
+    there = from_hf(source, tmp_path / "ours")
+    assert to_hf(tmp_path / "ours", tmp_path / "back").digest == there.digest
+    again = json.loads((tmp_path / "back" / INDEX).read_text())
+    assert again["weight_map"] == index["weight_map"]
+    assert again["metadata"].pop("total_parameters") > 0
+    assert again["metadata"] == index["metadata"]
 
 
 def test_any_expert_parallel_size_gives_the_same_bits(hf_model: Models, tmp_path: Path) -> None:
@@ -214,6 +233,40 @@ def test_companions_of_another_model_are_refused(hf_model: Models, tmp_path: Pat
         to_hf(tmp_path / "ours", tmp_path / "back", companions=hf_model("olmoe"))
     with pytest.raises(MoEError, match=r"has no config\.json"):
         to_hf(tmp_path / "ours", tmp_path / "back", companions=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "expected"),
+    [
+        (
+            "../../outside.safetensors",
+            "names '../../outside.safetensors', which is not a file of its directory",
+        ),
+        ("{folder}/outside.safetensors", "outside.safetensors', which is not a file of its directory"),
+        (
+            "config.json",
+            "names 'config.json', which is not a file of its directory that ends in .safetensors",
+        ),
+        ("nul\0.safetensors", "which is not a file of its directory"),
+        (3, "has no weight_map from names to files"),
+        ([], "has no weight_map from names to files"),
+        (None, "has no weight_map from names to files"),
+    ],
+)
+def test_a_record_that_names_other_places_is_refused(
+    weight_map: object, expected: str, hf_model: Models, tmp_path: Path
+) -> None:
+    from_hf(hf_model("mixtral"), tmp_path / "ours")
+    path = tmp_path / "ours" / "hf" / "conversion.json"
+    record = json.loads(path.read_text())
+    if isinstance(weight_map, str | int):
+        file = weight_map.format(folder=tmp_path) if isinstance(weight_map, str) else weight_map
+        weight_map = dict.fromkeys(record["weight_map"], file)
+    path.write_text(json.dumps(record | {"weight_map": weight_map}))
+    with pytest.raises(CheckpointError) as caught:
+        to_hf(tmp_path / "ours", tmp_path / "back")
+    assert expected in str(caught.value)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["ours"], "nothing is left behind"
 
 
 def test_the_dtype_can_be_chosen_and_routers_keep_their_bias(hf_model: Models, tmp_path: Path) -> None:
