@@ -211,6 +211,10 @@ def _refusals(flags: Mapping[str, Any], modern: ModernConfig, megatron: Megatron
         (not flags.get("no_scale_embedding"), "embeddings without --no-scale-embedding"),
         (bool(flags.get("layernorm_embedding")), "--layernorm-embedding"),
         (bool(flags.get("no_decoder_final_norm")), "--no-decoder-final-norm"),
+        (
+            modern.mtp_layers > 0 and _family(modern, megatron) != "deepseek_v3",
+            "--mtp-layers without --kv-lora-rank and --moe-router-score-function sigmoid",
+        ),
         (megatron.use_xmoe, "--use-xmoe"),
         (megatron.has_capacity, "--moe-expert-capacity-factor"),
         (megatron.moe_router_force_load_balancing is not None, "--moe-router-force-load-balancing"),
