@@ -1,6 +1,7 @@
 """The command: ``python -m fairseq_moe.convert``, or ``fairseq-moe-convert``."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,8 +99,10 @@ def _upcycle(args: argparse.Namespace) -> None:
         print(
             "note: with this activation slices do not add up: the model begins as another.", file=sys.stderr
         )
-    flags = (f"--{name.replace('_', '-')} {value}" for name, value in done.flags.items())
-    print(f"train it with the dense model's flags and: {' '.join(flags)}")
+    flags = [
+        part for name, value in done.flags.items() for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    print(f"train it with the dense model's flags and: {shlex.join(flags)}")
     print(f"written: {done.target}")
 
 

@@ -105,6 +105,10 @@ def test_the_command_says_which_flags_to_add(tmp_path: Path, capsys: pytest.Capt
     command = ["upcycle", str(tmp_path / "dense.pt"), "--num-experts", "4", "--topk", "2", "--to"]
     assert main([*command, str(tmp_path / "moe")]) == 0
     assert "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 24" in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "some"), "--moe-layer-freq", "([0]+[1])"]) == 0
+    assert (
+        "--moe-layer-freq '([0]+[1])'" in capsys.readouterr().out
+    )  # bash would take the bare one for syntax
     assert (
         main(["upcycle", str(tmp_path / "moe" / "checkpoint.pt"), *command[2:], str(tmp_path / "again")]) == 2
     )
