@@ -1,7 +1,6 @@
 """A checkpoint of any kind, found out by looking at it, as tensors that are read when they are used."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -18,18 +17,18 @@ from fairseq_moe.checkpoint import (
     ModelShape,
     ShardContent,
     ShardEntry,
+    damage_as_sentence,
     find_aliases,
     find_branch_checkpoint,
     load_plain,
     newest_intact,
     shard_problem,
-    unreadable,
 )
 from fairseq_moe.checkpoint.branch import ExpertRows
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["Source", "damage_as_sentence", "open_source"]
+__all__ = ["Source", "open_source"]
 
 Advance = Callable[[int], None]
 
@@ -141,15 +140,6 @@ def open_source(path: Path) -> Source:
             raise CheckpointError(f"{path} does not exist; give the path of a checkpoint's main file (.pt).")
         state = load_plain(path, lazily=True)
         return _open_ours(path, state) if MANIFEST_KEY in state else _open_dense(path, state)
-
-
-@contextmanager
-def damage_as_sentence(path: Path) -> Iterator[None]:
-    """Inside, values of ``path`` are used that may be of any form, since anybody may have written them."""
-    try:
-        yield
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise unreadable(path, error) from error
 
 
 def _open_ours(path: Path, state: dict[str, Any]) -> Source:
