@@ -45,6 +45,10 @@ def _report(done: Conversion) -> None:
 
 
 def _from_hf(args: argparse.Namespace) -> None:
+    if args.verify:
+        from fairseq_moe.convert.verify import refuse_quantized
+
+        refuse_quantized(args.directory)
     done = from_hf(
         args.directory,
         args.to,
@@ -61,7 +65,7 @@ def _to_hf(args: argparse.Namespace) -> None:
     done = to_hf(args.checkpoint, args.to, companions=args.companions, dtype=dtype)
     _report(done)
     if args.verify:
-        _verify(args.to, args.checkpoint)
+        _verify(args.to, args.checkpoint, dtype)
 
 
 def _preprocess(args: argparse.Namespace) -> None:
@@ -106,10 +110,10 @@ def _upcycle(args: argparse.Namespace) -> None:
     print(f"written: {done.target}")
 
 
-def _verify(hf: Path, ours: Path) -> None:
+def _verify(hf: Path, ours: Path, dtype: torch.dtype | None = None) -> None:
     from fairseq_moe.convert.verify import verify  # builds models: needs fairseq and transformers
 
-    print(verify(hf, ours))
+    print(verify(hf, ours, dtype=dtype))
 
 
 def _positive(text: str) -> int:
