@@ -9,13 +9,13 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fairseq_moe.errors import CheckpointError
+from fairseq_moe.errors import CheckpointError, MoEError
 from fairseq_moe.faults import fault
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "UNREADABLE",
     "check_records",
     "copy_atomically",
+    "damage_as_sentence",
     "load_plain",
     "plain_globals",
     "sha256_of",
@@ -135,6 +136,17 @@ def unreadable(path: Path | str, error: Exception) -> CheckpointError:
         f"cannot read checkpoint file {path} ({type(error).__name__}: {reason}); restore it from a copy or "
         "load another checkpoint."
     )
+
+
+@contextmanager
+def damage_as_sentence(path: Path) -> Iterator[None]:
+    """Inside, values of ``path`` are used that may be of any form, since anybody may have written them."""
+    try:
+        yield
+    except MoEError:  # some are ValueErrors, and sentences already
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise unreadable(path, error) from error
 
 
 def load_plain(path: Path, *, lazily: bool = False) -> dict[str, Any]:

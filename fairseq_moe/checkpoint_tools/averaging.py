@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fairseq_moe.checkpoint import LazyTensor, ShardContent, find_branch_checkpoint
+from fairseq_moe.checkpoint import LazyTensor, ShardContent, find_branch_checkpoint, unreadable
 from fairseq_moe.checkpoint_tools.output import check_target, write_dense, write_shards
 from fairseq_moe.checkpoint_tools.source import Source, open_source
 from fairseq_moe.errors import CheckpointError
@@ -150,6 +150,13 @@ def _same(tensors: Sequence[LazyTensor], name: str) -> Tensor:
     return value
 
 
+def _modified_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError as error:  # a link to nothing, or a running job has deleted the file
+        raise unreadable(path, error) from error
+
+
 def last_checkpoints(count: int, directory: Path) -> list[Source]:
     """The last ``count`` saves of the run in a directory; copies of one save count once, means not at all.
 
@@ -160,7 +167,7 @@ def last_checkpoints(count: int, directory: Path) -> list[Source]:
     if not directory.is_dir():
         raise CheckpointError(f"--last looks into a directory, and {directory} is none; correct the path.")
     saves: dict[object, Source] = {}
-    for path in sorted(directory.glob("checkpoint*.pt"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(directory.glob("checkpoint*.pt"), key=_modified_ns):
         branch = find_branch_checkpoint(path)
         if branch is not None and path in branch.rank_files:
             continue

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fairseq_moe.checkpoint import newest_intact
+from fairseq_moe.checkpoint import damage_as_sentence, newest_intact
 from fairseq_moe.checkpoint_tools.averaging import average, last_checkpoints
 from fairseq_moe.checkpoint_tools.copying import reshard
 from fairseq_moe.checkpoint_tools.dense import to_dense
 from fairseq_moe.checkpoint_tools.inspecting import Description, describe
-from fairseq_moe.checkpoint_tools.source import damage_as_sentence, open_source
+from fairseq_moe.checkpoint_tools.source import open_source
 from fairseq_moe.errors import CheckpointError, MoEError
 from fairseq_moe.progress import progress
 

@@ -10,10 +10,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fairseq_moe.checkpoint import LazyTensor, ShardContent, has_expert_rows
+from fairseq_moe.checkpoint import LazyTensor, ShardContent, damage_as_sentence, has_expert_rows
 from fairseq_moe.checkpoint_tools.averaging import mean_of
 from fairseq_moe.checkpoint_tools.output import check_target, write_dense
-from fairseq_moe.checkpoint_tools.source import Source, damage_as_sentence, open_source
+from fairseq_moe.checkpoint_tools.source import Source, open_source
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.megatron import MegatronConfig

@@ -1,9 +1,8 @@
 """A checkpoint of any kind, found out by looking at it, as tensors that are read when they are used."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,18 @@ from fairseq_moe.checkpoint import (
     ModelShape,
     ShardContent,
     ShardEntry,
+    damage_as_sentence,
     find_aliases,
     find_branch_checkpoint,
     load_plain,
     newest_intact,
     shard_problem,
-    unreadable,
 )
+from fairseq_moe.checkpoint.branch import ExpertRows
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.errors import CheckpointError
 
-__all__ = ["Source", "damage_as_sentence", "open_source"]
+__all__ = ["Source", "open_source"]
 
 Advance = Callable[[int], None]
 
@@ -142,15 +142,6 @@ def open_source(path: Path) -> Source:
         return _open_ours(path, state) if MANIFEST_KEY in state else _open_dense(path, state)
 
 
-@contextmanager
-def damage_as_sentence(path: Path) -> Iterator[None]:
-    """Inside, values of ``path`` are used that may be of any form, since anybody may have written them."""
-    try:
-        yield
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise unreadable(path, error) from error
-
-
 def _open_ours(path: Path, state: dict[str, Any]) -> Source:
     checkpoint = Checkpoint.from_state(path, state)
     manifest = checkpoint.manifest
@@ -182,6 +173,10 @@ def _open_branch(branch: BranchCheckpoint) -> Source:
             {name: value for name, value in group.items() if name != "params"}
             for group in saved["param_groups"]
         ]
+    # All experts at once, however few are asked for: each file is checked as a whole and then mapped, not read.
+    rows = partial(
+        branch.expert_rows, num_experts=shape.num_experts, expert_ids=range(shape.num_experts), lazily=True
+    )
     return Source(
         path=branch.shared,
         kind="MoE checkpoint of fairseq's moe branch",
@@ -191,13 +186,13 @@ def _open_branch(branch: BranchCheckpoint) -> Source:
         set_id=str(branch.shared.resolve()),
         shape=shape,
         entries=[],
-        content_of=partial(_branch_content, branch, shape.num_experts, state),
+        content_of=partial(_branch_content, branch, cache(rows), state),
     )
 
 
 def _branch_content(
     branch: BranchCheckpoint,
-    num_experts: int,
+    rows_of: Callable[..., ExpertRows],
     state: dict[str, Any],
     expert_ids: Sequence[int],
     with_optimizer: bool,
@@ -208,9 +203,7 @@ def _branch_content(
     content.expert_ids = list(expert_ids)
     if not content.expert_ids:
         return content
-    model, optimizer = branch.expert_rows(
-        num_experts=num_experts, expert_ids=expert_ids, with_optimizer=with_optimizer, lazily=True
-    )
+    model, optimizer = rows_of(with_optimizer=with_optimizer)
     for name, rows in model.items():
         content.model[name] = _stack_tensors([rows[expert] for expert in expert_ids])
     for name, values in optimizer.items():

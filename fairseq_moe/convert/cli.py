@@ -1,6 +1,7 @@
 """The command: ``python -m fairseq_moe.convert``, or ``fairseq-moe-convert``."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,10 @@ def _report(done: Conversion) -> None:
 
 
 def _from_hf(args: argparse.Namespace) -> None:
+    if args.verify:
+        from fairseq_moe.convert.verify import refuse_quantized
+
+        refuse_quantized(args.directory)
     done = from_hf(
         args.directory,
         args.to,
@@ -60,7 +65,7 @@ def _to_hf(args: argparse.Namespace) -> None:
     done = to_hf(args.checkpoint, args.to, companions=args.companions, dtype=dtype)
     _report(done)
     if args.verify:
-        _verify(args.to, args.checkpoint)
+        _verify(args.to, args.checkpoint, dtype)
 
 
 def _preprocess(args: argparse.Namespace) -> None:
@@ -98,15 +103,17 @@ def _upcycle(args: argparse.Namespace) -> None:
         print(
             "note: with this activation slices do not add up: the model begins as another.", file=sys.stderr
         )
-    flags = (f"--{name.replace('_', '-')} {value}" for name, value in done.flags.items())
-    print(f"train it with the dense model's flags and: {' '.join(flags)}")
+    flags = [
+        part for name, value in done.flags.items() for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    print(f"train it with the dense model's flags and: {shlex.join(flags)}")
     print(f"written: {done.target}")
 
 
-def _verify(hf: Path, ours: Path) -> None:
+def _verify(hf: Path, ours: Path, dtype: torch.dtype | None = None) -> None:
     from fairseq_moe.convert.verify import verify  # builds models: needs fairseq and transformers
 
-    print(verify(hf, ours))
+    print(verify(hf, ours, dtype=dtype))
 
 
 def _positive(text: str) -> int:

@@ -44,8 +44,10 @@ def write_config(spec: ModelSpec, *, like: dict[str, Any] | None = None, dtype: 
     values |= rope_keys(spec.rope) | {"torch_dtype": dtype, "dtype": dtype}
     values = dict(sorted(values.items()))
     again = read_config(values)
-    # Files may lack the prediction blocks that a config promises (transformers leaves them out).
     wrong = differences(spec, replace(again, mtp_layers=spec.mtp_layers))
+    # Files may lack the prediction blocks that a config promises (transformers leaves them out), not the other way.
+    if spec.mtp_layers not in (0, again.mtp_layers):
+        wrong.append(f"--mtp-layers is {again.mtp_layers}, expected {spec.mtp_layers}")
     if wrong:
         subject = (
             f"a config.json of model_type {spec.family}" if like is None else "the config.json it came with"

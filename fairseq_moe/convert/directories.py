@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +23,25 @@ def appearing(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise CheckpointError(f"{target} exists; nothing is overwritten, so give another place or remove it.")
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        os.rename(temporary, target)
+        # A name that nobody else has: on shared storage other machines have processes of the same number.
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
     except OSError as error:
-        raise CheckpointError(f"cannot write {target} ({error}); there is no trace of it.") from error
+        raise _not_written(target, error) from error
+    try:
+        filling = temporary / target.name  # with the usual permissions, which mkdtemp does not give
+        filling.mkdir()
+        yield filling
+        os.rename(filling, target)
+    except OSError as error:
+        raise _not_written(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _not_written(target: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot write {target} ({error}); there is no trace of it.")
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from itertools import groupby
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from fairseq_moe.config import MoEConfig
 from fairseq_moe.convert.spec import Mla, ModelSpec, Rope, Routing
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.megatron import MegatronConfig
-from fairseq_moe.modern import ModernConfig
+from fairseq_moe.megatron_checks import megatron_problems
+from fairseq_moe.modern import ModernConfig, modern_problems
 
 __all__ = ["command_line", "flags_of", "spec_of"]
 
@@ -109,7 +110,7 @@ def spec_of(flags: Mapping[str, Any], *, vocab_size: int, max_positions: int) ->
         max_positions: longest sequence.
 
     Raises:
-        ConfigError: no family has this model; says which flags stand in the way.
+        ConfigError: there is no such model, or no family has it; says which flags stand in the way.
     """
     moe, modern = MoEConfig.from_args(flags), ModernConfig.from_args(flags)
     if not moe.megatron.selected or not modern.enabled:
@@ -120,17 +121,49 @@ def spec_of(flags: Mapping[str, Any], *, vocab_size: int, max_positions: int) ->
                 "it cannot be written as one of them."
             ]
         )
+    problems = _size_problems(flags) + _mistyped(moe, moe.megatron, modern) or [
+        *megatron_problems(moe.megatron, num_layers=moe.decoder_layers),
+        *modern_problems(flags),
+    ]
+    if problems:
+        raise ConfigError(problems)
     stray = _refusals(flags, modern, moe.megatron)
     if stray:
         raise ConfigError([f"no family of Hugging Face's has {', '.join(stray)}, as this model has."])
     return _described(flags, moe, modern, vocab_size=vocab_size, max_positions=max_positions)
 
 
+def _size_problems(flags: Mapping[str, Any]) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')} is {flags.get(name)!r}, expected a whole number from 1 up."
+        for name in (
+            "decoder_embed_dim",
+            "decoder_ffn_embed_dim",
+            "decoder_attention_heads",
+            "decoder_layers",
+        )
+        if not isinstance(flags.get(name), int) or flags[name] < 1
+    ]
+
+
+def _mistyped(*records: Any) -> list[str]:
+    """One sentence per value that no command line gives; a record of flags takes what a file says."""
+    found = []
+    for record in records:
+        for name, kind in get_type_hints(type(record)).items():
+            kind = kind | int if float in (kind, *get_args(kind)) else kind
+            if not isinstance(value := getattr(record, name), kind):
+                found.append(
+                    f"--{name.replace('_', '-')} is {value!r}, which is of no type that it may have."
+                )
+    return found
+
+
 def _described(
     flags: Mapping[str, Any], moe: MoEConfig, modern: ModernConfig, *, vocab_size: int, max_positions: int
 ) -> ModelSpec:
-    megatron, heads = moe.megatron, int(flags["decoder_attention_heads"])
-    dim, ffn_dim = int(flags["decoder_embed_dim"]), int(flags["decoder_ffn_embed_dim"])
+    megatron, heads = moe.megatron, flags["decoder_attention_heads"]
+    dim, ffn_dim = flags["decoder_embed_dim"], flags["decoder_ffn_embed_dim"]
     moe_layers = tuple(moe.is_moe_layer(index) for index in range(moe.decoder_layers))
     mla = None
     if modern.is_latent:
@@ -211,6 +244,10 @@ def _refusals(flags: Mapping[str, Any], modern: ModernConfig, megatron: Megatron
         (not flags.get("no_scale_embedding"), "embeddings without --no-scale-embedding"),
         (bool(flags.get("layernorm_embedding")), "--layernorm-embedding"),
         (bool(flags.get("no_decoder_final_norm")), "--no-decoder-final-norm"),
+        (
+            modern.mtp_layers > 0 and _family(modern, megatron) != "deepseek_v3",
+            "--mtp-layers without --kv-lora-rank and --moe-router-score-function sigmoid",
+        ),
         (megatron.use_xmoe, "--use-xmoe"),
         (megatron.has_capacity, "--moe-expert-capacity-factor"),
         (megatron.moe_router_force_load_balancing is not None, "--moe-router-force-load-balancing"),

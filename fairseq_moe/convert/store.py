@@ -16,6 +16,7 @@ from fairseq_moe.checkpoint import (
     LazyTensor,
     ModelShape,
     ShardContent,
+    damage_as_sentence,
     has_expert_rows,
     share_of,
     split_key,
@@ -195,18 +196,14 @@ class StoredModel:
                 name, state = split_key(key)
                 if state is None:
                     parts.setdefault(name, []).append(_Part(entry.expert_ids, stored))
-        cfg = checkpoint.state.get("cfg") or {}
-        flags = cfg.get("model") or {}
         if checkpoint.manifest.version == 1 or _EMBEDDING not in parts:
             raise CheckpointError(f"{path} is a checkpoint of an older format, which no converted model has.")
-        rows = parts[_EMBEDDING][0].stored.shape[0]
-        positions = flags.get("max_target_positions") or flags.get("tokens_per_sample")
-        if not positions:
-            raise CheckpointError(f"{path} does not say how long sequences may be (--max-target-positions).")
-        spec = spec_of(flags, vocab_size=rows, max_positions=int(positions))
-        settings = cfg.get("checkpoint") or {}
-        begun = settings.get("finetune_from_model") or settings.get("restore_file")
-        restored_from = Path(begun) if begun and begun != "checkpoint_last.pt" else None
+        with damage_as_sentence(path):
+            cfg = checkpoint.state.get("cfg") or {}
+            spec = _spec(path, cfg.get("model") or {}, vocab_size=parts[_EMBEDDING][0].stored.shape[0])
+            settings = cfg.get("checkpoint") or {}
+            begun = settings.get("finetune_from_model") or settings.get("restore_file")
+            restored_from = Path(begun) if begun and begun != "checkpoint_last.pt" else None
         return cls(path=path, spec=spec, restored_from=restored_from, _parts=parts)
 
     def names(self) -> list[str]:
@@ -238,6 +235,13 @@ class StoredModel:
         part = next(part for part in self._parts[name] if expert in part.expert_ids)
         index = part.expert_ids.index(expert)
         return read_tensor(part.stored.rows(index, index + 1))[0]
+
+
+def _spec(path: Path, flags: dict[str, Any], *, vocab_size: int) -> ModelSpec:
+    positions = flags.get("max_target_positions") or flags.get("tokens_per_sample")
+    if not positions:
+        raise CheckpointError(f"{path} does not say how long sequences may be (--max-target-positions).")
+    return spec_of(flags, vocab_size=vocab_size, max_positions=int(positions))
 
 
 class _Part(NamedTuple):

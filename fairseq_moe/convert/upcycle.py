@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_moe.checkpoint import MANIFEST_KEY, ModelShape, find_aliases, load_plain
+from fairseq_moe.checkpoint import ModelShape, find_aliases
+from fairseq_moe.convert.dense_model import DenseModel
 from fairseq_moe.convert.directories import appearing
 from fairseq_moe.convert.store import CHECKPOINT, Assembled, fresh_state, write_tensors
 from fairseq_moe.errors import CheckpointError
@@ -67,17 +68,10 @@ def upcycle(
     Raises:
         CheckpointError: the sizes do not fit, or ``source`` is no such checkpoint.
     """
-    state = load_plain(source)
-    model, cfg = state.get("model") or {}, state.get("cfg")
-    if MANIFEST_KEY in state or not cfg or "decoder.layers.0.fc1.weight" not in model:
-        raise CheckpointError(f"{source} is no dense checkpoint of a transformer_lm; give one.")
-    old: dict[str, Any] = cfg["model"] if isinstance(cfg["model"], dict) else vars(cfg["model"])
-    is_gated, hidden_dim = bool(old.get("gated_ffn")), model["decoder.layers.0.fc2.weight"].shape[1]
-    _check_sizes(num_experts, top_k, granularity, hidden_dim, num_shards)
-    try:
-        is_moe = moe_layer_pattern(layers, int(old["decoder_layers"]))
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    dense = DenseModel.read(source)
+    model, is_gated, hidden_dim = dense.tensors, dense.is_gated, dense.hidden_dim
+    _check_sizes(num_experts, top_k, granularity, hidden_dim, num_shards, seed)
+    is_moe = _pattern(layers, dense.num_layers)
     flags = {
         "num_experts": num_experts,
         "moe_router_topk": top_k,
@@ -93,25 +87,36 @@ def upcycle(
         if name not in aliases
         for entry in _converted(name, model, is_moe, num_experts, cut)
     ]
-    dim = model["decoder.layers.0.fc1.weight"].shape[1]
-    tensors += _routers(is_moe, num_experts, granularity, dim, seed)
+    tensors += _routers(is_moe, num_experts, granularity, dense.model_dim, seed)
     shape = ModelShape(
         num_experts=num_experts,
         top_k=top_k,
-        model_dim=dim,
+        model_dim=dense.model_dim,
         expert_dim=hidden_dim // granularity,
         num_layers=len(is_moe),
     )
     with appearing(target) as directory:
-        fresh = fresh_state({**cfg, "model": {**old, **flags}})
+        fresh = fresh_state({**dense.settings, "model": {**dense.flags, **flags}})
         write_tensors(
             directory, state=fresh, shape=shape, tensors=tensors, aliases=aliases, num_shards=num_shards
         )
-    is_equal = granularity == 1 or (not is_gated and old.get("activation_fn", "relu") == "relu")
+    is_equal = granularity == 1 or (not is_gated and dense.flags.get("activation_fn", "relu") == "relu")
     return Upcycled(target=target / CHECKPOINT, flags=flags, is_equal=is_equal)
 
 
-def _check_sizes(num_experts: int, top_k: int, granularity: int, hidden_dim: int, num_shards: int) -> None:
+def _pattern(layers: str, num_layers: int) -> list[bool]:
+    try:
+        is_moe = moe_layer_pattern(layers, num_layers)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if not any(is_moe):
+        raise CheckpointError(f"--moe-layer-freq {layers} gives no layer experts; mark at least one.")
+    return is_moe
+
+
+def _check_sizes(
+    num_experts: int, top_k: int, granularity: int, hidden_dim: int, num_shards: int, seed: int
+) -> None:
     slices = f"--granularity {granularity}"
     checks = (
         (hidden_dim % granularity, f"a width of {hidden_dim} does not divide by {slices}"),
@@ -121,6 +126,7 @@ def _check_sizes(num_experts: int, top_k: int, granularity: int, hidden_dim: int
             f"--topk {top_k} is no multiple of {slices} from 2 to --num-experts",
         ),
         (num_experts % num_shards, f"{num_experts} experts do not divide over {num_shards} shards"),
+        (not 0 <= seed < 2**64, f"--seed {seed} is not a number of 64 bits"),
     )
     for is_bad, text in checks:
         if is_bad:

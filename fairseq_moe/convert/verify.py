@@ -5,45 +5,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fairseq_moe.convert.dictionary import IdentityDictionary
 from fairseq_moe.convert.dictionary_file import IdentityLine
+from fairseq_moe.convert.safetensors_dir import read_json
 from fairseq_moe.convert.store import CHECKPOINT
 from fairseq_moe.errors import CheckpointError, MoEError
 
-__all__ = ["our_model", "verify"]
+__all__ = ["our_model", "refuse_quantized", "verify"]
 
 _NUM_TOKENS = 48
 _TOLERANCE = 1e-4  # of the largest logit; float32 noise is a tenth of it
 
 
-def verify(hf: Path, ours: Path) -> str:
+def refuse_quantized(hf: Path) -> None:
+    """Say before a long conversion that its result could not be compared.
+
+    Raises:
+        MoEError: the weights of this directory are quantised.
+    """
+    if read_json(hf / "config.json").get("quantization_config") is not None:
+        raise MoEError(
+            f"--verify runs {hf} with transformers, which needs other packages or a GPU for quantised weights "
+            "(quantization_config in config.json); leave out --verify, or give it to to-hf on the way back."
+        )
+
+
+def verify(hf: Path, ours: Path, *, dtype: torch.dtype | None = None) -> str:
     """Compare logits in float32, of ids that include the smallest and largest.
 
     Args:
         hf: a Hugging Face directory.
         ours: main file of a checkpoint, or the directory that holds it.
+        dtype: that the weights on Hugging Face's side were rounded to; None: they were not.
 
     Returns:
         one sentence.
 
     Raises:
         CheckpointError: they differ.
-        MoEError: transformers is not installed.
+        MoEError: transformers is not installed, or cannot run the directory.
     """
-    transformers = _transformers()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        hf, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
-    vocab_size = theirs.config.vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (2, _NUM_TOKENS), generator=generator)
-    ids[0, :4] = torch.arange(4)
-    ids[1, 0] = vocab_size - 1
+    ids, expected = _their_logits(hf)
+    vocab_size = expected.shape[-1]
     with torch.no_grad():
-        expected = theirs(ids, use_cache=False).logits
-        del theirs
-        found = our_model(ours / CHECKPOINT if ours.is_dir() else ours, vocab_size)(ids)[0]
+        found = our_model(ours / CHECKPOINT if ours.is_dir() else ours, vocab_size, dtype)(ids)[0]
     difference = float((found[..., :vocab_size] - expected).abs().max() / expected.abs().max())
     if not difference <= _TOLERANCE:
         raise CheckpointError(
@@ -51,6 +58,27 @@ def verify(hf: Path, ours: Path) -> str:
             f"at most {_TOLERANCE:.0e}."
         )
     return f"verified: logits of both models on {ids.numel()} tokens differ by {difference:.1e} of the largest one"
+
+
+def _their_logits(hf: Path) -> tuple[Tensor, Tensor]:
+    """Token ids, and what Hugging Face's model makes of them."""
+    transformers = _transformers()
+    try:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            hf, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
+        vocab_size = theirs.config.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab_size, (2, _NUM_TOKENS), generator=generator)
+        ids[0, :4] = torch.arange(4)
+        ids[1, 0] = vocab_size - 1
+        with torch.no_grad():
+            return ids, theirs(ids, use_cache=False).logits
+    except Exception as error:  # it raises all kinds, and the conversion is done, whatever it says
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise MoEError(
+            f"the output is written but could not be compared: transformers does not run {hf} ({reason})."
+        ) from error
 
 
 def _transformers() -> Any:
@@ -64,12 +92,22 @@ def _transformers() -> Any:
     return transformers
 
 
-def our_model(path: Path, vocab_size: int) -> Any:
-    """The model of a checkpoint, in float32, ready to be called with token ids (B, S)."""
+def our_model(path: Path, vocab_size: int, dtype: torch.dtype | None = None) -> Any:
+    """The model of a checkpoint, in float32, ready to be called with token ids (B, S).
+
+    Args:
+        path: of the main file.
+        vocab_size: V.
+        dtype: that ``to_hf`` rounds to; None: as it is.
+    """
     from fairseq import checkpoint_utils
     from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
     dictionary = IdentityDictionary(IdentityLine(vocab_size=vocab_size, bos=None, eos=None))
     task = LanguageModelingTask(LanguageModelingConfig(), dictionary)
     models, _ = checkpoint_utils.load_model_ensemble([str(path)], task=task)
-    return models[0].float().eval()
+    model = models[0].float().eval()
+    if dtype is not None:
+        for parameter in model.parameters():  # routers' biases, which keep their bits, are buffers
+            parameter.data = parameter.data.to(dtype).float()
+    return model

@@ -15,6 +15,7 @@ from fairseq_moe.convert import from_hf, to_hf
 from fairseq_moe.convert.cli import main
 from fairseq_moe.convert.verify import verify
 from tests.e2e.commands import BASE, PLUGIN, json_lines
+from tests.helpers.docs import documented_command
 from tests.helpers.hf import HF_MODELS, import_transformers
 from tests.helpers.ranks import run_cli
 
@@ -110,13 +111,16 @@ def _train(source: Path, tokenizer: Path, folder: Path) -> Run:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HF_MODELS)
 def test_a_published_model_is_trained_and_given_back(
-    name: str, hf_model: Models, tokenizer: Path, tmp_path: Path
+    name: str, hf_model: Models, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = _train(hf_model(name), tokenizer, tmp_path)
     done = to_hf(run.trained, tmp_path / "back")
     assert "are others than those of the model it came from" in done.notes[0]
     assert (tmp_path / "back" / "generation_config.json").is_file()
     assert "verified" in verify(tmp_path / "back", run.trained)
+    monkeypatch.chdir(tmp_path)
+    Path("TRAINED").symlink_to(run.trained.parent)
+    assert main(documented_command("convert.md", "to-hf")) == 0
 
     before, _ = _loss_and_continuation(run.source, run.items, 0)
     after, continued = _loss_and_continuation(tmp_path / "back", run.items, NUM_NEW)

@@ -2,6 +2,7 @@
 
 import importlib
 from argparse import Namespace
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -110,6 +111,22 @@ def test_average_refuses_what_is_no_mean_of_one_model(
         assert not to.exists()
 
 
+@pytest.mark.parametrize("is_link", [True, False])
+def test_last_says_which_file_has_no_content(
+    is_link: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for update in (1, 2):
+        write_ours(tmp_path / f"checkpoint_1_{update}.pt", model(update), update=update)
+    gone = tmp_path / "checkpoint_gone.pt"
+    if is_link:
+        gone.symlink_to("nothing")
+    else:  # a running job has deleted it since it was listed
+        listed = [*tmp_path.glob("checkpoint*.pt"), gone]
+        monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(listed))
+    said = ends_with_sentence(capsys, "average", "--last", 2, tmp_path, "--to", tmp_path / "b.pt")
+    assert f"cannot read checkpoint file {gone}" in said
+
+
 # --- to-dense
 
 
@@ -130,6 +147,28 @@ def test_to_dense_puts_an_expert_or_the_mean_into_the_layer(
             expected[f"decoder.layers.1.{matrix}.{part}"] = value
     expected["decoder.output_projection.weight"] = tensors["decoder.embed_tokens.weight"]
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    "argv", [["to-dense", "--mean"], ["to-dense", "--expert", 1], ["reshard", "--shards", 4]]
+)
+def test_each_file_of_the_branch_is_read_at_most_twice(
+    argv: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once without optimizer state, to verify; once with it where it is copied."""
+    source = write("moe branch", tmp_path, model())
+    reads: Counter[str] = Counter()
+    branch = importlib.import_module("fairseq_moe.checkpoint.branch")
+    original = branch.load_plain
+
+    def counting(path: Path, **how: bool) -> object:
+        reads[path.name] += 1
+        return original(path, **how)
+
+    monkeypatch.setattr(branch, "load_plain", counting)
+    run(argv[0], source, "--to", tmp_path / "new.pt", *argv[1:])
+    assert len(reads) == 2
+    assert set(reads.values()) == {2 if argv[0] == "reshard" else 1}
 
 
 def test_the_dense_checkpoint_is_stocks(tmp_path: Path) -> None:

@@ -391,3 +391,21 @@ def test_the_command_line_says_what_the_flags_say() -> None:
     assert "--rope-interleaved" in lines
     assert "--max-target-positions 163840" in lines
     assert not any(line.startswith("--share-decoder-input-output-embed") for line in lines)
+
+
+def test_prediction_blocks_may_be_absent_and_never_surplus() -> None:
+    spec = read_config(DEEPSEEK_V3)
+    assert write_config(replace(spec, mtp_layers=0), like=DEEPSEEK_V3, dtype="bfloat16")
+    for named in (0, 2):
+        like = DEEPSEEK_V3 | {"num_nextn_predict_layers": named}
+        with pytest.raises(ConfigError, match=f"there --mtp-layers is {named}, expected 1"):
+            write_config(spec, like=like, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {"deepseek_v3"}))
+def test_prediction_blocks_of_other_families_are_refused(name: str) -> None:
+    flags = flags_of(read_config(PUBLISHED[name][0])) | {"mtp_layers": 1}
+    with pytest.raises(
+        ConfigError, match=r"no family of Hugging Face's has --mtp-layers without --kv-lora-rank"
+    ):
+        spec_of(flags, vocab_size=100, max_positions=64)

@@ -1,6 +1,7 @@
 """safetensors files and directories: what is written is what the library writes; what is wrong is named."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -296,3 +297,23 @@ def test_a_directory_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists; nothing is overwritten"), appearing(tmp_path / "new"):
         pass
     assert (tmp_path / "new" / "out" / "file").exists()
+
+
+def test_directories_of_other_processes_are_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".new.tmp-{os.getpid()}"  # of a process of the same number, on another machine
+    other.mkdir()
+    (other / "file").write_text("precious")
+    with appearing(tmp_path / "new") as directory:
+        (directory / "file").write_text("ours")
+        with pytest.raises(ZeroDivisionError), appearing(tmp_path / "new"):
+            raise ZeroDivisionError
+    assert (tmp_path / "new" / "file").read_text() == "ours"
+    assert (other / "file").read_text() == "precious"
+    assert sorted(tmp_path.iterdir()) == [other, tmp_path / "new"]
+
+
+def test_directories_have_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").mkdir()
+    with appearing(tmp_path / "new"):
+        pass
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode

@@ -1,0 +1,16 @@
+"""Commands as docs/ prints them."""
+
+import shlex
+from pathlib import Path
+
+__all__ = ["documented_command"]
+
+_DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def documented_command(page: str, command: str) -> list[str]:
+    """The arguments of the one line of a page that runs ``fairseq-moe-convert`` with this command."""
+    start = f"fairseq-moe-convert {command} "
+    lines = (_DOCS / page).read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(start))
+    return shlex.split(line)[1:]
