@@ -1,7 +1,7 @@
 """The experts one after the other, each from its rows to its outputs while they are in the cache.
 
 Nothing of size R x F is touched twice from memory: of the hidden layer only the values before the activation
-are kept for the backward pass, one block per expert, and the activation is computed again there. One exception:
+are kept for the backward pass, and the activation is computed again there. One exception:
 where half precision has units of its own, GELU is dear beside the products, and its values are kept, too.
 
 With a plan, nothing of size R x D is made either, but the mask of a dropout. An expert's rows are read from their
@@ -153,9 +153,8 @@ class _SlicedNetwork(torch.autograd.Function):
                     how.activation, keep.hidden.to(wide), keep.active, grad_active
                 )
                 if to.weights is not None:
-                    to.weights.copy_(torch.linalg.vecdot(grad_active, active))
-                    if b2 is not None:
-                        to.weights.add_(torch.mv(grad, b2.to(wide)))
+                    grad_weight = torch.linalg.vecdot(grad_active, active)
+                    to.weights.copy_(grad_weight if b2 is None else grad_weight.addmv_(grad, b2.to(wide)))
                 if weight is not None:
                     grad = grad * weight.unsqueeze(1)
                     grad_hidden = grad_hidden.mul_(weight.unsqueeze(1))
