@@ -67,7 +67,7 @@ def _collapse(rank: int, flags: dict[str, Any], num_tokens: list[int]) -> dict[s
 
     layer = _layer(flags, parallel_mesh(E))
     rows: list[int] = []
-    layer.experts.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    layer.experts.register_forward_hook(lambda module, args, output: rows.append(sum(args[1].counts_L)))
     generator = torch.Generator().manual_seed(rank)
     x_TD = torch.rand(num_tokens[rank], D, generator=generator, dtype=torch.float64) + 0.5
     tokens = TokenInfo(

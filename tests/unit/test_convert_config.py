@@ -11,85 +11,17 @@ from fairseq_moe.convert.flags import command_line, flags_of, spec_of
 from fairseq_moe.convert.names import tensor_table
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.modules.rope import YarnConfig
-
-YARN_V4 = {
-    "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
-    "original_max_position_embeddings": 4096, "type": "yarn",
-}  # fmt: skip
-MIXTRAL: dict[str, Any] = {
-    "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
-    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
-    "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
-    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
-    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
-    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 32000,
-}  # fmt: skip
-DEEPSEEK: dict[str, Any] = {
-    "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "ep_size": 1, "hidden_act": "silu",
-    "initializer_range": 0.02, "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_layer_freq": 1,
-    "pretraining_tp": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
-    "rope_scaling": YARN_V4, "rope_theta": 10000, "seq_aux": True, "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16", "v_head_dim": 128,
-}  # fmt: skip
-DEEPSEEK_V2 = DEEPSEEK | {
-    "first_k_dense_replace": 1, "hidden_size": 5120, "intermediate_size": 12288, "model_type": "deepseek_v2",
-    "moe_intermediate_size": 1536, "n_group": 8, "n_routed_experts": 160, "n_shared_experts": 2,
-    "norm_topk_prob": False, "num_attention_heads": 128, "num_experts_per_tok": 6, "num_hidden_layers": 60,
-    "num_key_value_heads": 128, "q_lora_rank": 1536, "routed_scaling_factor": 16.0, "scoring_func": "softmax",
-    "topk_group": 3, "topk_method": "group_limited_greedy", "vocab_size": 102400,
-}  # fmt: skip
-DEEPSEEK_V2_LITE = DEEPSEEK_V2 | {
-    "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_group": 1,
-    "n_routed_experts": 64, "num_attention_heads": 16, "num_hidden_layers": 27, "num_key_value_heads": 16,
-    "q_lora_rank": None, "routed_scaling_factor": 1.0, "topk_group": 1, "topk_method": "greedy",
-}  # fmt: skip
-DEEPSEEK_V3 = DEEPSEEK | {
-    "first_k_dense_replace": 3, "hidden_size": 7168, "intermediate_size": 18432, "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
-    "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
-    "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid", "topk_group": 4, "topk_method": "noaux_tc", "vocab_size": 129280,
-    "quantization_config": {
-        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
-    },
-}  # fmt: skip
-QWEN2 = {
-    "attention_dropout": 0.0, "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151643,
-    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
-    "max_position_embeddings": 131072, "max_window_layers": 28, "model_type": "qwen2_moe",
-    "moe_intermediate_size": 2560, "norm_topk_prob": False, "num_attention_heads": 28, "num_experts": 64,
-    "num_experts_per_tok": 8, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 20480,
-    "sliding_window": 65536, "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
-}  # fmt: skip
-QWEN3 = {
-    "attention_bias": False, "attention_dropout": 0.0, "decoder_sparse_step": 1, "head_dim": 128,
-    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
-    "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
-    "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
-    "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
-    "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
-    "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
-}  # fmt: skip
-OLMOE = {
-    "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None, "hidden_act": "silu", "hidden_size": 2048,
-    "initializer_range": 0.02, "intermediate_size": 1024, "max_position_embeddings": 4096, "model_type": "olmoe",
-    "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
-    "num_hidden_layers": 16, "num_key_value_heads": 16, "output_router_logits": False, "rms_norm_eps": 1e-05,
-    "rope_scaling": None, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False,
-    "vocab_size": 50304,
-}  # fmt: skip
-# Published settings, with the number of values in all tensors: parameters, and for V3 the 58 router biases of 256
-# and the prediction block (with its bias).
-PUBLISHED = {
-    "mixtral": (MIXTRAL, 46_702_792_704),
-    "deepseek_v2": (DEEPSEEK_V2, 235_741_434_880),
-    "deepseek_v2_lite": (DEEPSEEK_V2_LITE, 15_706_484_224),
-    "deepseek_v3": (DEEPSEEK_V3, 671_026_404_352 + 58 * 256 + 11_610_068_224),
-    "qwen2_moe": (QWEN2, 57_408_658_944),
-    "qwen3_moe": (QWEN3, 30_532_122_624),
-    "olmoe": (OLMOE, 6_919_161_856),
-}
+from tests.helpers.published_configs import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
+    MIXTRAL,
+    OLMOE,
+    PUBLISHED,
+    QWEN2,
+    QWEN3,
+    YARN_V4,
+)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
