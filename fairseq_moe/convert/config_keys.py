@@ -101,9 +101,10 @@ class ConfigKeys:
         return float(value) if self._is(name, value, _POSITIVE if positive else _NOT_NEGATIVE) else 1.0
 
     def _is(self, what: str, value: Any, kind: _Kind) -> bool:
-        if not kind.holds(value):
+        is_good = kind.holds(value)
+        if not is_good:
             self._refuse(f"{what} {value!r}, expected {kind}.")
-        return kind.holds(value)
+        return is_good
 
     def _refuse(self, what: str) -> None:
         """Two forms of one setting may be wrong in the same way, which is said once."""

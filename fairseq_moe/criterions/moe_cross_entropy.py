@@ -77,12 +77,10 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             "batch_count": 1,
         }
         auxes = [aux for aux in net_output[1].get("moe_aux", []) if aux is not None]
-        # Only the moe branch's rules have the balance loss; the others say nothing for the gate loss to weigh.
-        is_branch = not net_output[1].get("moe_loss_coefficients")
-        gate_loss = self._gate_loss(auxes if is_branch else [], inner_loss)
+        coefficients = net_output[1].get("moe_loss_coefficients", {})
+        gate_loss = self._gate_loss(auxes, coefficients, inner_loss)
         loss = inner_loss
         if auxes:
-            coefficients = net_output[1]["moe_loss_coefficients"]
             weighted = self.gate_loss_weight * gate_loss + _weighted_losses(auxes, coefficients)
             # Unreduced losses share the auxiliary ones out, so that their sum is the same.
             loss = inner_loss + sample_size / inner_loss.numel() * weighted
@@ -121,14 +119,14 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
             total = total + summed_nll(flat_TV, target_T, ignore_index=self.padding_idx)
             if aux is not None:
                 coefficients = extra["moe_loss_coefficients"]
-                weighted = _weighted_losses([aux], coefficients)
-                if not coefficients:
-                    weighted = weighted + self.gate_loss_weight * self._gate_loss([aux], total)
+                gate_loss = self._gate_loss([aux], coefficients, total)
+                weighted = self.gate_loss_weight * gate_loss + _weighted_losses([aux], coefficients)
                 total = total + sample_size * weighted
         return total * (extra["mtp_loss_weight"] / len(logits))
 
-    def _gate_loss(self, auxes: list[Any], inner_loss: Tensor) -> Tensor:
-        if not auxes:
+    def _gate_loss(self, auxes: list[Any], coefficients: dict[str, float], inner_loss: Tensor) -> Tensor:
+        # Only the moe branch's rules have the balance loss; the others have losses with coefficients of their own.
+        if coefficients or not auxes:
             return torch.zeros((), device=inner_loss.device)
         layer_losses = [aux.balance_loss for aux in auxes]
         # float() keeps the sum in fp32 whatever the model computes in; a float64 model stays float64.

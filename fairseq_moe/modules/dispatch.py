@@ -89,8 +89,7 @@ class Dispatcher:
         plan = plan_rows(decision, num_experts=self.num_experts, num_rows=sum(send_splits))
         weights_R = take_weights(weights_TK, plan)
         if self.exchange.size == 1:  # experts read tokens themselves and add their results to them
-            if meanwhile is not None:
-                meanwhile()
+            x_TD = self.exchange.rows(x_TD, send_splits, send_splits, meanwhile=meanwhile)
             return x_TD, ExpertWork(counts_L=local_counts_L, plan=plan, weights_R=weights_R), None
         record = DispatchRecord(
             plan=plan,
@@ -101,11 +100,8 @@ class Dispatcher:
         rows = take_rows(x_TD, plan)
         exchange = LocalExchange() if self.skip_exchange else self.exchange
         rows = times.measure(exchange.rows, rows, record.send_splits, record.recv_splits, meanwhile=meanwhile)
-        return (
-            rows,
-            ExpertWork(counts_L=local_counts_L, plan=_expert_major(recv_GL, sum(local_counts_L))),
-            record,
-        )
+        work = ExpertWork(counts_L=local_counts_L, plan=_expert_major(recv_GL, sum(local_counts_L)))
+        return rows, work, record
 
     def combine(self, y_SD: Tensor, record: DispatchRecord | None, times: ExchangeTimes) -> Tensor:
         """Return each expert output to its token and add them up by weight: (S, D) -> (T, D)."""

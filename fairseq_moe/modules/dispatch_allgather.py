@@ -92,13 +92,9 @@ class AllGatherDispatcher:
     ) -> Tensor:
         """All ranks' rows, in rank order; the gradient of a row is the sum over the ranks that saw it."""
         num_ranks = self.exchange.size
-        if num_ranks == 1:
-            if meanwhile is not None:
-                meanwhile()
-            return x_TX
         return times.measure(
             self.exchange.rows,
-            x_TX.repeat(num_ranks, 1),
+            x_TX if num_ranks == 1 else x_TX.repeat(num_ranks, 1),
             [len(x_TX)] * num_ranks,
             sizes,
             meanwhile=meanwhile,

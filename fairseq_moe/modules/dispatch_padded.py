@@ -70,20 +70,18 @@ class PaddedDispatcher:
             weights_R=weights_R,
             rows_per_expert=sum(places_G),
         )
+        send_splits = [self.num_local * places] * self.exchange.size
         if self.exchange.size == 1:
-            if meanwhile is not None:
-                meanwhile()
+            source_SD = self.exchange.rows(source_SD, send_splits, send_splits, meanwhile=meanwhile)
             return source_SD, work, PaddedRecord(None, len(x_TD))
         record = DispatchRecord(
             plan=plan,
             weights_R=weights_R,
-            send_splits=[self.num_local * places] * self.exchange.size,
+            send_splits=send_splits,
             recv_splits=[self.num_local * theirs for theirs in places_G],
         )
         rows = take_rows(source_SD, plan)
-        rows = times.measure(
-            self.exchange.rows, rows, record.send_splits, record.recv_splits, meanwhile=meanwhile
-        )
+        rows = times.measure(self.exchange.rows, rows, send_splits, record.recv_splits, meanwhile=meanwhile)
         work = replace(work, plan=self._expert_major(places_G, x_TD.device), weights_R=None)
         return rows, work, PaddedRecord(record, len(x_TD))
 

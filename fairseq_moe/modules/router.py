@@ -187,9 +187,8 @@ class Router(nn.Module):
     def _logits(self, x_TD: Tensor) -> Tensor:
         dtype = self.scorer.dtype or x_TD.dtype
         device = x_TD.device.type
-        rounds = self.scorer.dtype is None and torch.is_autocast_enabled(
-            device
-        )  # unless a dtype was asked for
+        # What was asked for in a dtype is not rounded.
+        rounds = self.scorer.dtype is None and torch.is_autocast_enabled(device)
         with torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=rounds):
             return self._products(x_TD, dtype)
 

@@ -1,5 +1,7 @@
 """Memory of CPU tensors that is used again: never while anyone uses it, and not hoarded."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -21,18 +23,24 @@ def test_memory_is_taken_again_when_nobody_uses_it() -> None:
     assert empty(LARGE, like=LIKE).data_ptr() == address
 
 
+class Ones(torch.autograd.Function):
+    """Its gradient is of lent memory, whose addresses it notes."""
+
+    handed: ClassVar[list[int]] = []
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        out = empty(LARGE, like=grad).fill_(1)
+        Ones.handed.append(out.data_ptr())
+        return out
+
+
 def test_a_gradient_is_a_use_until_it_is_dropped() -> None:
     parameter = torch.nn.Parameter(torch.zeros(LARGE))
-
-    class Ones(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
-            return x.sum()
-
-        @staticmethod
-        def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            return empty(LARGE, like=grad).fill_(1)
-
     Ones.apply(parameter).backward()
     assert parameter.grad is not None
     address = parameter.grad.data_ptr()
@@ -45,22 +53,9 @@ def test_a_gradient_is_a_use_until_it_is_dropped() -> None:
 
 def test_autograd_takes_the_tensor_as_it_is() -> None:
     """No copy into ``p.grad``: that would cost what this module saves."""
-    handed: list[int] = []
     parameter = torch.nn.Parameter(torch.zeros(LARGE))
-
-    class Zeros(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
-            return x.sum()
-
-        @staticmethod
-        def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            out = empty(LARGE, like=grad).zero_()
-            handed.append(out.data_ptr())
-            return out
-
-    Zeros.apply(parameter).backward()
-    assert parameter.grad is not None and parameter.grad.data_ptr() == handed[0]
+    Ones.apply(parameter).backward()
+    assert parameter.grad is not None and parameter.grad.data_ptr() == Ones.handed[-1]
 
 
 def test_dtype_shape_and_alignment() -> None:
