@@ -5,7 +5,7 @@ Importing the package registers its model, criterion and tasks and installs the 
 """
 
 from fairseq_moe import criterions, stock, tasks  # noqa: F401  (register themselves)
-from fairseq_moe.convert import bpe  # noqa: F401
+from fairseq_moe.data import hf_bpe  # noqa: F401
 from fairseq_moe.models.moe_transformer_lm import adopt_architectures
 
 __version__ = "0.1.0"

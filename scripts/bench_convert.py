@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from fairseq_moe.convert.config_writer import write_config
-from fairseq_moe.convert.names import tensor_table
-from fairseq_moe.convert.safetensors_dir import INDEX
-from fairseq_moe.convert.safetensors_file import SafetensorsWriter
+from fairseq_moe.convert.hf.config_writer import write_config
+from fairseq_moe.convert.hf.directory import INDEX
+from fairseq_moe.convert.hf.file import SafetensorsWriter
+from fairseq_moe.convert.hf.names import tensor_table
 from fairseq_moe.convert.spec import ModelSpec, Rope, Routing
 
 _SHARDS = 4

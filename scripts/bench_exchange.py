@@ -29,7 +29,7 @@ from torch import multiprocessing as mp
 
 from fairseq_moe.distributed import GroupExchange
 from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
-from fairseq_moe.modules.scores import ScoreRule
+from fairseq_moe.modules.routing.scores import ScoreRule
 
 TOP_K = 2
 EXCHANGES_OF_ROWS = 4  # to the experts and back, in each of the two passes

@@ -95,7 +95,7 @@ def all_reduce_sec(length: int, rounds: int) -> float:
 def measure(rank: int, steps: int) -> dict[str, float]:
     """Milliseconds of a step, of the guard's parts in it, and of a heartbeat; medians."""
     from fairseq_moe.distributed import watchdog
-    from fairseq_moe.stock.step_guard import StepGuard
+    from fairseq_moe.stock.step.guard import StepGuard
 
     trainer = build_trainer(dist.get_world_size())
     guard_sec: list[float] = []

@@ -43,8 +43,8 @@ from fairseq_moe.modules import (
     TopKConfig,
     host_memory,
 )
-from fairseq_moe.modules.exchange import LocalExchange
-from fairseq_moe.modules.scores import ScoreRule
+from fairseq_moe.modules.dispatch.exchange import LocalExchange
+from fairseq_moe.modules.routing.scores import ScoreRule
 
 TOP_K = 2
 CHUNK_ROWS = 512

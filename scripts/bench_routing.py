@@ -24,15 +24,15 @@ from bench_machine import environment, timed_ms
 from torch import Tensor
 
 from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
-from fairseq_moe.modules.branch_rule import RouterConfig
-from fairseq_moe.modules.capacity import DropPolicy
-from fairseq_moe.modules.dispatch_allgather import AllGatherDispatcher
-from fairseq_moe.modules.dispatch_padded import PaddedDispatcher
-from fairseq_moe.modules.exchange import LocalExchange
-from fairseq_moe.modules.expert_bias import BiasRule
-from fairseq_moe.modules.router import ScorerConfig
-from fairseq_moe.modules.scores import ScoreFunction, ScoreRule
-from fairseq_moe.modules.topk_rule import CapacityConfig, Choice
+from fairseq_moe.modules.dispatch.allgather import AllGatherDispatcher
+from fairseq_moe.modules.dispatch.exchange import LocalExchange
+from fairseq_moe.modules.dispatch.padded import PaddedDispatcher
+from fairseq_moe.modules.routing.bias import BiasRule
+from fairseq_moe.modules.routing.branch import RouterConfig
+from fairseq_moe.modules.routing.capacity import DropPolicy
+from fairseq_moe.modules.routing.router import ScorerConfig
+from fairseq_moe.modules.routing.scores import ScoreFunction, ScoreRule
+from fairseq_moe.modules.routing.topk import CapacityConfig, Choice
 
 SEQUENCES = 8
 DEFAULT = TopKConfig(score=ScoreRule(top_k=2), aux_losses=frozenset({"aux"}))

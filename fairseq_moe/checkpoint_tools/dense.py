@@ -14,14 +14,14 @@ from fairseq_moe.checkpoint import LazyTensor, ShardContent, damage_as_sentence,
 from fairseq_moe.checkpoint_tools.averaging import mean_of
 from fairseq_moe.checkpoint_tools.output import check_target, write_dense
 from fairseq_moe.checkpoint_tools.source import Source, open_source
-from fairseq_moe.config import MoEConfig
 from fairseq_moe.errors import CheckpointError
-from fairseq_moe.megatron import MegatronConfig
-from fairseq_moe.megatron_args import MEGATRON_ARGS
-from fairseq_moe.modern import ModernConfig
+from fairseq_moe.flags.blocks import ModernConfig
+from fairseq_moe.flags.megatron import MegatronConfig
+from fairseq_moe.flags.megatron_aliases import MEGATRON_ARGS
+from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.flags.reliability import ReliabilityConfig
 from fairseq_moe.progress import progress
-from fairseq_moe.reliability import ReliabilityConfig
-from fairseq_moe.stock.untrusted import refuse_programs
+from fairseq_moe.stock.checkpoint.untrusted import refuse_programs
 
 __all__ = ["MODEL_FLAGS_OF_PLUGIN", "to_dense"]
 

@@ -10,7 +10,7 @@ from fairseq_moe.checkpoint import ModelShape, ShardContent, split_content, writ
 from fairseq_moe.checkpoint_tools.tracking import content_bytes, tracked
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.progress import progress
-from fairseq_moe.stock.lock import LOCK_NAME
+from fairseq_moe.stock.step.lock import LOCK_NAME
 
 __all__ = ["check_target", "write_dense", "write_shards"]
 

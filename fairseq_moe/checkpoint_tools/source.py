@@ -25,8 +25,8 @@ from fairseq_moe.checkpoint import (
     shard_problem,
 )
 from fairseq_moe.checkpoint.branch import ExpertRows
-from fairseq_moe.config import MoEConfig
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.flags.moe import MoEConfig
 
 __all__ = ["Source", "open_source"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fairseq_moe.checkpoint import MANIFEST_KEY, damage_as_sentence, load_plain
-from fairseq_moe.config import MoEConfig
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.flags.moe import MoEConfig
 
 __all__ = ["DenseModel"]
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_moe.convert.dictionary_file import dictionary_text
 from fairseq_moe.convert.directories import appearing, copy_companions
-from fairseq_moe.convert.families import fp8_block, read_config
-from fairseq_moe.convert.flags import command_line
-from fairseq_moe.convert.names import OurTensor, copied_names, is_fused, mtp_prefix, tensor_table
-from fairseq_moe.convert.safetensors_dir import TensorDir, digest_of, read_json
+from fairseq_moe.convert.hf.directory import TensorDir, digest_of, read_json
+from fairseq_moe.convert.hf.families import fp8_block, read_config
+from fairseq_moe.convert.hf.names import OurTensor, copied_names, is_fused, mtp_prefix, tensor_table
 from fairseq_moe.convert.spec import ModelSpec
+from fairseq_moe.convert.spec_flags import command_line
 from fairseq_moe.convert.store import CHECKPOINT, COMPANIONS, CONVERSION, Assembled, write_model
+from fairseq_moe.data.identity_dictionary import dictionary_text
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.progress import progress
 

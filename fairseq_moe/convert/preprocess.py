@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from fairseq.data import indexed_dataset
 
-from fairseq_moe.convert.dictionary import load_identity
 from fairseq_moe.convert.directories import appearing
 from fairseq_moe.convert.store import COMPANIONS
-from fairseq_moe.convert.tokenizer import encode_lines, load_tokenizer
+from fairseq_moe.data.identity_dictionary import load_identity
+from fairseq_moe.data.tokenizer import encode_lines, load_tokenizer
 from fairseq_moe.errors import CheckpointError, MoEError
 
 __all__ = ["preprocess"]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
-from fairseq_moe.modules.rope import YarnConfig
+from fairseq_moe.modules.blocks.rope import YarnConfig
 
 __all__ = ["Mla", "ModelSpec", "Rope", "Routing", "differences"]
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.tasks.language_modeling import LanguageModelingConfig
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from fairseq_moe.checkpoint import (
@@ -22,11 +25,11 @@ from fairseq_moe.checkpoint import (
     split_key,
     write_checkpoint,
 )
-from fairseq_moe.convert.flags import flags_of, spec_of
-from fairseq_moe.convert.safetensors_file import StoredTensor, read_header, read_tensor
-from fairseq_moe.convert.settings import complete_settings
+from fairseq_moe.convert.hf.file import StoredTensor, read_header, read_tensor
 from fairseq_moe.convert.spec import ModelSpec
+from fairseq_moe.convert.spec_flags import flags_of, spec_of
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModelConfig
 
 __all__ = [
     "CHECKPOINT",
@@ -34,6 +37,7 @@ __all__ = [
     "CONVERSION",
     "Assembled",
     "StoredModel",
+    "complete_settings",
     "fresh_state",
     "write_model",
     "write_tensors",
@@ -249,3 +253,21 @@ class _Part(NamedTuple):
 
     expert_ids: list[int]
     stored: StoredTensor
+
+
+def complete_settings(flags: dict[str, Any], *, max_positions: int) -> dict[str, Any]:
+    """Make the complete configuration that fairseq keeps in a checkpoint, for a model that no training has made.
+
+    Args:
+        flags: of the model.
+        max_positions: longest sequence.
+    """
+    cfg = OmegaConf.structured(FairseqConfig)
+    OmegaConf.set_struct(cfg, False)
+    cfg.task = OmegaConf.structured(
+        LanguageModelingConfig(tokens_per_sample=max_positions, max_target_positions=max_positions)
+    )
+    cfg.model = OmegaConf.structured(MoETransformerLanguageModelConfig(**flags))
+    cfg.task._name, cfg.model._name = "language_modeling", "transformer_lm"
+    found: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    return found

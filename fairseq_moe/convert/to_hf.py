@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.checkpoint.safetensors_bytes import bytes_of
-from fairseq_moe.convert.config_writer import write_config
 from fairseq_moe.convert.directories import appearing, copy_companions
 from fairseq_moe.convert.from_hf import Conversion
-from fairseq_moe.convert.names import Block, OurTensor, copied_names, is_fused, tensor_table
-from fairseq_moe.convert.safetensors_dir import INDEX, SINGLE, digest_of, read_json, read_weight_map
-from fairseq_moe.convert.safetensors_file import SafetensorsWriter
+from fairseq_moe.convert.hf.config_writer import write_config
+from fairseq_moe.convert.hf.directory import INDEX, SINGLE, digest_of, read_json, read_weight_map
+from fairseq_moe.convert.hf.file import SafetensorsWriter
+from fairseq_moe.convert.hf.names import Block, OurTensor, copied_names, is_fused, tensor_table
 from fairseq_moe.convert.store import COMPANIONS, CONVERSION, StoredModel
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.progress import progress

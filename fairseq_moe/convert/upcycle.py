@@ -20,7 +20,7 @@ from fairseq_moe.convert.dense_model import DenseModel
 from fairseq_moe.convert.directories import appearing
 from fairseq_moe.convert.store import CHECKPOINT, Assembled, fresh_state, write_tensors
 from fairseq_moe.errors import CheckpointError
-from fairseq_moe.megatron import moe_layer_pattern
+from fairseq_moe.flags.megatron import moe_layer_pattern
 
 __all__ = ["Upcycled", "upcycle"]
 

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_moe.convert.dictionary import IdentityDictionary
-from fairseq_moe.convert.dictionary_file import IdentityLine
-from fairseq_moe.convert.safetensors_dir import read_json
+from fairseq_moe.convert.hf.directory import read_json
 from fairseq_moe.convert.store import CHECKPOINT
+from fairseq_moe.data.identity_dictionary import IdentityDictionary, IdentityLine
 from fairseq_moe.errors import CheckpointError, MoEError
 
 __all__ = ["our_model", "refuse_quantized", "verify"]

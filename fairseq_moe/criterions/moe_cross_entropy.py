@@ -20,10 +20,10 @@ from torch import Tensor
 
 from fairseq_moe.criterions.nll import summed_nll
 from fairseq_moe.criterions.per_layer import log_per_layer, per_layer_sums
-from fairseq_moe.load_record import LOAD_KEY
-from fairseq_moe.load_watch import LoadWatch
-from fairseq_moe.modules.rules import LOSSES
-from fairseq_moe.modules.stats import LAYER_STATS
+from fairseq_moe.expert_load.record import LOAD_KEY
+from fairseq_moe.expert_load.watch import LoadWatch
+from fairseq_moe.modules.routing.contract import LOSSES
+from fairseq_moe.modules.routing.stats import LAYER_STATS
 
 __all__ = ["MoECrossEntropyCriterion", "MoECrossEntropyCriterionConfig"]
 

@@ -10,8 +10,8 @@ from typing import Any
 from fairseq.logging import metrics
 from torch import Tensor
 
-from fairseq_moe.modules.rules import LOSSES
-from fairseq_moe.modules.stats import LAYER_STATS, load_violations
+from fairseq_moe.modules.routing.contract import LOSSES
+from fairseq_moe.modules.routing.stats import LAYER_STATS, load_violations
 
 __all__ = ["log_per_layer", "per_layer_sums"]
 

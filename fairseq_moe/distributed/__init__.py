@@ -1,15 +1,15 @@
 """The one door to torch.distributed: process groups, the expert exchange and a few agreed reductions."""
 
+from fairseq_moe.distributed.all_to_all import GroupExchange
 from fairseq_moe.distributed.collectives import (
     agree,
     all_reduce_sum,
     barrier,
     broadcast_value,
     gather_values,
+    set_collective_timeout,
 )
-from fairseq_moe.distributed.exchange import GroupExchange
 from fairseq_moe.distributed.mesh import ParallelMesh, local_experts_only, parallel_mesh, rank, world_size
-from fairseq_moe.distributed.timeouts import set_collective_timeout
 from fairseq_moe.distributed.watchdog import PEER_LOST_EXIT_CODE, Watchdog, is_collective_failure
 
 __all__ = [

@@ -1,14 +1,17 @@
-"""Small collectives of the control path. In a single process each is the identity."""
+"""Small collectives of the control path, and how long any may wait. In a single process each is the identity."""
 
+import datetime
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from fairseq_moe.distributed.mesh import rank, world_size
 
-__all__ = ["agree", "all_reduce_sum", "barrier", "broadcast_value", "gather_values"]
+__all__ = ["agree", "all_reduce_sum", "barrier", "broadcast_value", "gather_values", "set_collective_timeout"]
 
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -50,6 +53,19 @@ def gather_values(value: Any, *, group: dist.ProcessGroup | None = None) -> list
 def agree(failure: str | None) -> list[str]:
     """The failures of all ranks, in rank order, on every rank; empty when no rank failed."""
     return [failure for failure in gather_values(failure) if failure is not None]
+
+
+def set_collective_timeout(seconds: float, groups: Iterable[dist.ProcessGroup | None] = ()) -> None:
+    """Let collectives of the world and of ``groups`` fail after ``seconds``.
+
+    torch has no public function for groups that exist already; without its private one their timeouts stay
+    as they are (30 minutes for gloo, 10 for NCCL).
+    """
+    if world_size() == 1 or not hasattr(distributed_c10d, "_set_pg_timeout"):
+        return
+    timeout = datetime.timedelta(seconds=seconds)
+    for group in {group for group in (dist.group.WORLD, *groups) if group is not None}:
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _control_device() -> torch.device:

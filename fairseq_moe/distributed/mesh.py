@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fairseq_moe.distributed.exchange import GroupExchange
-from fairseq_moe.layout import ExpertLayout
-from fairseq_moe.modules.exchange import Exchange, LocalExchange
+from fairseq_moe.distributed.all_to_all import GroupExchange
+from fairseq_moe.modules.dispatch.exchange import Exchange, LocalExchange
+from fairseq_moe.parallel.experts import ExpertLayout
 
 __all__ = ["ParallelMesh", "local_experts_only", "parallel_mesh", "rank", "world_size"]
 

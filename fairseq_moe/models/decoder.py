@@ -20,17 +20,17 @@ from fairseq.models.transformer import TransformerConfig, TransformerDecoder
 from fairseq.modules.checkpoint_activations import _checkpointed_forward
 from torch import Tensor, nn
 
-from fairseq_moe.config import MoEConfig
 from fairseq_moe.distributed import ParallelMesh, parallel_mesh, world_size
-from fairseq_moe.load_watch import LoadWatch
+from fairseq_moe.expert_load.watch import LoadWatch
+from fairseq_moe.flags.blocks import ModernConfig
+from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.models.block_layer import ModernDecoderLayer, build_norm, ffn_activation, init_weights
 from fairseq_moe.models.decoder_layer import MoEDecoderLayer, build_moe_layer
-from fairseq_moe.models.modern_layer import ModernDecoderLayer, build_norm, ffn_activation, init_weights
 from fairseq_moe.models.mtp import MTPBlock
 from fairseq_moe.models.sizes import ModelSize
-from fairseq_moe.modern import ModernConfig
 from fairseq_moe.modules import MoEAux, MoELayer, Router, RouterMode, TokenInfo
+from fairseq_moe.modules.blocks.rope import Rotary
 from fairseq_moe.modules.moe_layer import RoutingMemo
-from fairseq_moe.modules.rope import Rotary
 
 __all__ = ["MoEDecoder"]
 

@@ -9,11 +9,11 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.modules import gelu, transformer_layer
 from torch import Tensor
 
-from fairseq_moe.config import MoEConfig
 from fairseq_moe.distributed import ParallelMesh, all_reduce_sum
+from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, SharedExperts, TokenInfo
-from fairseq_moe.modules.dispatch_allgather import AllGatherDispatcher
-from fairseq_moe.modules.dispatch_padded import PaddedDispatcher
+from fairseq_moe.modules.dispatch.allgather import AllGatherDispatcher
+from fairseq_moe.modules.dispatch.padded import PaddedDispatcher
 from fairseq_moe.modules.moe_layer import RoutingMemo
 
 __all__ = ["MoEDecoderLayer", "build_moe_layer", "expert_activation"]

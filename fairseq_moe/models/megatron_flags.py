@@ -1,4 +1,4 @@
-"""Megatron-Core's MoE arguments as flags of the model; what they mean is in ``fairseq_moe.megatron``."""
+"""Megatron-Core's MoE arguments as flags of the model; what they mean is in ``fairseq_moe.flags.megatron``."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -7,8 +7,9 @@ from typing import Any, Optional
 
 from fairseq.dataclass import FairseqDataclass
 
-from fairseq_moe.megatron import LOAD_BALANCING_TYPES
-from fairseq_moe.megatron_args import MEGATRON_ARGS, MegatronArg, words
+from fairseq_moe.flags.megatron import LOAD_BALANCING_TYPES
+from fairseq_moe.flags.megatron_aliases import MEGATRON_ARGS, MegatronArg
+from fairseq_moe.flags.records import words
 
 __all__ = ["MegatronFlags", "add_list_arguments"]
 

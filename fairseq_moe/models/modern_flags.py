@@ -1,4 +1,4 @@
-"""Flags of the blocks of newer decoders; what they mean together is in ``fairseq_moe.modern``."""
+"""Flags of the blocks of newer decoders; what they mean together is in ``fairseq_moe.flags.blocks``."""
 
 from dataclasses import dataclass, field
 from typing import Any, Optional

@@ -17,12 +17,13 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerL
 from hydra.core.config_store import ConfigStore
 from omegaconf import II
 
-from fairseq_moe.agreement import disagreements
-from fairseq_moe.config import MoEConfig
 from fairseq_moe.distributed import gather_values
 from fairseq_moe.errors import ConfigError
-from fairseq_moe.freezing import frozen_modules
-from fairseq_moe.megatron_args import getter
+from fairseq_moe.flags.agreement import disagreements
+from fairseq_moe.flags.blocks import ModernConfig
+from fairseq_moe.flags.freezing import frozen_modules
+from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.flags.records import getter
 from fairseq_moe.models.attention import fuse_attention
 from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.models.embedding import build_word_embedding
@@ -31,7 +32,6 @@ from fairseq_moe.models.modern_flags import ModernFlags
 from fairseq_moe.models.presets import register_presets
 from fairseq_moe.models.reliability_flags import ReliabilityFlags
 from fairseq_moe.models.sizes import model_size
-from fairseq_moe.modern import ModernConfig
 
 __all__ = ["MoETransformerLanguageModel", "MoETransformerLanguageModelConfig", "adopt_architectures"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe.models.modern_layer import build_norm, init_weights
-from fairseq_moe.modern import ModernConfig
+from fairseq_moe.flags.blocks import ModernConfig
+from fairseq_moe.models.block_layer import build_norm, init_weights
 from fairseq_moe.modules import MoEAux, TokenInfo
 
 __all__ = ["MTPBlock"]

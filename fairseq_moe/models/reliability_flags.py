@@ -1,4 +1,4 @@
-"""Flags that say when a run gives up; what they mean is in ``fairseq_moe.reliability``."""
+"""Flags that say when a run gives up; what they mean is in ``fairseq_moe.flags.reliability``."""
 
 from dataclasses import dataclass, field
 from typing import Optional

@@ -20,15 +20,14 @@ A padding mask is True where a token is padding, as in fairseq. Nothing here kno
 torch.distributed.
 """
 
-from fairseq_moe.modules.dispatch import Dispatcher, DispatchRecord
+from fairseq_moe.modules.dispatch.alltoall import Dispatcher, DispatchRecord
 from fairseq_moe.modules.experts import Experts
-from fairseq_moe.modules.losses import balance_loss
 from fairseq_moe.modules.moe_layer import MoEAux, MoELayer
-from fairseq_moe.modules.router import Router, RouterConfig, RouterMode, ScorerConfig
-from fairseq_moe.modules.routing import RoutingDecision
-from fairseq_moe.modules.rules import LOSSES, TokenInfo
+from fairseq_moe.modules.routing.contract import LOSSES, RoutingDecision, TokenInfo
+from fairseq_moe.modules.routing.losses import balance_loss
+from fairseq_moe.modules.routing.router import Router, RouterConfig, RouterMode, ScorerConfig
+from fairseq_moe.modules.routing.topk import TopKConfig
 from fairseq_moe.modules.shared_experts import SharedExperts
-from fairseq_moe.modules.topk_rule import TopKConfig
 
 __all__ = [
     "LOSSES",

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe.modules.gated import swiglu
-from fairseq_moe.modules.kernels import Kernel, Stacks, choose_kernel, run_experts, under_autocast
-from fairseq_moe.modules.permute import ExpertWork
+from fairseq_moe.modules.dispatch.rows import ExpertWork
+from fairseq_moe.modules.kernels.swiglu import swiglu
+from fairseq_moe.modules.kernels.table import Kernel, Stacks, choose_kernel, run_experts, under_autocast
 from fairseq_moe.modules.recompute import recomputed
 
 __all__ = ["Experts"]

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe.modules import stats
-from fairseq_moe.modules.dispatch import Dispatcher
-from fairseq_moe.modules.exchange import ExchangeTimes
+from fairseq_moe.modules.dispatch.alltoall import Dispatcher
+from fairseq_moe.modules.dispatch.exchange import ExchangeTimes
 from fairseq_moe.modules.experts import Experts
 from fairseq_moe.modules.recompute import recomputed, recomputed_first
-from fairseq_moe.modules.router import Router, RouterOutput
-from fairseq_moe.modules.routing import RoutingDecision
-from fairseq_moe.modules.rules import LOSSES, TokenInfo
+from fairseq_moe.modules.routing import stats
+from fairseq_moe.modules.routing.contract import LOSSES, RoutingDecision, TokenInfo
+from fairseq_moe.modules.routing.router import Router, RouterOutput
 from fairseq_moe.modules.shared_experts import SharedExperts
 
 __all__ = ["MoEAux", "MoELayer", "RoutingMemo"]

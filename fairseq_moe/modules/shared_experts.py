@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_moe.modules.gated import swiglu
+from fairseq_moe.modules.kernels.swiglu import swiglu
 from fairseq_moe.modules.recompute import recomputed
 
 __all__ = ["SharedExperts"]

@@ -4,25 +4,9 @@ Each change is a ``seam`` in one of these modules; ``install`` puts them all in 
 stock's behaviour to the bit: every seam that concerns experts asks first whether the model has any.
 """
 
-from fairseq_moe.stock import (  # noqa: F401  (declare their seams)
-    communication,
-    dictionary,
-    evaluate,
-    failing,
-    fsdp,
-    gradients,
-    launch,
-    load_warning,
-    loading,
-    optim,
-    parsing,
-    retention,
-    saving,
-    stopping,
-    training,
-    untrusted,
-    wrappers,
-)
+from fairseq_moe.distributed import rank
+from fairseq_moe.faults import ask_rank
+from fairseq_moe.stock import checkpoint, dictionary, evaluate, optim, sharding, start, step  # noqa: F401
 from fairseq_moe.stock.seam import SEAMS, Seam, install_seams
 
 __all__ = ["SEAMS", "Seam", "install"]
@@ -30,4 +14,5 @@ __all__ = ["SEAMS", "Seam", "install"]
 
 def install() -> None:
     """Install every seam; safe to call again."""
+    ask_rank(rank)
     install_seams()

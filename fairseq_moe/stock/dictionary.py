@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from fairseq_moe.convert.dictionary import load_identity
+from fairseq_moe.data.identity_dictionary import load_identity
 from fairseq_moe.stock.seam import seam
 
 
@@ -14,7 +14,7 @@ from fairseq_moe.stock.seam import seam
     breaks="all token ids of a converted model are shifted, and one of them means padding",
     we_do="a dict.txt that begins with #identity gives a dictionary whose words are the ids, with padding "
     "beyond them",
-    test="tests/unit/test_convert_dictionary.py",
+    test="tests/unit/data/test_identity_dictionary.py",
 )
 def language_modeling_dictionary(stock: Any) -> Any:
     class LanguageModelingDictionary(stock):  # type: ignore[misc]

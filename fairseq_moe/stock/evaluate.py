@@ -13,35 +13,12 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.distributed import all_reduce_sum, local_experts_only, world_size
-from fairseq_moe.stock.launch import one_sentence_errors
-from fairseq_moe.stock.models import moe_decoder
+from fairseq_moe.stock.find_experts import moe_decoder
 from fairseq_moe.stock.seam import seam
-
-__all__ = ["dummy_batch"]
+from fairseq_moe.stock.start.ending import one_sentence_errors
+from fairseq_moe.stock.step.dummy import dummy_batch
 
 logger = logging.getLogger("fairseq_cli.eval_lm")  # where users look for these lines
-
-
-def dummy_batch(dictionary: Any, *, add_bos_token: bool) -> dict[str, Any]:
-    """One token that keeps a rank in step with the others; it takes no place at any expert and scores
-    nothing.
-
-    Args:
-        dictionary: of the targets.
-        add_bos_token: the scorer expects a begin-of-sentence token first and leaves it out.
-    """
-    target = dictionary.bos() if add_bos_token else dictionary.pad()
-    return {
-        "id": torch.tensor([-1]),
-        "nsentences": 0,
-        "ntokens": 0,
-        "net_input": {
-            "src_tokens": torch.tensor([[dictionary.eos()]]),
-            "src_lengths": torch.tensor([1]),
-            "all_padding": True,
-        },
-        "target": torch.tensor([[target]]),
-    }
 
 
 class _Tally:

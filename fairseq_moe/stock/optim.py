@@ -18,7 +18,7 @@ from fairseq_moe.stock.seam import seam
     stock_does="refuses --fp16-adam-stats unless an old CUDA extension of apex is there",
     breaks="the branch's commands need that extension, which current apex no longer builds by default",
     we_do="use our own Adam with half-precision state where stock refuses, and apex where stock uses it",
-    test="tests/unit/test_fp16_adam.py",
+    test="tests/unit/optim/test_half_adam.py",
 )
 def adam_init(stock: Callable[..., Any], self: Any, cfg: Any, params: Iterable[Any]) -> None:
     if not cfg.fp16_adam_stats or getattr(cfg, "tpu", False) or _stock_uses_apex(cfg):
@@ -42,7 +42,7 @@ def _stock_uses_apex(cfg: Any) -> bool:
     stock_does="makes nine passes over every parameter",
     breaks="with many experts, memory traffic of the step takes up to a tenth of an update on CPU",
     we_do="the same operations block by block on CPU, equal to the bit",
-    test="tests/unit/test_blocked_adam.py",
+    test="tests/unit/optim/test_blocked_adam.py",
 )
 def adam_step(stock: Callable[..., Any], self: Any, closure: Any = None) -> Any:
     if not can_step_in_blocks(self):

@@ -6,9 +6,9 @@ from dataclasses import fields
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 
 from fairseq_moe.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
+from fairseq_moe.flags.stock import STOCK_FLAGS
 from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModelConfig
 from fairseq_moe.stock.seam import SEAMS
-from fairseq_moe.stock_flags import STOCK_FLAGS
 
 __all__ = ["flags_table", "own_flags_table", "seams_table"]
 

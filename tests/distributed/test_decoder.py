@@ -59,7 +59,7 @@ def test_one_token_at_a_time_equals_the_whole_and_ignores_neighbours(top_k: list
 
 
 def _decode_with_capacity(rank: int) -> None:
-    from fairseq_moe.stock.models import moe_decoder
+    from fairseq_moe.stock.find_experts import moe_decoder
     from tests.helpers.tiny import build_trainer, make_batch
 
     model = build_trainer(["--moe-generation-capacity-token-fraction", 0.25]).get_model().eval()

@@ -15,7 +15,7 @@ from tests.helpers.ranks import run_ranks
 
 def _record_calls() -> list[dict[str, Any]]:
     """Note every all-to-all of this rank from now on."""
-    from fairseq_moe.distributed import exchange
+    from fairseq_moe.distributed import all_to_all as exchange
 
     calls: list[dict[str, Any]] = []
     real = dist.all_to_all_single
@@ -82,7 +82,7 @@ def test_exchange_without_any_row_is_legal() -> None:
 
 def _forward_and_backward(rank: int, flags: list[Any]) -> tuple[list[dict[str, Any]], list[float]]:
     """The calls of one forward and backward pass of one MoE layer, and the rows kept of each expert."""
-    from fairseq_moe.stock.models import moe_decoder
+    from fairseq_moe.stock.find_experts import moe_decoder
     from tests.helpers.tiny import build_trainer, make_batch
 
     model = build_trainer(flags).get_model()
@@ -159,7 +159,8 @@ def test_copy_of_a_model_has_its_own_weights_and_the_same_ranks() -> None:
 
 
 def _order_of_work(rank: int) -> list[str]:
-    from fairseq_moe.distributed import GroupExchange, exchange
+    from fairseq_moe.distributed import GroupExchange
+    from fairseq_moe.distributed import all_to_all as exchange
 
     order: list[str] = []
 

@@ -49,8 +49,8 @@ def run_updates(trainer: Any, ranks: list[int]) -> list[dict[str, float]]:
 def whole_optimizer_state(trainer: Any) -> dict[str, Tensor]:
     """``name/kind`` -> state of the whole model, experts in their global order."""
     from fairseq_moe.distributed import gather_values
-    from fairseq_moe.stock.models import moe_decoder
-    from fairseq_moe.stock.trainer_state import named_optimizer
+    from fairseq_moe.stock.checkpoint.named_state import named_optimizer
+    from fairseq_moe.stock.find_experts import moe_decoder
 
     layout = moe_decoder(trainer.get_model()).mesh.layout
     own = {
@@ -120,8 +120,8 @@ def test_several_updates_equal_a_single_process(world_size: int, flags: list[str
 
 def save_and_load(rank: int, flags: list[str]) -> None:
     """State taken out is complete, in memory of its own, and puts a fresh trainer where the old one was."""
-    from fairseq_moe.stock import fsdp
-    from fairseq_moe.stock.training import _true_size
+    from fairseq_moe.stock.sharding import fsdp
+    from fairseq_moe.stock.step.training import _true_size
     from tests.helpers.tiny import build_trainer, update
 
     plain = build_trainer([*flags, "--ddp-backend", "legacy_ddp"])
@@ -177,7 +177,7 @@ def save_and_load(rank: int, flags: list[str]) -> None:
 
 def check_refusals(trainer: Any, model: dict[str, Tensor], named: dict[str, dict[str, Any]]) -> None:
     from fairseq_moe.errors import CheckpointError
-    from fairseq_moe.stock import fsdp
+    from fairseq_moe.stock.sharding import fsdp
 
     name = "decoder.layers.1.moe_layer.experts.fc1_bias"
     short = model[name][:, 1:]
@@ -293,7 +293,7 @@ def problems(rank: int, flags: list[str]) -> list[str]:
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     import fairseq_moe  # noqa: F401
-    from fairseq_moe.config import moe_problems
+    from fairseq_moe.flags.moe import moe_problems
     from tests.helpers.tiny import TINY_FLAGS
 
     parser = options.get_training_parser()

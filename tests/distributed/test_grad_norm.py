@@ -26,7 +26,7 @@ def _parameter(gradient: list[float], *, expert: bool = False) -> Tensor:
 
 
 def _clip_by_hand(rank: int, max_norm: float) -> tuple[float, list[float], list[float]]:
-    from fairseq_moe.stock.gradients import GradNorm
+    from fairseq_moe.stock.step.gradients import GradNorm
 
     # Two experts on four ranks: each has two replicas, with equal gradients.
     dense, expert = _parameter([1.0, 2.0]), _parameter([[2.0, 4.0], [4.0, 8.0]][rank % 2], expert=True)
@@ -52,7 +52,7 @@ def test_clipping_scales_dense_and_expert_gradients_alike() -> None:
 
 
 def _only_experts(rank: int) -> float:
-    from fairseq_moe.stock.gradients import GradNorm
+    from fairseq_moe.stock.step.gradients import GradNorm
 
     return float(GradNorm(num_replicas=1, dense_is_sharded=False).clip([_parameter([3.0], expert=True)], 0.0))
 
@@ -145,7 +145,7 @@ def test_bad_dense_gradient_makes_all_ranks_skip_the_update(tmp_path: Path) -> N
 
 
 def _leave_experts_out() -> None:
-    import fairseq_moe.stock.gradients as gradients
+    import fairseq_moe.stock.step.gradients as gradients
 
     gradients.GradNorm._total = lambda self, dense_sq, expert_sq: dense_sq
 

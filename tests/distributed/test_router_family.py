@@ -50,7 +50,7 @@ def _batches(rank: int, world_size: int, num_micro: int) -> list[Any]:
 
 
 def _routers(trainer: Any) -> list[Any]:
-    from fairseq_moe.stock.models import moe_decoder
+    from fairseq_moe.stock.find_experts import moe_decoder
 
     decoder = moe_decoder(trainer.get_model())
     assert decoder is not None
@@ -216,8 +216,9 @@ def test_a_checkpoint_keeps_the_expert_bias_under_any_other_layout(tmp_path: Any
 
 def _count_exchange(rank: int, flags: list[Any], world_size: int) -> dict[str, Any]:
     """Rows and bytes that left this rank in one update, and the rows of which an expert lives elsewhere."""
-    from fairseq_moe.distributed import GroupExchange, exchange
-    from fairseq_moe.stock.models import moe_decoder
+    from fairseq_moe.distributed import GroupExchange
+    from fairseq_moe.distributed import all_to_all as exchange
+    from fairseq_moe.stock.find_experts import moe_decoder
     from tests.helpers.tiny import build_trainer, update
 
     trainer = build_trainer(flags)

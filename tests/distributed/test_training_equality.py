@@ -174,20 +174,20 @@ def test_double_precision_agrees_to_ten_digits(backend: str) -> None:
 
 
 def _no_division() -> None:
-    import fairseq_moe.stock.gradients as gradients
+    import fairseq_moe.stock.step.gradients as gradients
 
     gradients._reduce_expert_grads = lambda module, decoder: None
 
 
 def _no_sum_over_replicas() -> None:
-    import fairseq_moe.stock.gradients as gradients
+    import fairseq_moe.stock.step.gradients as gradients
 
     stock_sum = gradients.all_reduce_sum
     gradients.all_reduce_sum = lambda tensor, group=None: tensor if group is not None else stock_sum(tensor)
 
 
 def _experts_left_out_of_the_norm() -> None:
-    import fairseq_moe.stock.gradients as gradients
+    import fairseq_moe.stock.step.gradients as gradients
 
     gradients.GradNorm._total = lambda self, dense_sq, expert_sq: dense_sq
 

@@ -19,7 +19,7 @@ WIDTH, HIDDEN = 6, 10
 
 
 def _layer(num_experts: int, *, top_k: int, mesh: Any) -> Any:
-    from fairseq_moe.config import MoEConfig
+    from fairseq_moe.flags.moe import MoEConfig
     from fairseq_moe.models.decoder_layer import build_moe_layer
 
     moe = MoEConfig(
@@ -134,7 +134,7 @@ def test_no_token_on_any_rank(top_k: int) -> None:
 
 def _logits(rank: int, world_size: int, dummy_rank: int | None, dummy_tokens: int) -> Tensor | None:
     """The model's output for the batch that this rank has, if it is not the one with the dummy."""
-    from fairseq_moe.stock.models import moe_decoder
+    from fairseq_moe.stock.find_experts import moe_decoder
     from tests.helpers.tiny import build_trainer, make_batch
 
     trainer = build_trainer(["--moe-expert-count", 6])
@@ -174,7 +174,7 @@ def _report(flags: list[Any], batches: list[int | None]) -> tuple[dict[str, floa
 
 def _update_on_rank(rank: int, flags: list[Any], case: str, mutation: bool = False) -> Any:
     if mutation:
-        import fairseq_moe.stock.training as training
+        import fairseq_moe.stock.step.training as training
 
         training._task_uses_stock_steps = lambda task: False  # the trainer handles dummies, as in stock
     return _report(flags, ONE_UPDATE[case][rank])

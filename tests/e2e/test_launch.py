@@ -195,7 +195,7 @@ def _tasks(rank: int, variables: dict[str, str]) -> int:
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         del os.environ[name]
     os.environ.update(variables)
-    import fairseq_moe.stock.launch as launch
+    import fairseq_moe.stock.start.launch as launch
 
     return launch._tasks_of_slurm_step()
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_moe.load_record import read_records
-from fairseq_moe.modules.stats import LAYER_STATS
+from fairseq_moe.expert_load.record import read_records
+from fairseq_moe.modules.routing.stats import LAYER_STATS
 from tests.e2e.commands import BASE, DENSE, EXPERTS, MOE, PLUGIN, json_lines, train
 from tests.helpers.ranks import CommandResult, run_cli
 

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from fairseq_moe.config import MoEConfig, moe_problems
+from fairseq_moe.flags.moe import MoEConfig, moe_problems
 
 __all__ = ["FACTOR", "GROUPS", "LAYERS", "SIGMOID", "config", "problems"]
 

@@ -8,9 +8,9 @@ from typing import Any
 from fairseq import options
 
 import fairseq_moe  # noqa: F401
-from fairseq_moe.config import MoEConfig
+from fairseq_moe.flags.blocks import modern_problems
+from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModel
-from fairseq_moe.modern import modern_problems
 
 __all__ = ["WordIds", "build_model", "parse"]
 

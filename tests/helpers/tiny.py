@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fairseq_moe  # noqa: F401
 from fairseq_moe.distributed import broadcast_value, gather_values, rank, world_size
-from fairseq_moe.stock.models import moe_decoder
+from fairseq_moe.stock.find_experts import moe_decoder
 
 __all__ = ["TINY_FLAGS", "build_trainer", "gradients", "make_batch", "parameters", "update"]
 
@@ -154,7 +154,7 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
 def _local_state(trainer: Trainer) -> dict[str, Tensor]:
     model = trainer.get_model()
     if trainer.is_fsdp:
-        from fairseq_moe.stock.fsdp_state import full_model_state
+        from fairseq_moe.stock.sharding.fsdp_state import full_model_state
 
         return full_model_state(model)
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -12,11 +12,11 @@ from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 
-from fairseq_moe.modules.attend import Cache
-from fairseq_moe.modules.attention_grouped import GroupedAttention, GroupedAttentionConfig
-from fairseq_moe.modules.attention_latent import LatentAttention, LatentAttentionConfig
-from fairseq_moe.modules.norm import RMSNorm
-from fairseq_moe.modules.rope import Rotary, RotaryConfig, YarnConfig, frequencies
+from fairseq_moe.modules.blocks.attend import Cache
+from fairseq_moe.modules.blocks.grouped import GroupedAttention, GroupedAttentionConfig
+from fairseq_moe.modules.blocks.latent import LatentAttention, LatentAttentionConfig
+from fairseq_moe.modules.blocks.norm import RMSNorm
+from fairseq_moe.modules.blocks.rope import Rotary, RotaryConfig, YarnConfig, frequencies
 
 B, S, D = 2, 40, 32
 TOLERANCE = 1e-5

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fairseq_moe.modules.stats import LAYER_STATS
+from fairseq_moe.modules.routing.stats import LAYER_STATS
 from tests.helpers.ranks import run_cli
 from tests.numerics.branch import CHECKPOINT, DATA, TRAIN_FLAGS, expected
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fairseq_moe.convert.cli import main
-from fairseq_moe.convert.names import OurTensor
+from fairseq_moe.convert.hf.names import OurTensor
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.convert.verify import our_model, verify
 from fairseq_moe.errors import CheckpointError

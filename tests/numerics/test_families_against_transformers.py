@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_moe.modules import Router
-from fairseq_moe.modules.attention_grouped import GroupedAttention
-from fairseq_moe.modules.attention_latent import LatentAttention
-from fairseq_moe.modules.norm import RMSNorm
-from fairseq_moe.modules.rope import Rotary
-from fairseq_moe.modules.scores import GroupScore
+from fairseq_moe.modules.blocks.grouped import GroupedAttention
+from fairseq_moe.modules.blocks.latent import LatentAttention
+from fairseq_moe.modules.blocks.norm import RMSNorm
+from fairseq_moe.modules.blocks.rope import Rotary
+from fairseq_moe.modules.routing.scores import GroupScore
 from tests.helpers.families import FAMILIES, VOCABULARY, build_pair, our_state
 
 B, S = 2, 48

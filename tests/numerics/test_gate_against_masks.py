@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules import routing, stats
-from fairseq_moe.modules.losses import balance_loss
-from fairseq_moe.modules.router import Router, RouterConfig, RouterMode, RouterOutput
-from fairseq_moe.modules.routing import SecondExpertPolicy
-from fairseq_moe.modules.rules import TokenInfo
+from fairseq_moe.modules.routing import branch, contract, stats
+from fairseq_moe.modules.routing.branch import SecondExpertPolicy
+from fairseq_moe.modules.routing.contract import TokenInfo
+from fairseq_moe.modules.routing.losses import balance_loss
+from fairseq_moe.modules.routing.router import Router, RouterConfig, RouterMode, RouterOutput
 from tests.numerics.mask_gate import GateCase, MaskGate, mask_gate
 
 POLICIES = ["all", "sampling", "random"]
@@ -55,7 +55,7 @@ def run_ours(logits_SE: Tensor, case: GateCase, padding_S: Tensor | None, *, see
 def combine_of(routed: RouterOutput, case: GateCase, gates_SE: Tensor, like: MaskGate) -> Tensor:
     """Our weights put at (token, expert, place in the queue)."""
     decision = routed.decision
-    places_SK = routing.queue_positions(
+    places_SK = contract.queue_positions(
         decision.expert_ids_TK,
         decision.wanted_TK,
         num_experts=gates_SE.shape[1],
@@ -78,7 +78,7 @@ def check(case: GateCase, *, dtype: torch.dtype, num_tokens: int, num_experts: i
 
     torch.manual_seed(seed)  # the same draws for both
     gate_dtype = torch.float32 if case.use_fp32 and dtype != torch.float64 else dtype
-    noise = routing.gumbel_noise(logits.to(gate_dtype))
+    noise = branch.gumbel_noise(logits.to(gate_dtype))
     torch.manual_seed(seed)
     draw = torch.rand(num_tokens, dtype=gate_dtype)
     routed = run_ours(ours, case, padding, seed=seed)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterConfig, RouterMode, TokenInfo
-from fairseq_moe.modules.exchange import LocalExchange
+from fairseq_moe.modules.dispatch.exchange import LocalExchange
 from fairseq_moe.modules.reference import reference_moe
-from fairseq_moe.modules.routing import SecondExpertPolicy, capacity_of
+from fairseq_moe.modules.routing.branch import SecondExpertPolicy, capacity_of
 
 STACKS = ["fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"]
 

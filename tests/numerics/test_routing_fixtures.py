@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules import losses
-from fairseq_moe.modules.capacity import DropPolicy, expert_capacity, keep_within_capacity
-from fairseq_moe.modules.scores import (
+from fairseq_moe.modules.routing import losses
+from fairseq_moe.modules.routing.capacity import DropPolicy, expert_capacity, keep_within_capacity
+from fairseq_moe.modules.routing.scores import (
     ScoreFunction,
     ScoreRule,
     choice_scores,
@@ -18,7 +18,7 @@ from fairseq_moe.modules.scores import (
     token_choice,
     weights_of_choice,
 )
-from fairseq_moe.modules.sinkhorn import sinkhorn_plan
+from fairseq_moe.modules.routing.sinkhorn import sinkhorn_plan
 
 SOFTMAX, SIGMOID, SQRT_SOFTPLUS = ScoreFunction
 POST = ScoreRule(top_k=2)

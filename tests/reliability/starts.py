@@ -57,10 +57,10 @@ def train() -> None:
 
 def train_without() -> None:
     """As ``train``, without the guard that the first argument names."""
-    import fairseq_moe.stock.failing as failing
-    import fairseq_moe.stock.signals as signals
-    import fairseq_moe.stock.training as training
-    import fairseq_moe.stock_flags as stock_flags
+    import fairseq_moe.flags.stock as stock_flags
+    import fairseq_moe.stock.start.ending as failing
+    import fairseq_moe.stock.step.signals as signals
+    import fairseq_moe.stock.step.training as training
 
     match sys.argv.pop(1):
         case "heartbeat":

@@ -20,7 +20,7 @@ NEW = ["checkpoint_1_2.pt", "checkpoint_last.pt"]
 
 def save_and_go_on(rank: int, save_dir: str, flags: list[str], fault: str | None) -> list[list[str]]:
     """Save after two of four updates; returns the main files that are there then and later."""
-    from fairseq_moe.stock.saving import end_of_run
+    from fairseq_moe.stock.checkpoint.saving import end_of_run
     from tests.helpers.saves import TinyRun
 
     run = TinyRun(Path(save_dir), *flags)
@@ -93,7 +93,7 @@ def test_it_is_committed_by_an_update_once_all_ranks_have_written(tmp_path: Path
 def fail_in_background(rank: int, save_dir: str) -> tuple[int, float | None]:
     from fairseq import checkpoint_utils
 
-    from fairseq_moe.stock.saving import end_of_run
+    from fairseq_moe.stock.checkpoint.saving import end_of_run
     from tests.helpers.saves import TinyRun
 
     run = TinyRun(Path(save_dir), *BACKGROUND)

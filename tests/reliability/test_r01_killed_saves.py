@@ -141,7 +141,7 @@ def test_a_first_save_that_was_killed_after_its_commit_is_found(
 
 def save_twice_copying_in_place(rank: int, save_dir: str) -> None:
     """As ``save_twice``, without the guard: the copy is written over the old file."""
-    from fairseq_moe.stock import retention
+    from fairseq_moe.stock.checkpoint import retention
 
     def copy_in_place(source: Path, target: Path) -> None:
         data = source.read_bytes()

@@ -115,7 +115,7 @@ def save_with_a_failing_copy(rank: int, save_dir: str) -> int:
 
 def save_without_agreement(rank: int, save_dir: str) -> None:
     """As stock would: whoever fails is alone with it."""
-    from fairseq_moe.stock import saving
+    from fairseq_moe.stock.checkpoint import saving
     from tests.helpers.saves import TinyRun
 
     saving._raise_if_any = lambda failures, request: None

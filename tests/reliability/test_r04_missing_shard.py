@@ -49,7 +49,7 @@ def load_alone(rank: int, save_dir: str) -> str:
     """Without the guard: each rank looks at its own part and decides for itself."""
     from fairseq_moe.distributed import barrier
     from fairseq_moe.errors import CheckpointError
-    from fairseq_moe.stock import loading
+    from fairseq_moe.stock.checkpoint import loading
     from tests.helpers.saves import TinyRun
 
     run = TinyRun(Path(save_dir))

@@ -62,7 +62,7 @@ def run_forgetting_moments(
     rank: int, data: str, save_dir: str, world_size: int, flags: list[Any], counts: list[int]
 ) -> list[Any]:
     """As ``run``, but a start does not take up the optimizer's state."""
-    from fairseq_moe.stock import loading
+    from fairseq_moe.stock.checkpoint import loading
 
     loading.load_optimizer = lambda trainer, saved, **kwargs: trainer.set_num_updates(3)
     return run(rank, data, save_dir, world_size, flags, counts)

@@ -81,7 +81,7 @@ def continue_without_moving(
     rank: int, data: str, save_dir: str, world_size: int, backend: str, updates: int
 ) -> list[dict[str, float]]:
     """As ``continue_on``, but the data position is taken as stock takes it."""
-    from fairseq_moe.stock import loading
+    from fairseq_moe.stock.checkpoint import loading
 
     loading._move_position = lambda position, saved_ranks, ranks: None
     return continue_on(rank, data, save_dir, world_size, backend, updates)

@@ -14,7 +14,7 @@ def start(rank: int, save_dirs: list[str], flags: list[str], guarded: bool) -> s
     from fairseq import checkpoint_utils
 
     from fairseq_moe.errors import CheckpointError
-    from fairseq_moe.stock import loading
+    from fairseq_moe.stock.checkpoint import loading
     from tests.helpers.saves import TinyRun
 
     if not guarded:

@@ -1,7 +1,7 @@
 """R10: the flags in a checkpoint are values, never programs.
 
 torch loads a text with ``weights_only=True``, and stock fairseq evaluates several flags of a model as Python when it
-builds the model that a file describes. ``fairseq_moe.stock.untrusted`` looks at them first.
+builds the model that a file describes. ``fairseq_moe.stock.checkpoint.untrusted`` looks at them first.
 """
 
 from collections.abc import Callable
@@ -78,6 +78,6 @@ def test_these_tests_see_a_program_that_runs(case: str, copy: Copy, text_data: P
     ],
 )  # fmt: skip
 def test_what_a_program_is(text: str, is_program: bool) -> None:
-    from fairseq_moe.stock.untrusted import _is_program
+    from fairseq_moe.stock.checkpoint.untrusted import _is_program
 
     assert _is_program(text) is is_program

@@ -240,7 +240,7 @@ def test_further_lists_and_shards_are_refused(copy: Copy, text_data: Path) -> No
 def test_the_inspect_tool_reads_no_pickle(
     copy: Copy, marker: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fairseq_moe.inspect import main as inspect
+    from fairseq_moe.expert_load.command import main as inspect
 
     main = copy("spoilt")
     torch.save(Payload(marker), main.parent / "moe_load.jsonl")

@@ -24,7 +24,7 @@ def _messages() -> list[str]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("fairseq_moe.stock.step_guard").addHandler(handler)
+    logging.getLogger("fairseq_moe.stock.step.guard").addHandler(handler)
     return said
 
 
@@ -43,7 +43,7 @@ def _trainer(save_dir: str, *flags: Any) -> Any:
 
 
 def _spoil_each_in_turn(rank: int, save_dir: str, flags: list[Any], blind: bool) -> dict[str, Any]:
-    from fairseq_moe.stock.step_guard import StepGuard
+    from fairseq_moe.stock.step.guard import StepGuard
     from tests.helpers.tiny import make_batch, update
 
     if blind:
@@ -96,7 +96,7 @@ def test_this_test_sees_a_guard_that_looks_after_the_sum_only(tmp_path: Path) ->
 
 
 def _spoil_the_loss(rank: int, save_dir: str, blind: bool) -> dict[str, Any]:
-    from fairseq_moe.stock.step_guard import StepGuard
+    from fairseq_moe.stock.step.guard import StepGuard
     from tests.helpers.tiny import make_batch, parameters, update
 
     if blind:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fairseq_moe.reliability import ReliabilityConfig
-from fairseq_moe.stock.loss_spikes import LossSpikes
+from fairseq_moe.flags.reliability import ReliabilityConfig
+from fairseq_moe.stock.step.loss_spikes import LossSpikes
 from tests.helpers.ranks import run_ranks
 
 

@@ -1,7 +1,7 @@
 """R14: a router that sends every token to one expert gives right results, exact counts, bounded memory and a warning.
 
 Layers of the branch and of the top-k family on 1 and 4 ranks; further cases of capacity in
-``tests/unit/test_routing.py`` and ``tests/unit/test_topk_rule.py``.
+``tests/unit/modules/test_branch.py`` and ``tests/unit/modules/test_topk.py``.
 """
 
 import functools
@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from fairseq_moe.load_watch import LoadWatch
-from fairseq_moe.modules import TokenInfo, topk_rule
+from fairseq_moe.expert_load.watch import LoadWatch
+from fairseq_moe.modules import TokenInfo
+from fairseq_moe.modules.routing import topk as topk_rule
 from tests.helpers.ranks import run_ranks
 
 D, F, E, T = 8, 16, 4, 64
@@ -36,7 +37,7 @@ TOKENS = [T, 3, 0, 17]  # of each rank
 
 def _layer(flags: dict[str, Any], mesh: Any) -> Any:
     """A layer whose router sends every token with a positive mean to expert 0, then to expert 1."""
-    from fairseq_moe.config import MoEConfig
+    from fairseq_moe.flags.moe import MoEConfig
     from fairseq_moe.models.decoder_layer import build_moe_layer
 
     torch.manual_seed(5)
@@ -190,15 +191,15 @@ def test_what_an_overloaded_expert_is(top_k: int, load: list[float], warns: bool
 
 def _train_collapsed(rank: int, collapsed: bool, validate: bool) -> list[str]:
     """The adapter's warnings while a model trains for three updates, or is validated only."""
-    from fairseq_moe import load_watch
-    from fairseq_moe.stock.models import moe_decoder
+    from fairseq_moe.expert_load import watch as load_watch
+    from fairseq_moe.stock.find_experts import moe_decoder
     from tests.helpers.tiny import build_trainer, make_batch, update
 
     load_watch._UPDATES = 3
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("fairseq_moe.stock.load_warning").addHandler(handler)
+    logging.getLogger("fairseq_moe.stock.step.load_warning").addHandler(handler)
     trainer = build_trainer(["--moe-top1-expert", "--lr", 0])
     decoder = moe_decoder(trainer.get_model())
     assert decoder is not None

@@ -47,7 +47,7 @@ def _updates(rank: int, flags: list[Any], cases: list[str], mutation: bool = Fal
     from tests.helpers.tiny import build_trainer, gradients, make_batch, parameters, update
 
     if mutation:
-        import fairseq_moe.stock.training as training
+        import fairseq_moe.stock.step.training as training
 
         training.moe_decoder = lambda model: None  # dummies are not marked
     found = []

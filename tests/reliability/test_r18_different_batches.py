@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fairseq_moe.agreement import disagreements
+from fairseq_moe.flags.agreement import disagreements
 from tests.distributed.test_training_equality import _assert_equal
 from tests.helpers.ranks import RankError, run_ranks
 
@@ -50,7 +50,7 @@ def _updates(rank: int, world_size: int, mutation: bool = False) -> list[dict[st
     from tests.helpers.tiny import build_trainer
 
     if mutation:
-        from fairseq_moe.stock import gradients
+        from fairseq_moe.stock.step import gradients
 
         gradients._reduce_expert_grads = lambda module, decoder: None
     found = []

@@ -1,7 +1,7 @@
 """R19: flags that cannot be honoured end a command with exit code 2 and one sentence for each, before data is read.
 
 Whole command lines, in one forked process, each with a second bad flag, whose sentence must be there too. Every single
-value: ``tests/unit/test_config.py`` and ``test_megatron_refusals.py``; under torchrun and with spawned ranks:
+value: ``tests/unit/flags/test_moe.py`` and ``test_megatron_refusals.py``; under torchrun and with spawned ranks:
 ``tests/e2e/test_bad_input.py``.
 """
 
@@ -66,7 +66,7 @@ def _all_commands(
     from fairseq_cli import train
 
     if mutation:
-        from fairseq_moe.stock import launch
+        from fairseq_moe.stock.start import launch
 
         launch.moe_problems = lambda cfg, world_size: []
     found = []

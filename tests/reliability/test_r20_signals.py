@@ -109,7 +109,7 @@ def test_without_handlers_the_rank_dies_and_nothing_is_saved(text_data: Path, tm
 
 
 def _second_signal(rank: int, pause_sec: float) -> None:
-    import fairseq_moe.stock.signals as signals
+    import fairseq_moe.stock.step.signals as signals
 
     signals._SAME_SIGNAL_SEC = 0.1
     asked = signals.Signals()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fairseq_moe.stock import lock
-from fairseq_moe.stock.lock import LOCK_NAME, SaveDirectoryError, lock_save_directory
+from fairseq_moe.stock.step import lock
+from fairseq_moe.stock.step.lock import LOCK_NAME, SaveDirectoryError, lock_save_directory
 from tests.e2e.commands import train_argv
 from tests.helpers.ranks import run_cli
 

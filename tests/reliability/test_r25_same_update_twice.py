@@ -26,7 +26,7 @@ def save_again(rank: int, save_dir: str, other_dir: str) -> None:
 
 
 def save_again_without_pruning(rank: int, save_dir: str, other_dir: str) -> None:
-    from fairseq_moe.stock import saving
+    from fairseq_moe.stock.checkpoint import saving
 
     saving.prune_sets = lambda directory, committed: None
     save_again(rank, save_dir, other_dir)

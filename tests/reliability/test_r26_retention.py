@@ -121,7 +121,7 @@ def test_without_the_checksums_a_good_set_would_go(tmp_path: Path, monkeypatch: 
 
 def save_beside_newer_numbers(rank: int, save_dir: str, guarded: bool) -> str | None:
     """Save update 1 into a directory whose files of updates 7 and 8 are damaged, keeping two files."""
-    from fairseq_moe.stock import retention
+    from fairseq_moe.stock.checkpoint import retention
     from tests.helpers.saves import TinyRun
 
     if not guarded:

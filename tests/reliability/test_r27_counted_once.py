@@ -1,7 +1,7 @@
 """R27: whatever is computed again or only evaluated, statistics, losses and counters of an update are counted once.
 
 Whole models under the Trainer with the expert bias and the global loss, whose counters last for an update. Parts of
-layers: ``tests/unit/test_recompute.py``; --moe-recompute-modules: ``tests/distributed/test_recompute.py``.
+layers: ``tests/unit/modules/test_recompute.py``; --moe-recompute-modules: ``tests/distributed/test_recompute.py``.
 """
 
 import functools
@@ -33,7 +33,8 @@ def _forget_the_first_pass() -> None:
 
 def _count_whatever_passes() -> None:
     """The counters do not ask whether the model trains."""
-    from fairseq_moe.modules import RouterMode, router
+    from fairseq_moe.modules import RouterMode
+    from fairseq_moe.modules.routing import router
 
     stock = router.Router.forward
 

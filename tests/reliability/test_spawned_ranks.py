@@ -35,7 +35,7 @@ def _stop_for_ever() -> None:
 
 def _wait_for(rank: int, bodies: list[tuple[Any, tuple[Any, ...]]], term_after_sec: float | None) -> Any:
     """What ``wait_for`` ends with: an exit code, and how the processes ended."""
-    import fairseq_moe.stock.spawned as spawned
+    import fairseq_moe.stock.start.spawned as spawned
 
     spawned._GRACE_SEC = 1.0
     context = multiprocessing.get_context("fork")
@@ -93,7 +93,7 @@ class _EndsWhenAsked:
 
 
 def _wait_for_one_that_ends_meanwhile(rank: int) -> int:
-    import fairseq_moe.stock.spawned as spawned
+    import fairseq_moe.stock.start.spawned as spawned
 
     spawned._GRACE_SEC = 0.2
     stuck = multiprocessing.get_context("fork").Process(target=_stop_for_ever)

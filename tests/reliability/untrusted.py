@@ -119,7 +119,7 @@ def _unpickle_everything() -> None:
 
 
 def _take_programs() -> None:
-    import fairseq_moe.stock.untrusted as untrusted
+    import fairseq_moe.stock.checkpoint.untrusted as untrusted
 
     untrusted.refuse_programs = lambda cfg: None
 

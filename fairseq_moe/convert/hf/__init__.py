@@ -1,0 +1,1 @@
+"""What does a Hugging Face directory say, and how is one written?"""

@@ -1,0 +1,260 @@
+"""Reading a config.json key by key, so that what nobody has read can be refused by name."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq_moe.convert.spec import Rope
+from fairseq_moe.errors import ConfigError
+from fairseq_moe.modules.blocks.rope import YarnConfig
+
+__all__ = ["ConfigKeys", "rope_keys"]
+
+# Of no effect on what the model computes from its weights, in any of the families.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
+        "eos_token_id", "ep_size", "id2label", "is_encoder_decoder", "label2id", "max_window_layers",
+        "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+        "pretraining_tp", "problem_type", "quantization_config", "return_dict", "torch_dtype",
+        "transformers_version", "use_cache",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """Which numbers a setting may be.
+
+    Args:
+        least: of them.
+        is_open: ``least`` itself is not among them.
+        is_whole: they are integers.
+    """
+
+    least: int
+    is_open: bool = False
+    is_whole: bool = False
+
+    def __str__(self) -> str:
+        bound = f"above {self.least}" if self.is_open else f"from {self.least} up"
+        return f"a {'whole ' if self.is_whole else ''}number {bound}"
+
+    def holds(self, value: Any) -> bool:
+        """Whether ``value`` is one; NaN and what no float holds never are."""
+        if isinstance(value, bool) or not isinstance(value, int if self.is_whole else int | float):
+            return False
+        return bool(self.least <= value <= sys.float_info.max) and not (self.is_open and value == self.least)
+
+
+_POSITIVE, _NOT_NEGATIVE = _Kind(least=0, is_open=True), _Kind(least=0)
+_THETA = _Kind(least=1, is_open=True)
+_YARN_KEYS = {
+    "factor": ("factor", _POSITIVE),
+    "original_max_position_embeddings": ("original_max_positions", _Kind(least=1, is_whole=True)),
+    "beta_fast": ("beta_fast", _POSITIVE),
+    "beta_slow": ("beta_slow", _POSITIVE),
+    "mscale": ("mscale", _NOT_NEGATIVE),
+    "mscale_all_dim": ("mscale_all_dim", _NOT_NEGATIVE),
+    "attention_factor": ("attention_factor", _POSITIVE),
+}
+_YARN_NEEDS = ("factor", "original_max_position_embeddings")
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+_REQUIRED: Any = object()
+
+
+class ConfigKeys:
+    """A config.json that remembers which of its keys were read, and what was wrong with them.
+
+    Args:
+        values: the parsed file.
+        source: its name, for messages.
+    """
+
+    def __init__(self, values: dict[str, Any], *, source: str) -> None:
+        self.values = values
+        self.source = source
+        self.problems: list[str] = []
+        self._read: set[str] = set()
+
+    def _value(self, names: tuple[str, ...], default: Any) -> Any:
+        self._read.update(names)
+        for name in names:
+            if self.values.get(name) is not None:
+                return self.values[name]
+        if default is _REQUIRED:
+            self.problems.append(f"{self.source} has no {' or '.join(names)}, which this model needs.")
+        return default
+
+    def integer(self, *names: str, default: Any = _REQUIRED, least: int = 1) -> Any:
+        """The first of these keys that is there and not null; must be an integer of at least ``least``."""
+        value = self._value(names, default)
+        if value is default:
+            return 1 if value is _REQUIRED else value
+        return value if self._is(names[0], value, _Kind(least=least, is_whole=True)) else 1
+
+    def number(self, name: str, default: Any = _REQUIRED, *, positive: bool = False) -> Any:
+        """The same for real numbers; not negative, and with ``positive`` not 0 either."""
+        value = self._value((name,), default)
+        if value is default:
+            return 1.0 if value is _REQUIRED else value
+        return float(value) if self._is(name, value, _POSITIVE if positive else _NOT_NEGATIVE) else 1.0
+
+    def _is(self, what: str, value: Any, kind: _Kind) -> bool:
+        is_good = kind.holds(value)
+        if not is_good:
+            self._refuse(f"{what} {value!r}, expected {kind}.")
+        return is_good
+
+    def _refuse(self, what: str) -> None:
+        """Two forms of one setting may be wrong in the same way, which is said once."""
+        problem = f"{self.source} has {what}"
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """The same for true and false."""
+        value = self._value((name,), default)
+        if not isinstance(value, bool):
+            self.problems.append(f"{self.source} has {name} {value!r}, expected true or false.")
+        return bool(value)
+
+    def integers(self, name: str) -> list[int]:
+        """A list of integers; null means none."""
+        value = self._value((name,), [])
+        if not isinstance(value, list) or not all(type(entry) is int for entry in value):
+            self.problems.append(f"{self.source} has {name} {value!r}, expected a list of layers.")
+            return []
+        return value
+
+    def fixed(self, name: str, *allowed: Any) -> None:
+        """A key that may be absent or null, or have one of these values."""
+        value = self._value((name,), None)
+        if value is not None and value not in allowed:
+            expected = " or ".join(repr(entry) for entry in allowed) if allowed else "no such key"
+            self.problems.append(f"{self.source} has {name} {value!r}, expected {expected}.")
+
+    def one_of(self, name: str, allowed: tuple[str, ...], default: str) -> Any:
+        """A key with one of these words."""
+        value = self._value((name,), default)
+        if value not in allowed:
+            self.problems.append(f"{self.source} has {name} {value!r}, expected one of {', '.join(allowed)}.")
+        return value if value in allowed else allowed[0]
+
+    def ignore(self, *names: str) -> None:
+        """Keys without effect in this family."""
+        self._read.update(names)
+
+    def rope(self, *, interleaved: bool) -> Rope:
+        """Positions, from the form of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
+        self._read.update(_ROPE_KEYS)
+        self.fixed("partial_rotary_factor", 1, 1.0)
+        wrong = [
+            name
+            for name in ("rope_scaling", "rope_parameters")
+            if not isinstance(self.values.get(name), dict | None)
+        ]
+        for name in wrong:
+            self._refuse(f"{name} {self.values[name]!r}, expected a JSON object.")
+        forms = [] if wrong else self._rope_forms()
+        if not forms:
+            if not wrong:
+                self.problems.append(f"{self.source} has neither rope_parameters nor rope_theta.")
+            return Rope(theta=1.0)
+        known = len(self.problems)
+        found = [self._rope(form, interleaved) for form in forms]
+        if len(self.problems) == known and any(rope != found[0] for rope in found):
+            settings = (f"{name} {self.values.get(name)!r}" for name in _ROPE_KEYS)
+            self._refuse(f"{', '.join(settings)}, which contradict one another.")
+        return found[0]
+
+    def _rope_forms(self) -> list[dict[str, Any]]:
+        """Each reading: transformers 4 takes theta and rope_scaling, 5 takes ``rope_scaling or rope_parameters``."""
+        theta, scaling, parameters = (_without_nulls(self.values.get(name)) for name in _ROPE_KEYS)
+        top = {} if theta is None else {"rope_theta": theta}
+        forms = []
+        if scaling is not None:
+            below = {key: value for key, value in (parameters or {}).items() if key == "rope_theta"}
+            forms.append({**below, **top, **scaling})
+        if parameters is not None:
+            forms.append({**top, **parameters})
+        if top:
+            forms.append({**(scaling or {}), **top})
+        return [form for index, form in enumerate(forms) if form not in forms[:index]]
+
+    def _rope(self, form: dict[str, Any], interleaved: bool) -> Rope:
+        theta = form.pop("rope_theta", None)
+        if not self._is("rope_theta", theta, _THETA):
+            theta = 1.0
+        kinds = [form.pop(key) for key in ("rope_type", "type") if key in form] or ["default"]
+        kind = kinds[0] if kinds[0] == kinds[-1] else " and ".join(map(str, kinds))
+        yarn = None
+        if kind not in ("default", "yarn"):
+            self._refuse(f"rope type {kind!r}, expected default or yarn.")
+            form = {}
+        elif kind == "yarn":
+            yarn = self._yarn(form)
+        form.pop("partial_rotary_factor", None) if form.get("partial_rotary_factor") == 1 else None
+        if form:
+            self._refuse(
+                f"the rope setting {', '.join(sorted(form))}, which fairseq_moe does not know for rope type {kind}."
+            )
+        return Rope(theta=float(theta), interleaved=interleaved, yarn=yarn)
+
+    def _yarn(self, form: dict[str, Any]) -> YarnConfig:
+        """Takes its settings out of ``form``."""
+        settings: dict[str, Any] = {"factor": 1.0, "original_max_positions": 1}
+        for key, (ours, kind) in _YARN_KEYS.items():
+            if key in form:
+                value = form.pop(key)
+                if self._is(f"the rope setting {key}", value, kind):
+                    settings[ours] = value
+            elif key in _YARN_NEEDS:
+                self._refuse(f"rope type yarn without {key}.")
+        if form.get("truncate") is True:
+            del form["truncate"]
+        return YarnConfig(**settings)
+
+    def finish(self) -> None:
+        """Refuse what was wrong and what nobody has read.
+
+        Raises:
+            ConfigError: with a sentence for each problem.
+        """
+        unread = sorted(
+            key
+            for key, value in self.values.items()
+            if key not in self._read and key not in _WITHOUT_EFFECT and value is not None
+        )
+        self.problems += [
+            f"{self.source} has the key {key} ({self.values[key]!r}), which fairseq_moe does not know; remove "
+            "it if it does not change what the model computes."
+            for key in unread
+        ]
+        if self.problems:
+            raise ConfigError(self.problems)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A dictionary without what is null in it; anything else as it is."""
+    return (
+        {key: entry for key, entry in value.items() if entry is not None}
+        if isinstance(value, dict)
+        else value
+    )
+
+
+def rope_keys(rope: Rope) -> dict[str, Any]:
+    """Both forms of ``rope`` for a config.json: transformers 4 would read theta as 10000 without the first."""
+    if rope.yarn is None:
+        scaling = None
+    else:
+        settings = {key: getattr(rope.yarn, ours) for key, (ours, _) in _YARN_KEYS.items()}
+        settings = {key: value for key, value in settings.items() if value is not None}
+        scaling = {"type": "yarn", "rope_type": "yarn", **settings}
+    new = {key: value for key, value in (scaling or {"rope_type": "default"}).items() if key != "type"}
+    return {
+        "rope_theta": rope.theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {**new, "rope_theta": rope.theta},
+    }

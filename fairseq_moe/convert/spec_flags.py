@@ -1,0 +1,261 @@
+"""A model as flags of ``transformer_lm``, and flags as the model of some family."""
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any, get_args, get_type_hints
+
+from fairseq_moe.convert.spec import Mla, ModelSpec, Rope, Routing
+from fairseq_moe.errors import ConfigError
+from fairseq_moe.flags.blocks import ModernConfig, modern_problems
+from fairseq_moe.flags.megatron import MegatronConfig
+from fairseq_moe.flags.megatron_checks import megatron_problems
+from fairseq_moe.flags.moe import MoEConfig
+
+__all__ = ["command_line", "flags_of", "spec_of"]
+
+_YARN = {
+    "factor": "rope_scaling_factor",
+    "original_max_positions": "rope_original_max_positions",
+    "beta_fast": "rope_beta_fast",
+    "beta_slow": "rope_beta_slow",
+    "mscale": "rope_mscale",
+    "mscale_all_dim": "rope_mscale_all_dim",
+    "attention_factor": "rope_attention_factor",
+}
+_MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_LOSSES = frozenset({"aux_loss", "seq_aux_loss", "global_aux_loss", "none"})
+
+
+def flags_of(spec: ModelSpec) -> dict[str, Any]:
+    """The model flags, by field name; those left out have their defaults."""
+    routing, mla, yarn = spec.routing, spec.mla, spec.rope.yarn
+    found: dict[str, Any] = {
+        "decoder_layers": spec.num_layers,
+        "decoder_embed_dim": spec.model_dim,
+        "decoder_input_dim": spec.model_dim,
+        "decoder_output_dim": spec.model_dim,
+        "decoder_ffn_embed_dim": spec.dense_ffn_dim or spec.expert_ffn_dim,
+        "decoder_attention_heads": spec.num_heads,
+        "share_decoder_input_output_embed": spec.tied,
+        "no_scale_embedding": True,
+        "dropout": 0.0,
+        "attention_dropout": spec.attention_dropout,
+        "decoder_normalization": "rmsnorm",
+        "norm_eps": spec.norm_eps,
+        "position_embedding": "rope",
+        "rope_theta": spec.rope.theta,
+        "rope_interleaved": spec.rope.interleaved,
+        "attention_bias": spec.attention_bias,
+        "gated_ffn": True,
+        "mtp_layers": spec.mtp_layers,
+        "init_std": spec.init_std,
+        "num_experts": routing.num_experts,
+        "moe_ffn_hidden_size": spec.expert_ffn_dim,
+        "moe_layer_freq": _pattern(spec.moe_layers),
+        "moe_router_topk": routing.top_k,
+        "moe_router_score_function": routing.score,
+        "moe_router_pre_softmax": routing.score == "softmax" and not routing.normalized,
+        "moe_router_load_balancing_type": "seq_aux_loss" if routing.aux_loss_per_sequence else "aux_loss",
+        "moe_aux_loss_coeff": repr(routing.aux_loss_coeff),
+        "moe_router_enable_expert_bias": routing.expert_bias,
+        "moe_router_num_groups": routing.num_groups,
+        "moe_router_group_topk": routing.group_topk,
+        "moe_router_group_score": routing.group_score,
+        "moe_shared_expert_intermediate_size": spec.shared_ffn_dim,
+        "moe_shared_expert_gate": spec.shared_gate,
+        "clip_qkv": spec.clip_qkv,
+    }
+    if routing.scaling != 1.0:
+        found["moe_router_topk_scaling_factor"] = routing.scaling
+    if mla is None:
+        found |= {
+            "decoder_kv_heads": spec.num_kv_heads,
+            "decoder_head_dim": spec.head_dim,
+            "qk_norm": spec.qk_norm,
+        }
+    else:
+        found |= {name: getattr(mla, name) for name in _MLA}
+        found["moe_router_dtype"] = "fp32"  # DeepSeek's routers compute in float32 whatever the model does
+    if yarn is not None:
+        found["rope_scaling"] = "yarn"
+        found |= {flag: getattr(yarn, name) for name, flag in _YARN.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _pattern(moe_layers: tuple[bool, ...]) -> str:
+    if all(moe_layers):
+        return "1"
+    runs = ((int(is_moe), len(list(run))) for is_moe, run in groupby(moe_layers))
+    return "(" + "+".join(f"[{is_moe}]*{length}" for is_moe, length in runs) + ")"
+
+
+def command_line(spec: ModelSpec) -> list[str]:
+    """The same for a shell, one flag a line."""
+    lines = ["--arch transformer_lm"]
+    for name, value in (flags_of(spec) | {"max_target_positions": spec.max_positions}).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            lines += [flag] if value else []
+        else:
+            lines.append(f"{flag} {value}")
+    return lines
+
+
+def spec_of(flags: Mapping[str, Any], *, vocab_size: int, max_positions: int) -> ModelSpec:
+    """The model that flags describe, of the first family that has it.
+
+    Args:
+        flags: of a ``transformer_lm``, by field name.
+        vocab_size: V.
+        max_positions: longest sequence.
+
+    Raises:
+        ConfigError: there is no such model, or no family has it; says which flags stand in the way.
+    """
+    moe, modern = MoEConfig.from_args(flags), ModernConfig.from_args(flags)
+    if not moe.megatron.selected or not modern.enabled:
+        raise ConfigError(
+            [
+                "Hugging Face's families have RMSNorm, rotary positions, SwiGLU and experts routed as in "
+                "Megatron; this model was built without --num-experts, --gated-ffn and the flags beside it, so "
+                "it cannot be written as one of them."
+            ]
+        )
+    problems = _size_problems(flags) + _mistyped(moe, moe.megatron, modern) or [
+        *megatron_problems(moe.megatron, num_layers=moe.decoder_layers),
+        *modern_problems(flags),
+    ]
+    if problems:
+        raise ConfigError(problems)
+    stray = _refusals(flags, modern, moe.megatron)
+    if stray:
+        raise ConfigError([f"no family of Hugging Face's has {', '.join(stray)}, as this model has."])
+    return _described(flags, moe, modern, vocab_size=vocab_size, max_positions=max_positions)
+
+
+def _size_problems(flags: Mapping[str, Any]) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')} is {flags.get(name)!r}, expected a whole number from 1 up."
+        for name in (
+            "decoder_embed_dim",
+            "decoder_ffn_embed_dim",
+            "decoder_attention_heads",
+            "decoder_layers",
+        )
+        if not isinstance(flags.get(name), int) or flags[name] < 1
+    ]
+
+
+def _mistyped(*records: Any) -> list[str]:
+    """One sentence per value that no command line gives; a record of flags takes what a file says."""
+    found = []
+    for record in records:
+        for name, kind in get_type_hints(type(record)).items():
+            kind = kind | int if float in (kind, *get_args(kind)) else kind
+            if not isinstance(value := getattr(record, name), kind):
+                found.append(
+                    f"--{name.replace('_', '-')} is {value!r}, which is of no type that it may have."
+                )
+    return found
+
+
+def _described(
+    flags: Mapping[str, Any], moe: MoEConfig, modern: ModernConfig, *, vocab_size: int, max_positions: int
+) -> ModelSpec:
+    megatron, heads = moe.megatron, flags["decoder_attention_heads"]
+    dim, ffn_dim = flags["decoder_embed_dim"], flags["decoder_ffn_embed_dim"]
+    moe_layers = tuple(moe.is_moe_layer(index) for index in range(moe.decoder_layers))
+    mla = None
+    if modern.is_latent:
+        mla = Mla(**{name: getattr(modern, name) for name in _MLA})
+        head_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+    else:
+        head_dim = modern.decoder_head_dim or dim // heads
+    bias = modern.attention_bias or ("none" if modern.is_latent else "all")
+    rotary = modern.rotary_config()
+    return ModelSpec(
+        family=_family(modern, megatron),
+        vocab_size=vocab_size,
+        model_dim=dim,
+        num_layers=moe.decoder_layers,
+        num_heads=heads,
+        num_kv_heads=modern.decoder_kv_heads or heads,
+        head_dim=head_dim,
+        attention_bias=bias,
+        qk_norm=modern.qk_norm or "none",
+        clip_qkv=modern.clip_qkv,
+        mla=mla,
+        rope=Rope(
+            theta=1.0 if rotary is None else rotary.theta,
+            interleaved=modern.rope_interleaved,
+            yarn=None if rotary is None else rotary.yarn,
+        ),
+        norm_eps=modern.eps,
+        dense_ffn_dim=None if all(moe_layers) else ffn_dim,
+        expert_ffn_dim=moe.expert_dim or ffn_dim,
+        shared_ffn_dim=megatron.moe_shared_expert_intermediate_size,
+        shared_gate=megatron.moe_shared_expert_gate,
+        moe_layers=moe_layers,
+        routing=_routing(megatron),
+        mtp_layers=modern.mtp_layers,
+        tied=bool(flags.get("share_decoder_input_output_embed")),
+        max_positions=max_positions,
+        init_std=modern.std,
+        attention_dropout=float(flags.get("attention_dropout") or 0.0),
+    )
+
+
+def _routing(megatron: MegatronConfig) -> Routing:
+    is_softmax = megatron.score_function == "softmax"
+    coefficients = megatron.loss_coefficients()
+    return Routing(
+        num_experts=megatron.num_experts or 0,
+        top_k=megatron.top_k,
+        score=megatron.score_function,
+        normalized=not (is_softmax and megatron.moe_router_pre_softmax),
+        scaling=megatron.moe_router_topk_scaling_factor or 1.0,
+        num_groups=megatron.moe_router_num_groups,
+        group_topk=megatron.moe_router_group_topk,
+        group_score=megatron.moe_router_group_score,
+        expert_bias=megatron.moe_router_enable_expert_bias,
+        aux_loss_coeff=coefficients.get("aux") or coefficients.get("seq_aux") or 0.0,
+        aux_loss_per_sequence="seq_aux" in coefficients,
+    )
+
+
+def _family(modern: ModernConfig, megatron: MegatronConfig) -> str:
+    if modern.is_latent:
+        return "deepseek_v3" if megatron.score_function == "sigmoid" else "deepseek_v2"
+    if megatron.moe_shared_expert_intermediate_size is not None:
+        return "qwen2_moe"
+    if modern.qk_norm in ("head", "full"):
+        return {"head": "qwen3_moe", "full": "olmoe"}[modern.qk_norm]
+    return "mixtral"
+
+
+def _refusals(flags: Mapping[str, Any], modern: ModernConfig, megatron: MegatronConfig) -> list[str]:
+    """Flags that give a model which no family has."""
+    score, groups = megatron.score_function, megatron.moe_router_num_groups
+    checks = (
+        (modern.decoder_normalization != "rmsnorm", "norms other than --decoder-normalization rmsnorm"),
+        (modern.position_embedding != "rope", "positions other than --position-embedding rope"),
+        (not modern.gated_ffn, "networks without --gated-ffn"),
+        (modern.rotary_fraction not in (None, 1.0), f"--rotary-fraction {modern.rotary_fraction}"),
+        (not flags.get("no_scale_embedding"), "embeddings without --no-scale-embedding"),
+        (bool(flags.get("layernorm_embedding")), "--layernorm-embedding"),
+        (bool(flags.get("no_decoder_final_norm")), "--no-decoder-final-norm"),
+        (
+            modern.mtp_layers > 0 and _family(modern, megatron) != "deepseek_v3",
+            "--mtp-layers without --kv-lora-rank and --moe-router-score-function sigmoid",
+        ),
+        (megatron.use_xmoe, "--use-xmoe"),
+        (megatron.has_capacity, "--moe-expert-capacity-factor"),
+        (megatron.moe_router_force_load_balancing is not None, "--moe-router-force-load-balancing"),
+        (score not in ("softmax", "sigmoid"), f"--moe-router-score-function {score}"),
+        (groups is not None and megatron.moe_router_group_score is None, "--moe-router-group-score sum"),
+        (
+            not set(megatron.balancing_types) <= _LOSSES,
+            f"--moe-router-load-balancing-type {' '.join(megatron.balancing_types)}",
+        ),
+    )
+    return [text for is_bad, text in checks if is_bad]

@@ -1,0 +1,1 @@
+"""How does text become token ids? The identity dictionary and tokenizer of converted models."""

@@ -1,0 +1,1 @@
+"""What do the flags mean, and which combinations are refused? Records, tables and sentences; no model."""

@@ -1,0 +1,185 @@
+"""Megatron's arguments that are not about routing: aliases, and what is so anyway, or not there.
+
+One row per argument. ``alias``: another argument is set, with a warning. ``no_op``: what it asks for is so
+anyway or does not apply here; accepted with a warning. ``refused``: the run ends with the reason.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq_moe.flags.records import getter, words
+
+__all__ = [
+    "MEGATRON_ARGS",
+    "MEGATRON_VALUES",
+    "MegatronArg",
+    "argument_problems",
+    "argument_warnings",
+    "resolve_aliases",
+]
+
+_AXES = "data and expert parallelism (--ddp-backend, --expert-model-parallel-size) are supported"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronArg:
+    """One row.
+
+    Args:
+        name: field name; the flag is ``--`` + name with dashes.
+        kind: the type of its value.
+        does: ``alias``, ``no_op`` or ``refused``.
+        text: the argument, or value, that an alias stands for; or the reason.
+        harmless: a value that changes nothing (size 1 of an axis).
+        value: the row is about this value only; None: about all.
+    """
+
+    name: str
+    kind: type
+    does: str
+    text: str
+    harmless: Any = None
+    value: Any = None
+
+    @property
+    def flag(self) -> str:
+        """As typed."""
+        return "--" + self.name.replace("_", "-")
+
+
+def _arg(
+    name: str, kind: type, does: str, text: str, harmless: Any = None, *, value: Any = None
+) -> MegatronArg:
+    return MegatronArg(name=name, kind=kind, does=does, text=text, harmless=harmless, value=value)
+
+
+MEGATRON_ARGS = (
+    _arg("moe_token_capacity_factor", float, "alias", "moe_expert_capacity_factor"),
+    _arg(
+        "moe_token_dropping",
+        bool,
+        "no_op",
+        "tokens are dropped exactly when --moe-expert-capacity-factor is set",
+    ),
+    _arg("moe_grouped_gemm", bool, "no_op", "the expert kernel is chosen by device, dtype and sizes"),
+    _arg("moe_permute_fusion", bool, "no_op", "rows are moved by index; there is no unfused path to replace"),
+    _arg("use_distributed_optimizer", bool, "no_op", "--ddp-backend fully_sharded shards optimizer state"),
+    _arg(
+        "overlap_grad_reduce", bool, "no_op", "--ddp-backend pytorch_ddp and fully_sharded overlap it anyway"
+    ),
+    _arg("overlap_param_gather", bool, "no_op", "--ddp-backend fully_sharded gathers ahead anyway"),
+    _arg("use_dist_ckpt", bool, "no_op", "checkpoints are written by all ranks in parallel anyway"),
+    _arg("auto_detect_ckpt_format", bool, "no_op", "formats are always detected"),
+    _arg("tp_comm_overlap", bool, "refused", f"tensor parallelism is not there yet; {_AXES}"),
+    _arg("sequence_parallel", bool, "refused", f"sequence parallelism is not there yet; {_AXES}"),
+    _arg("tensor_model_parallel_size", int, "refused", f"tensor parallelism is not there yet; {_AXES}", 1),
+    _arg(
+        "expert_tensor_parallel_size",
+        int,
+        "refused",
+        f"expert tensor parallelism is not there yet; {_AXES}",
+        1,
+    ),
+    _arg(
+        "pipeline_model_parallel_size", int, "refused", f"pipeline parallelism is not there yet; {_AXES}", 1
+    ),
+    _arg(
+        "num_layers_per_virtual_pipeline_stage",
+        int,
+        "refused",
+        f"pipeline parallelism is not there yet; {_AXES}",
+    ),
+    _arg("context_parallel_size", int, "refused", f"context parallelism is not there yet; {_AXES}", 1),
+    _arg("moe_extended_tp", bool, "refused", f"extended tensor parallelism is not there yet; {_AXES}"),
+    _arg("moe_extended_ep", bool, "refused", f"extended expert parallelism is not there yet; {_AXES}"),
+)
+
+# Single values of arguments that otherwise are what they are in Megatron.
+MEGATRON_VALUES = (
+    _arg("moe_token_dispatcher_type", str, "alias", "alltoall", value="alltoall_seq"),
+    _arg(
+        "moe_token_dispatcher_type",
+        str,
+        "refused",
+        "it needs vendor kernels that this package does not use; choose alltoall or allgather",
+        value="flex",
+    ),
+)
+
+
+def _given(args: Any) -> Iterator[tuple[MegatronArg, Any]]:
+    get = getter(args)
+    for row in MEGATRON_ARGS:
+        value = get(row.name)
+        if value is not None and value is not False and value != row.harmless:
+            yield row, value
+    for row in MEGATRON_VALUES:
+        if get(row.name) == row.value:
+            yield row, row.value
+
+
+def argument_problems(args: Any) -> list[str]:
+    """One sentence per refused argument, and per alias that contradicts what it stands for."""
+    found = []
+    get = getter(args)
+    for row, value in _given(args):
+        if row.does == "refused":
+            found.append(f"{row.flag} ({value}) cannot be honoured: {row.text}.")
+        elif row.does == "alias" and row.value is None and get(row.text) not in (None, value):
+            target = "--" + row.text.replace("_", "-")
+            found.append(f"{row.flag} {value} contradicts {target} {get(row.text)}; leave out {row.flag}.")
+    return found
+
+
+def argument_warnings(args: Any) -> list[str]:
+    """One sentence per argument that is accepted and does nothing by itself, or other than it seems to."""
+    found = []
+    for row, value in _given(args):
+        if row.does == "no_op":
+            found.append(f"{row.flag} is accepted and does nothing: {row.text}.")
+        elif row.does == "alias" and row.value is None:
+            found.append(f"{row.flag} is an old name; use --{row.text.replace('_', '-')}.")
+        elif row.does == "alias":
+            found.append(f"{row.flag} {value} is an old name; use {row.text}.")
+    get = getter(args)
+    return found if get("num_experts") is None else [*found, *_remarks(get)]
+
+
+def _remarks(get: Callable[[str], Any]) -> Iterator[str]:
+    """What a user of Megatron's routing may not expect."""
+    function = get("moe_router_score_function")
+    if get("moe_router_pre_softmax") and function not in (None, "softmax"):
+        yield (
+            f"--moe-router-pre-softmax does nothing with --moe-router-score-function {function}, as in "
+            "Megatron."
+        )
+    kinds = str(get("moe_router_load_balancing_type") or "aux_loss")
+    if "expert_choice" in kinds:
+        yield (
+            "expert_choice is not causal: an expert chooses among all tokens of a batch, later ones "
+            "included, so losses and perplexities are too good; generation falls back to token choice."
+        )
+    is_inert = "aux_loss" in kinds and all(
+        not float(word) for word in words(get("moe_aux_loss_coeff") or "0")
+    )
+    if (
+        is_inert
+        and not get("moe_router_enable_expert_bias")
+        and get("moe_router_force_load_balancing") is None
+    ):
+        yield (
+            "nothing balances the experts: --moe-aux-loss-coeff is 0, as in Megatron unless it is given "
+            "(1e-2 is a good start; --moe-router-load-balancing-type none silences this)."
+        )
+
+
+def resolve_aliases(values: dict[str, Any], args: Any) -> dict[str, Any]:
+    """``values`` with aliases replaced by what they stand for."""
+    resolved = dict(values)
+    for row, value in _given(args):
+        if row.does == "alias" and row.value is None:
+            resolved.setdefault(row.text, value)
+        elif row.does == "alias":
+            resolved[row.name] = row.text
+    return resolved

@@ -1,0 +1,1 @@
+"""What else is a decoder layer made of? Norms, rotary positions, grouped and latent attention."""

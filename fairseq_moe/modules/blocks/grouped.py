@@ -1,0 +1,110 @@
+"""Self-attention whose query heads share key and value heads (Ainslie et al. 2023, arXiv 2305.13245).
+
+With as many key heads as query heads it is the usual one.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fairseq_moe.modules.blocks.attend import Cache, attend, extended, num_cached
+from fairseq_moe.modules.blocks.norm import RMSNorm
+from fairseq_moe.modules.blocks.rope import Rotary
+
+__all__ = ["GroupedAttention", "GroupedAttentionConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedAttentionConfig:
+    """What grouped attention looks like.
+
+    Args:
+        model_dim: D.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of the query heads.
+        head_dim: size of each; heads times size need not be D.
+        bias: which projections have one: ``none``, ``qkv`` (Qwen2) or ``all`` (with the output's).
+        qk_norm: RMSNorm on queries and keys before they turn: ``none``, ``head`` (over each head, Qwen3) or
+            ``full`` (over the whole projection, OLMoE).
+        norm_eps: of these norms.
+        clip: bound of the values of queries, keys and values (OLMoE); None: none.
+        dropout: probability, on attention weights.
+    """
+
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    bias: str = "none"
+    qk_norm: str = "none"
+    norm_eps: float = 1e-6
+    clip: float | None = None
+    dropout: float = 0.0
+
+
+class GroupedAttention(nn.Module):
+    """See the module and ``GroupedAttentionConfig``.
+
+    Args:
+        config: its shape.
+        rotary: turns queries and keys; None: they carry no positions.
+    """
+
+    def __init__(self, config: GroupedAttentionConfig, rotary: Rotary | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.rotary = rotary
+        model_dim, head_dim = config.model_dim, config.head_dim
+        query_dim, key_dim = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        has_bias = config.bias in ("qkv", "all")
+        self.q_proj = nn.Linear(model_dim, query_dim, bias=has_bias)
+        self.k_proj = nn.Linear(model_dim, key_dim, bias=has_bias)
+        self.v_proj = nn.Linear(model_dim, key_dim, bias=has_bias)
+        self.out_proj = nn.Linear(query_dim, model_dim, bias=config.bias == "all")
+        if config.qk_norm != "none":
+            is_full = config.qk_norm == "full"
+            self.q_norm = RMSNorm(query_dim if is_full else head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(key_dim if is_full else head_dim, eps=config.norm_eps)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        *,
+        causal: bool = True,
+        padding_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x_BSD: float.
+            causal: no token sees later ones.
+            padding_BT: bool, True = padding, over earlier and new tokens.
+            cache: keys and values of earlier tokens; those of ``x_BSD`` are added.
+
+        Returns:
+            float (B, S, D).
+        """
+        config = self.config
+        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        if config.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.clip is not None:
+            q, k, v = (value.clamp(-config.clip, config.clip) for value in (q, k, v))
+        q, k, v = (value.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for value in (q, k, v))
+        if config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            start = num_cached(cache, "key", dim=2)
+            q, k = self.rotary(q, start=start), self.rotary(k, start=start)
+        y_BSn = attend(
+            q,
+            extended(cache, "key", k, dim=2),
+            extended(cache, "value", v, dim=2),
+            scale=config.head_dim**-0.5,
+            causal=causal,
+            padding_BT=padding_BT,
+            dropout=config.dropout if self.training else 0.0,
+        )
+        output: Tensor = self.out_proj(y_BSn)
+        return output

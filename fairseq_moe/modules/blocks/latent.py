@@ -1,0 +1,142 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+Keys and values of all heads are linear in one small vector per token, the latent c; positions enter through one
+more key k_r that all heads share. Incremental decoding keeps only c and k_r, and a single new token looks at them
+directly: its queries and the sums of latents pass the heads' matrices instead of every earlier token.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_moe.modules.blocks.attend import Cache, attend, extended, num_cached
+from fairseq_moe.modules.blocks.norm import RMSNorm
+from fairseq_moe.modules.blocks.rope import Rotary
+
+__all__ = ["LatentAttention", "LatentAttentionConfig"]
+
+_LATENT_EPS = 1e-6  # DeepSeek's, whatever the model's other norms have
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionConfig:
+    """What latent attention looks like.
+
+    Args:
+        model_dim: D.
+        num_heads: heads.
+        kv_rank: size of c.
+        q_rank: size of the queries' own latent; None: queries are linear in x.
+        nope_dim: size of each head's part without positions.
+        rope_dim: size of its part with positions.
+        value_dim: size of each head's values.
+        bias: the projections from x and to the output have one.
+        dropout: probability, on attention weights.
+    """
+
+    model_dim: int
+    num_heads: int
+    kv_rank: int
+    q_rank: int | None
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    bias: bool = False
+    dropout: float = 0.0
+
+
+class LatentAttention(nn.Module):
+    """See the module and ``LatentAttentionConfig``.
+
+    Args:
+        config: its shape.
+        rotary: turns the parts with positions.
+    """
+
+    def __init__(self, config: LatentAttentionConfig, rotary: Rotary) -> None:
+        super().__init__()
+        self.config = config
+        self.rotary = rotary
+        model_dim, num_heads, bias = config.model_dim, config.num_heads, config.bias
+        query_dim = num_heads * (config.nope_dim + config.rope_dim)
+        if config.q_rank is None:
+            self.q_proj = nn.Linear(model_dim, query_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(model_dim, config.q_rank, bias=bias)
+            self.q_a_norm = RMSNorm(config.q_rank, eps=_LATENT_EPS)
+            self.q_b_proj = nn.Linear(config.q_rank, query_dim, bias=False)
+        self.kv_a_proj = nn.Linear(model_dim, config.kv_rank + config.rope_dim, bias=bias)
+        self.kv_a_norm = RMSNorm(config.kv_rank, eps=_LATENT_EPS)
+        self.kv_b_proj = nn.Linear(
+            config.kv_rank, num_heads * (config.nope_dim + config.value_dim), bias=False
+        )
+        self.out_proj = nn.Linear(num_heads * config.value_dim, model_dim, bias=bias)
+        yarn = rotary.config.yarn
+        self.scale = (config.nope_dim + config.rope_dim) ** -0.5 * (
+            1.0 if yarn is None else yarn.score_scale()
+        )
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        *,
+        causal: bool = True,
+        padding_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """As ``GroupedAttention.forward``; the cache keeps ``latent`` and ``rope_key``."""
+        config, num_new = self.config, x_BSD.shape[1]
+        start = num_cached(cache, "latent", dim=1)
+        q_nope, q_rope = self._by_head(self._queries(x_BSD), config.nope_dim, config.rope_dim)
+        q_rope = self.rotary(q_rope, start=start)
+        c_BSr, rope_key_BSd = self.kv_a_proj(x_BSD).split([config.kv_rank, config.rope_dim], dim=-1)
+        c_BTr = extended(cache, "latent", self.kv_a_norm(c_BSr), dim=1)
+        rope_key_BTd = extended(cache, "rope_key", self.rotary(rope_key_BSd, start=start), dim=1)
+        look = functools.partial(
+            attend,
+            scale=self.scale,
+            causal=causal,
+            padding_BT=padding_BT,
+            dropout=config.dropout if self.training else 0.0,
+        )
+        through = self._look_at_latents if cache is not None and num_new == 1 else self._look_at_heads
+        output: Tensor = self.out_proj(through(look, q_nope, q_rope, c_BTr, rope_key_BTd))
+        return output
+
+    def _look_at_heads(
+        self, look: Callable[..., Tensor], q_nope: Tensor, q_rope: Tensor, c_BTr: Tensor, rope_key_BTd: Tensor
+    ) -> Tensor:
+        """Keys and values of every head are made of every latent: (B, S, heads * value_dim)."""
+        config = self.config
+        k_nope, v = self._by_head(self.kv_b_proj(c_BTr), config.nope_dim, config.value_dim)
+        shared_key = rope_key_BTd.unsqueeze(1).expand(-1, config.num_heads, -1, -1)
+        return look(torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, shared_key], dim=-1), v)
+
+    def _look_at_latents(
+        self, look: Callable[..., Tensor], q_nope: Tensor, q_rope: Tensor, c_BTr: Tensor, rope_key_BTd: Tensor
+    ) -> Tensor:
+        """The same by q . (Wk c) = (q Wk) . c and sum(a Wv c) = Wv sum(a c): one key head for all."""
+        config = self.config
+        by_head = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1))
+        key_matrix_Hnr, value_matrix_Hvr = by_head.split([config.nope_dim, config.value_dim], dim=1)
+        latents_BSn = look(
+            torch.cat([q_nope @ key_matrix_Hnr, q_rope], dim=-1),
+            torch.cat([c_BTr, rope_key_BTd], dim=-1).unsqueeze(1),
+            c_BTr.unsqueeze(1),
+        )
+        latents_BHSr = latents_BSn.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
+        return (latents_BHSr @ value_matrix_Hvr.mT).transpose(1, 2).flatten(2)
+
+    def _queries(self, x_BSD: Tensor) -> Tensor:
+        if self.config.q_rank is None:
+            queries: Tensor = self.q_proj(x_BSD)
+        else:
+            queries = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
+        return queries
+
+    def _by_head(self, x_BSn: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+        """(B, S, heads * sum(sizes)) -> one (B, heads, S, size) for each of the sizes."""
+        return x_BSn.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2).split(sizes, dim=-1)

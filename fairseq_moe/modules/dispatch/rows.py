@@ -1,0 +1,182 @@
+"""From tokens to rows sorted by expert and back: no tensor of size tokens x experts x capacity.
+
+tokens      t0 t1 t2              t0 -> experts 2, 0;  t1 -> 0, 1;  t2 -> 2, (dropped)
+rows        t0 t1 | t1 | t0 t2    expert 0 | expert 1 | expert 2, tokens in order within an expert
+token_of_R   0  1    1    0  2
+by_token_R   3  0 |  1  2 |  4    the same rows, token by token, choices in order
+
+Both directions only read by index and never add to one place from several: tokens are sums over ``by_token_R``,
+which ``embedding_bag`` computes in one pass and in the same order every time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fairseq_moe.modules.routing.contract import RoutingDecision, count_choices
+
+__all__ = [
+    "ExpertWork",
+    "RowPlan",
+    "combine_rows",
+    "count_rows",
+    "plan_order",
+    "plan_rows",
+    "take_rows",
+    "take_weights",
+]
+
+_CPU_CHUNK = 512  # rows that a CPU handles at once, so that they stay in its cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPlan:
+    """The kept assignments, sorted by (expert, token, choice).
+
+    Args:
+        assignment_R: int64, index into the flattened (T, K) assignments.
+        token_R: int64, the token of each row.
+        by_token_R: int64, the rows sorted by (token, choice).
+        starts_T: int64, where each token's rows start in ``by_token_R``.
+    """
+
+    assignment_R: Tensor
+    token_R: Tensor
+    by_token_R: Tensor
+    starts_T: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertWork:
+    """What a rank's experts do with the rows, or tokens, that they are given.
+
+    Args:
+        counts_L: rows of each local expert; zeros are fine.
+        plan: which row of the input each of their rows is, and where in the output its result is added;
+            None: the input's rows are sorted by expert, and results stay in their places.
+        weights_R: float, of each result in the output; None: 1. Needs a plan, or ValueError is raised.
+        rows_per_expert: every count, where the shape of the batch fixes it; None: routing decides.
+    """
+
+    counts_L: Sequence[int]
+    plan: RowPlan | None = None
+    weights_R: Tensor | None = None
+    rows_per_expert: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights_R is not None and self.plan is None:
+            raise ValueError("rows have weights, but no plan of where their weighted results are added")
+
+
+def count_rows(decision: RoutingDecision, *, num_experts: int) -> Tensor:
+    """Kept assignments of each expert: int64 (E,)."""
+    return count_choices(decision.expert_ids_TK, decision.kept_TK, num_experts=num_experts)
+
+
+def plan_rows(decision: RoutingDecision, *, num_experts: int, num_rows: int) -> RowPlan:
+    """List the kept assignments expert by expert.
+
+    Args:
+        decision: who goes where.
+        num_experts: E.
+        num_rows: R, the sum of ``count_rows``; the caller has it on the host, where sizes are needed.
+    """
+    top_k = decision.expert_ids_TK.shape[1]
+    ids = decision.expert_ids_TK.masked_fill(~decision.kept_TK, num_experts)
+    by_expert = torch.argsort(ids.reshape(-1), stable=True)
+    assignment_R = by_expert[:num_rows]
+    # Kept assignments up to and with each one, in (token, choice) order: a row's place among them, plus 1.
+    kept_so_far = decision.kept_TK.reshape(-1).cumsum(0)
+    place_R = kept_so_far.index_select(0, assignment_R) - 1
+    rows = torch.arange(num_rows, device=place_R.device)
+    return RowPlan(
+        assignment_R=assignment_R,
+        token_R=assignment_R // top_k,
+        by_token_R=torch.empty_like(place_R).scatter_(0, place_R, rows),
+        starts_T=kept_so_far[top_k - 1 :: top_k] - decision.kept_TK.sum(1),
+    )
+
+
+def plan_order(order_R: Tensor) -> RowPlan:
+    """Rows in another order: row r is row ``order_R[r]`` of the input, and its result goes back there."""
+    places = torch.arange(len(order_R), device=order_R.device)
+    return RowPlan(
+        assignment_R=order_R,
+        token_R=order_R,
+        by_token_R=torch.empty_like(order_R).scatter_(0, order_R, places),
+        starts_T=places,
+    )
+
+
+def take_rows(x_TD: Tensor, plan: RowPlan) -> Tensor:
+    """(T, D) -> (R, D): each kept assignment's token."""
+    return _TakeRows.apply(x_TD, plan)
+
+
+def take_weights(weights_TK: Tensor, plan: RowPlan) -> Tensor:
+    """(T, K) -> (R,): each kept assignment's weight."""
+    return weights_TK.reshape(-1).index_select(0, plan.assignment_R)
+
+
+def combine_rows(y_RD: Tensor, weights_R: Tensor | None, plan: RowPlan) -> Tensor:
+    """(R, D) -> (T, D): sum of each token's rows, times their weights; zero for a token without rows."""
+    if weights_R is None:
+        return _AddRows.apply(y_RD, plan)
+    return _CombineRows.apply(y_RD, weights_R.to(y_RD.dtype), plan)
+
+
+def _add_by_token(rows_RD: Tensor, plan: RowPlan, weights_R: Tensor | None = None) -> Tensor:
+    if weights_R is not None:
+        weights_R = weights_R.index_select(0, plan.by_token_R)
+    return F.embedding_bag(plan.by_token_R, rows_RD, plan.starts_T, mode="sum", per_sample_weights=weights_R)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, plan: RowPlan) -> Tensor:
+        ctx.plan = plan
+        return x_TD.index_select(0, plan.token_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _add_by_token(grads[0].contiguous(), ctx.plan), None
+
+
+class _AddRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, plan: RowPlan) -> Tensor:
+        ctx.plan = plan
+        return _add_by_token(y_RD.contiguous(), plan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].index_select(0, ctx.plan.token_R), None
+
+
+class _CombineRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, weights_R: Tensor, plan: RowPlan) -> Tensor:
+        ctx.save_for_backward(y_RD, weights_R)
+        ctx.plan = plan
+        return _add_by_token(y_RD.contiguous(), plan, weights_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_RD, weights_R = ctx.saved_tensors
+        grad_TD, num_rows = grads[0], len(y_RD)
+        grad_y_RD, grad_weights_R = torch.empty_like(y_RD), torch.empty_like(weights_R)
+        step = _CPU_CHUNK if y_RD.device.type == "cpu" else max(num_rows, 1)
+        for start in range(0, num_rows, step):
+            rows = slice(start, start + step)
+            grad = grad_TD.index_select(0, ctx.plan.token_R[rows])
+            torch.mul(grad, weights_R[rows].unsqueeze(1), out=grad_y_RD[rows])
+            torch.sum(grad.mul_(y_RD[rows]), dim=1, out=grad_weights_R[rows])
+        return grad_y_RD, grad_weights_R, None

@@ -1,0 +1,1 @@
+"""How are the experts' matrix products computed?"""

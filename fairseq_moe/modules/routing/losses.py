@@ -1,0 +1,118 @@
+"""Auxiliary losses of routing: pure functions, unscaled; the criterion weighs and adds them.
+
+The load-balancing losses share one formula, E * sum_e(share of the choices that fell on e * mean score of
+e), which is 1 when every expert is chosen equally often, whatever the scores (Switch Transformer, arXiv
+2101.03961, equation 4). They differ in whose choices are counted. Gradients flow through the scores only.
+"""
+
+import torch
+from torch import Tensor
+
+from fairseq_moe.modules.routing.contract import RoutingDecision, count_choices, count_ids
+
+__all__ = ["balance_loss", "choice_counts", "load_balancing_loss", "sequence_balancing_loss", "z_loss"]
+
+
+def balance_loss(gates_TE: Tensor, decision: RoutingDecision) -> Tensor:
+    """The load-balancing loss of GShard (Lepikhin et al. 2020, equation 4) times E.
+
+    E * sum_e( mean_t gates[t, e] * share of tokens whose first choice is e ), counted before the capacity
+    cut; 1 when probabilities and choices are uniform. The gradient flows through the probabilities only.
+    Padding tokens count in both means' denominators and in the first mean, as in fairseq's moe branch, but
+    make no choice.
+
+    Args:
+        gates_TE: float gate probabilities.
+        decision: a decision about the same tokens.
+
+    Returns:
+        float32 (or float64) scalar; 0 without tokens.
+    """
+    num_tokens, num_experts = gates_TE.shape
+    gates_TE = _at_least_fp32(gates_TE)
+    counts_E = count_choices(decision.expert_ids_TK[:, 0], decision.wanted_TK[:, 0], num_experts=num_experts)
+    denominator = max(num_tokens, 1)
+    share_E = counts_E.to(gates_TE.dtype) / denominator
+    mean_E = gates_TE.sum(dim=0) / denominator
+    return num_experts * (mean_E * share_E).sum()
+
+
+@torch.no_grad()
+def choice_counts(scores_TE: Tensor, *, top_k: int, padding_T: Tensor | None = None) -> Tensor:
+    """How often an expert is among the K best by plain scores, without bias, groups or drops: int64 (E,)."""
+    num_experts = scores_TE.shape[-1]
+    ids_TK = scores_TE.topk(top_k, dim=-1).indices
+    if padding_T is None:
+        return count_ids(ids_TK.reshape(-1), size=num_experts)
+    return count_choices(ids_TK, ~padding_T.unsqueeze(-1), num_experts=num_experts)
+
+
+def load_balancing_loss(
+    scores_TE: Tensor, counts_E: Tensor, *, padding_T: Tensor | None = None, num_tokens: Tensor | None = None
+) -> Tensor:
+    """E * sum_e( counts[e] / sum(counts) * mean over valid tokens of scores[t, e] ).
+
+    Args:
+        scores_TE: float, normalised over the experts.
+        counts_E: choices, of these tokens or of more (earlier micro-batches, other ranks).
+        padding_T: bool, True where a token is padding.
+        num_tokens: divisor of the mean; None: the valid tokens here. With the number of tokens of all ranks,
+            the ranks' losses add up to that of their joint batch.
+
+    Returns:
+        float32 (or float64) scalar; 0 without tokens.
+    """
+    scores_TE = _at_least_fp32(scores_TE)
+    total_E, valid = _valid_sum(scores_TE, padding_T)
+    mean_E = total_E / (valid if num_tokens is None else num_tokens).clamp(min=1)
+    share_E = counts_E.to(scores_TE.dtype) / counts_E.sum().clamp(min=1)
+    return scores_TE.shape[-1] * (share_E * mean_E).sum()
+
+
+def sequence_balancing_loss(
+    scores_TE: Tensor, *, num_sequences: int, top_k: int, padding_T: Tensor | None = None
+) -> Tensor:
+    """The loss of each sequence (DeepSeek-V2, arXiv 2405.04434, equation 23), averaged by valid tokens.
+
+    Args:
+        scores_TE: float, normalised over the experts; tokens batch-major.
+        num_sequences: B, sequences of equal length.
+        top_k: K.
+        padding_T: bool, True where a token is padding.
+
+    Returns:
+        float32 (or float64) scalar; with sequences of equally many tokens their plain mean.
+    """
+    num_experts = scores_TE.shape[-1]
+    scores_BSE = _at_least_fp32(scores_TE).reshape(num_sequences, -1, num_experts)
+    valid_BS = torch.ones_like(scores_BSE[..., 0])
+    if padding_T is not None:
+        valid_BS = valid_BS * ~padding_T.view(num_sequences, -1)
+    with torch.no_grad():
+        ids_BSK = scores_BSE.topk(top_k, dim=-1).indices
+        chosen_BSE = torch.zeros_like(scores_BSE).scatter(-1, ids_BSK, 1.0) * valid_BS.unsqueeze(-1)
+    tokens_B = valid_BS.sum(-1)
+    share_BE = chosen_BSE.sum(1) / (top_k * tokens_B.unsqueeze(-1)).clamp(min=1)
+    mean_BE = (scores_BSE * valid_BS.unsqueeze(-1)).sum(1) / tokens_B.unsqueeze(-1).clamp(min=1)
+    losses_B = num_experts * (share_BE * mean_BE).sum(-1)
+    return (losses_B * tokens_B).sum() / tokens_B.sum().clamp(min=1)
+
+
+def z_loss(logits_TE: Tensor, *, padding_T: Tensor | None = None) -> Tensor:
+    """Mean over valid tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5): float scalar."""
+    squares_T = torch.logsumexp(_at_least_fp32(logits_TE), dim=-1).square()
+    total, valid = _valid_sum(squares_T, padding_T)
+    return total / valid.clamp(min=1)
+
+
+def _valid_sum(values_T: Tensor, padding_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum over the tokens that are not padding, and their number."""
+    if padding_T is None:
+        return values_T.sum(0), values_T.new_full((), len(values_T))
+    keep = ~padding_T
+    masked = values_T * keep.view(-1, *[1] * (values_T.dim() - 1))
+    return masked.sum(0), keep.sum().to(values_T.dtype)
+
+
+def _at_least_fp32(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -1,0 +1,217 @@
+"""The router: from tokens to expert logits, and on to a routing rule.
+
+Two scorers: a linear map, and X-MoE's cosine between a projected token and expert embeddings (Chi et al.
+2022, arXiv 2204.09179). The expert bias of auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664)
+lives here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fairseq_moe.modules.routing.bias import BiasRule, quantile_thresholds, sign_step
+from fairseq_moe.modules.routing.branch import BranchRule, RouterConfig
+from fairseq_moe.modules.routing.contract import (
+    RouterMode,
+    RouterOutput,
+    RoutingDecision,
+    RoutingRule,
+    TokenInfo,
+    count_choices,
+)
+from fairseq_moe.modules.routing.scores import choice_scores
+from fairseq_moe.modules.routing.topk import TopKConfig, TopKRule
+
+__all__ = ["Router", "RouterConfig", "RouterMode", "RouterOutput", "ScorerConfig"]
+
+_FLOAT32_BUFFERS = ("expert_bias", "thresholds")
+_COSINE_DIM = 16
+_COSINE_NORM = 1.5  # of expert embeddings at the start; only their direction matters
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerConfig:
+    """How logits are computed.
+
+    Args:
+        cosine: X-MoE's scorer in place of the linear map.
+        dtype: precision of the product; None: that of the tokens.
+        jitter_eps: while training the router's input is multiplied by uniform(1 - eps, 1 + eps); None: not.
+        bias_rule: how the expert bias follows the load; None: no bias.
+        bias_update_rate: step of the ``sign`` rule.
+    """
+
+    cosine: bool = False
+    dtype: torch.dtype | None = None
+    jitter_eps: float | None = None
+    bias_rule: BiasRule | None = None
+    bias_update_rate: float = 1e-3
+
+
+class Router(nn.Module):
+    """Scores experts and routes by the configured rule.
+
+    Args:
+        model_dim: D.
+        num_experts: E.
+        config: the rule, of the moe branch or of the top-k family.
+        scorer: how logits are computed.
+        sum_over_ranks: adds up a vector over all ranks, in place (None: a single process); used by the
+            global balance loss on every training pass and by the expert bias once per update.
+    """
+
+    weight: Tensor
+    projection: Tensor
+    expert_bias: Tensor | None
+    thresholds: Tensor
+    local_counts_E: Tensor
+    global_counts_E: Tensor
+
+    def __init__(
+        self,
+        *,
+        model_dim: int,
+        num_experts: int,
+        config: RouterConfig | TopKConfig,
+        scorer: ScorerConfig | None = None,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.config = config
+        self.scorer = scorer or ScorerConfig()
+        self.sum_over_ranks = sum_over_ranks or (lambda counts: counts)
+        if self.scorer.cosine:
+            self.projection = nn.Linear(model_dim, _COSINE_DIM, bias=False).weight
+            self.weight = nn.Parameter(torch.empty(num_experts, _COSINE_DIM))
+            if not self.weight.is_meta:
+                nn.init.orthogonal_(self.weight)
+                with torch.no_grad():
+                    self.weight.copy_(_COSINE_NORM * F.normalize(self.weight, dim=-1))
+        else:
+            self.weight = nn.Linear(model_dim, num_experts, bias=False).weight
+        has_bias = self.scorer.bias_rule is not None
+        self.register_buffer("expert_bias", torch.zeros(num_experts) if has_bias else None)
+        # Sum of the quantile rule's thresholds over the update's passes (E,), and their number (last).
+        self.register_buffer("thresholds", torch.zeros(num_experts + 1), persistent=False)
+        # Choices since the update began, before drops: here, and on all ranks. They are not saved.
+        self.register_buffer("local_counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("global_counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.rule: RoutingRule
+        if isinstance(config, TopKConfig):
+            self.rule = TopKRule(config, global_counts=self._count_globally)
+        else:
+            self.rule = BranchRule(config)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        *,
+        tokens: TokenInfo,
+        decision: RoutingDecision | None = None,
+    ) -> RouterOutput:
+        """Route tokens.
+
+        Args:
+            x_TD: float tokens.
+            tokens: what they are for, which are padding.
+            decision: reuse this decision (a recomputed forward pass) instead of taking one.
+        """
+        logits_TE = self._logits(self._jittered(x_TD, tokens))
+        if isinstance(self.rule, TopKRule):
+            self.rule.bias_E = self.expert_bias
+        routed = self.rule.route(logits_TE, tokens, decision)
+        if self.expert_bias is not None and decision is None and tokens.mode is RouterMode.TRAIN:
+            self._observe(logits_TE.detach(), routed.decision, tokens)
+        return routed
+
+    def _observe(self, logits_TE: Tensor, decision: RoutingDecision, tokens: TokenInfo) -> None:
+        """Note what the next bias needs to know of this pass."""
+        if self.scorer.bias_rule is BiasRule.SIGN:
+            self.local_counts_E += self._wanted_counts(decision)
+            return
+        assert isinstance(self.config, TopKConfig) and self.expert_bias is not None
+        scores_TE = choice_scores(logits_TE.float(), self.config.score)
+        found_E = quantile_thresholds(
+            scores_TE, self.expert_bias, top_k=self.config.top_k, padding_T=tokens.padding_T
+        )
+        has_tokens = decision.wanted_TK.any().to(found_E.dtype)
+        self.thresholds += torch.cat([found_E, has_tokens.view(1)])
+
+    def begin_update(self) -> None:
+        """Forget the choices of the last update."""
+        self.local_counts_E.zero_()
+        self.global_counts_E.zero_()
+        self.thresholds.zero_()
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Let the expert bias follow the load of the update, if there is one; collective over all ranks.
+
+        The bias of a router whose parameters are frozen is frozen, too.
+        """
+        if self.expert_bias is None or not self.weight.requires_grad:
+            return
+        if self.scorer.bias_rule is BiasRule.SIGN:
+            counts_E = self.sum_over_ranks(self.local_counts_E.clone())
+            self.expert_bias += sign_step(counts_E, rate=self.scorer.bias_update_rate)
+        else:
+            *sums, passes = self.sum_over_ranks(self.thresholds.clone()).split([self.num_experts, 1])
+            mean_E = sums[0] / passes.clamp(min=1)
+            self.expert_bias = torch.where(passes > 0, mean_E.mean() - mean_E, self.expert_bias)
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """fairseq tells every module how many updates are done; the capacity schedule goes by it."""
+        if isinstance(self.rule, TopKRule):
+            self.rule.num_updates = num_updates
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Bias and thresholds stay float32 when a model is converted: the bias's steps are small."""
+        before = {name: getattr(self, name) for name in _FLOAT32_BUFFERS}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            if value is not None and not value.is_meta:
+                self._buffers[name] = value.to(getattr(self, name).device)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """FSDP casts buffers by assignment before every pass: of such a value only the device is used."""
+        if name in _FLOAT32_BUFFERS and isinstance(value, Tensor) and value.dtype != torch.float32:
+            value = getattr(self, name).to(value.device)
+        super().__setattr__(name, value)
+
+    def _jittered(self, x_TD: Tensor, tokens: TokenInfo) -> Tensor:
+        eps = self.scorer.jitter_eps
+        if eps is None or tokens.mode is not RouterMode.TRAIN:
+            return x_TD
+        return x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        dtype = self.scorer.dtype or x_TD.dtype
+        device = x_TD.device.type
+        # What was asked for in a dtype is not rounded.
+        rounds = self.scorer.dtype is None and torch.is_autocast_enabled(device)
+        with torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=rounds):
+            return self._products(x_TD, dtype)
+
+    def _products(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+        if not self.scorer.cosine:
+            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        projected = F.linear(x_TD.to(dtype), self.projection.to(dtype))
+        projected = projected.to(torch.promote_types(dtype, torch.float32))
+        logits_TE = projected @ F.normalize(self.weight.to(projected.dtype), dim=-1, eps=1e-4).t()
+        if len(x_TD) == 0:
+            return logits_TE.to(dtype)
+        finite = torch.isfinite(logits_TE)
+        return torch.where(finite, logits_TE, logits_TE.masked_fill(~finite, float("inf")).amin()).to(dtype)
+
+    def _count_globally(self, counts_E: Tensor) -> Tensor:
+        self.global_counts_E += self.sum_over_ranks(counts_E.clone())
+        return self.global_counts_E.clone()
+
+    def _wanted_counts(self, decision: RoutingDecision) -> Tensor:
+        return count_choices(decision.expert_ids_TK, decision.wanted_TK, num_experts=self.num_experts)

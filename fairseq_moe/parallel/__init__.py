@@ -1,0 +1,1 @@
+"""Which rank holds what? Arithmetic on whole numbers; no process group, no tensor."""

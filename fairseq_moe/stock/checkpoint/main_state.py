@@ -1,0 +1,55 @@
+"""What a checkpoint's main file says besides naming its shards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fairseq import utils
+from torch import nn
+
+from fairseq_moe.checkpoint import ModelShape
+from fairseq_moe.flags.moe import MoEConfig
+
+__all__ = ["main_state", "model_shape"]
+
+
+def model_shape(model_cfg: Any) -> ModelShape:
+    """The sizes of a configured model that its checkpoints name."""
+    moe = MoEConfig.from_args(model_cfg)
+    return ModelShape(
+        num_experts=moe.num_experts,
+        top_k=moe.top_k,
+        model_dim=model_cfg.decoder_embed_dim,
+        expert_dim=moe.expert_dim or model_cfg.decoder_ffn_embed_dim,
+        num_layers=model_cfg.decoder_layers,
+    )
+
+
+def main_state(trainer: Any) -> dict[str, Any]:
+    """Stock's state dictionary, without tensors."""
+    optimizer = None
+    if not trainer.cfg.checkpoint.no_save_optimizer_state:
+        stock_form = trainer.optimizer.state_dict()
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in stock_form["param_groups"]
+        ]
+        optimizer = {"param_groups": groups}
+        if "loss_scale" in stock_form:
+            optimizer["loss_scale"] = stock_form["loss_scale"]
+    trainer._gathered_optim_state = optimizer  # stock puts this into the file in place of its own
+    with _shadowed(trainer.model, "state_dict", lambda *args, **kwargs: {}):
+        state = trainer.state_dict()
+    state.pop("fsdp_metadata", None)
+    if optimizer is None:
+        state["last_optimizer_state"] = None
+    return utils.move_to_cpu(state)
+
+
+@contextmanager
+def _shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del module.__dict__[name]

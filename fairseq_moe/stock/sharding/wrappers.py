@@ -1,0 +1,51 @@
+"""Data-parallel wrappers: torch's DistributedDataParallel on CPU, and experts that it must leave alone."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fairseq_moe.stock.find_experts import moe_decoder
+from fairseq_moe.stock.seam import seam
+
+
+@seam(
+    "fairseq.models.distributed_fairseq_model:DistributedDataParallel",
+    signature=None,
+    stock_does="always names a CUDA device, broadcasts rank 0's parameters and averages all gradients",
+    breaks="--ddp-backend pytorch_ddp cannot run on CPU; experts of other ranks are overwritten and "
+    "averaged away",
+    we_do="no device on CPU; expert parameters are on torch's list of parameters to ignore",
+    test="tests/distributed/test_training_equality.py",
+)
+def distributed_data_parallel(stock: Any) -> Any:
+    def wrap(*, module: nn.Module, device_ids: Any, output_device: Any, **kwargs: Any) -> nn.Module:
+        if all(p.device.type == "cpu" for p in module.parameters()):
+            device_ids = output_device = None
+        if moe_decoder(module) is not None:
+            names = [name for name, p in module.named_parameters() if hasattr(p, "expert")]
+            stock._set_params_and_buffers_to_ignore_for_model(module, names)
+        return stock(module=module, device_ids=device_ids, output_device=output_device, **kwargs)
+
+    return wrap
+
+
+@seam(
+    "fairseq.trainer:torch",
+    signature=None,
+    stock_does="answers a gradient overflow with torch.tensor(0.0).cuda()",
+    breaks="an fp16 run on a machine without CUDA dies at its first overflow",
+    we_do="on such a machine that module's torch.tensor gives tensors whose cuda() is the tensor itself",
+    test="tests/distributed/test_precision.py",
+)
+def torch_of_trainer(stock: Any) -> Any:
+    if torch.cuda.is_available():
+        return stock
+    from fairseq_moe.stock.proxy import ModuleProxy
+
+    def tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = torch.tensor(*args, **kwargs)
+        made.cuda = lambda: made  # type: ignore[method-assign]
+        return made
+
+    return ModuleProxy(stock, tensor=tensor)

@@ -1,0 +1,329 @@
+"""The training loop around an MoE model: dummy batches, start-up messages, memory and load statistics."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from fairseq.logging import metrics
+from fairseq.tasks.fairseq_task import FairseqTask
+from torch import Tensor, nn
+
+from fairseq_moe.criterions import MoECrossEntropyCriterion
+from fairseq_moe.distributed import broadcast_value, rank, set_collective_timeout, world_size
+from fairseq_moe.expert_load.record import LOAD_KEY, LoadRecord, append_record
+from fairseq_moe.faults import fault
+from fairseq_moe.flags.megatron_aliases import argument_warnings
+from fairseq_moe.flags.reliability import ReliabilityConfig
+from fairseq_moe.models.decoder import MoEDecoder
+from fairseq_moe.stock.checkpoint.saving import finish_background_save, note_background_save
+from fairseq_moe.stock.find_experts import moe_decoder
+from fairseq_moe.stock.seam import seam
+from fairseq_moe.stock.start.ending import FIRST_UPDATE_TIMEOUTS, current_watchdog
+from fairseq_moe.stock.step.dummy import dummy_batch
+from fairseq_moe.stock.step.guard import StepGuard
+from fairseq_moe.stock.step.lock import SaveDirectoryError, lock_save_directory
+
+logger = logging.getLogger(__name__)
+
+
+@seam(
+    "fairseq.trainer:Trainer.__init__",
+    signature="(self, cfg, task, model, criterion, quantizer)",
+    stock_does="counts the parameters of FSDP shards, and loads checkpoints on rank 0 only",
+    breaks="the logged sizes are those of a shard; other ranks need other experts",
+    we_do="log true sizes in the branch's words, load on all ranks, warn of a criterion without gate loss, "
+    "and write the load of the experts after each validation",
+    test="tests/e2e/test_training.py",
+)
+def trainer_init(
+    stock: Callable[..., Any],
+    self: Any,
+    cfg: Any,
+    task: Any,
+    model: nn.Module,
+    criterion: nn.Module,
+    quantizer: Any = None,
+) -> None:
+    decoder = moe_decoder(model)
+    if decoder is not None:
+        cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
+        _log_sizes(model)
+        logger.info("%s", decoder.size)
+        _warn_once(cfg, decoder, criterion)
+    stock(self, cfg, task, model, criterion, quantizer)
+    if decoder is not None:
+        _lock_save_directory(self)
+        _record_load_after_validation(self, task, decoder)
+        # Where the seams of a step find it: on the trainer, on its task and beside the experts.
+        guard = StepGuard(ReliabilityConfig.from_args(cfg.model))
+        self.moe_guard = task.moe_guard = decoder.moe_guard = guard
+        guard.signals.listen()
+        _set_timeouts(self, decoder, FIRST_UPDATE_TIMEOUTS)
+
+
+def _lock_save_directory(trainer: Any) -> None:
+    """On rank 0; all ranks learn of a refusal. fairseq-train has made the directory by now."""
+    cfg, refusal = trainer.cfg.checkpoint, None
+    if rank() == 0 and not cfg.no_save and os.path.isdir(cfg.save_dir):
+        try:
+            lock_save_directory(cfg.save_dir)
+        except SaveDirectoryError as error:
+            refusal = error
+    refusal = broadcast_value(refusal)
+    if refusal is not None:
+        raise refusal
+
+
+def _log_sizes(model: nn.Module) -> None:
+    for label, is_expert in (("non-expert", False), ("expert", True)):
+        sized = [
+            (_true_size(p), p.requires_grad) for p in model.parameters() if hasattr(p, "expert") is is_expert
+        ]
+        logger.info(
+            "num. %s model params: %s (num. trained: %s)",
+            label,
+            f"{sum(size for size, _ in sized):,}",
+            f"{sum(size for size, trained in sized if trained):,}",
+        )
+
+
+def _true_size(parameter: Tensor) -> int:
+    """Elements of the whole tensor; FSDP keeps them on the shard."""
+    size = getattr(parameter, "_orig_size", None)
+    return parameter.numel() if size is None else int(size.numel())
+
+
+def _warn_once(cfg: Any, decoder: MoEDecoder, criterion: nn.Module) -> None:
+    for sentence in argument_warnings(cfg.model):
+        logger.warning(sentence)
+    if not isinstance(criterion, MoECrossEntropyCriterion):
+        logger.warning(
+            "the criterion %s does not add the gate loss, so nothing balances the experts; use --criterion "
+            "moe_cross_entropy.",
+            type(criterion).__name__,
+        )
+    backend = str(cfg.distributed_training.ddp_backend)
+    if decoder.moe.moe_normalize_expert_grad == "sqrt_world_size" and backend != "fully_sharded":
+        logger.warning(
+            "--moe-normalize-expert-grad sqrt_world_size takes effect under --ddp-backend fully_sharded "
+            "only; with %s expert gradients are divided by the world size.",
+            backend,
+        )
+
+
+@seam(
+    "fairseq.trainer:Trainer._prepare_sample",
+    signature="(self, sample, is_dummy)",
+    stock_does="gives a rank without data the first batch again",
+    breaks="its tokens take places at experts of other ranks and enter the statistics",
+    we_do="mark the batch, so that the router leaves all of its tokens out",
+    test="tests/distributed/test_uneven_batches.py",
+)
+def prepare_sample(
+    stock: Callable[..., Any], self: Any, sample: Any, is_dummy: bool = False
+) -> tuple[Any, bool]:
+    prepared, is_dummy_batch = stock(self, sample, is_dummy)
+    if not is_dummy_batch or moe_decoder(self.get_model()) is None:
+        return prepared, is_dummy_batch
+    marked = {**prepared, "net_input": {**prepared["net_input"], "all_padding": True}}
+    return marked, not _task_uses_stock_steps(self.task)
+
+
+def _task_uses_stock_steps(task: Any) -> bool:
+    kind = type(task)
+    return kind.train_step is FairseqTask.train_step and kind.valid_step is FairseqTask.valid_step
+
+
+@seam(
+    "fairseq.tasks.fairseq_task:FairseqTask.train_step",
+    signature="(self, sample, model, criterion, optimizer, update_num, ignore_grad)",
+    stock_does="leaves it to the trainer to ignore a dummy batch, which then ignores all of the update's "
+    "micro-batches on that rank if the last one is a dummy",
+    breaks="with --update-freq, real micro-batches vanish from the sample size and the statistics",
+    we_do="zero the sample size and the statistics of the dummy micro-batch alone",
+    test="tests/distributed/test_uneven_batches.py",
+)
+def train_step(
+    stock: Callable[..., Any],
+    self: Any,
+    sample: Any,
+    model: Any,
+    criterion: Any,
+    optimizer: Any,
+    update_num: int,
+    ignore_grad: bool = False,
+) -> tuple[Any, Any, dict[str, Any]]:
+    fault("train.forward")
+    is_dummy = _is_dummy(sample)
+    loss, sample_size, logged = stock(
+        self, sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad or is_dummy
+    )
+    if is_dummy:
+        loss, sample_size, logged = _without_dummy(loss, sample_size, logged)
+    guard = getattr(self, "moe_guard", None)
+    if guard is not None:
+        guard.see_loss(loss, sample_size)
+    return loss, sample_size, logged
+
+
+@seam(
+    "fairseq.tasks.fairseq_task:FairseqTask.valid_step",
+    signature="(self, sample, model, criterion)",
+    stock_does="as train_step; fairseq-validate passes it an empty batch where a rank has none",
+    breaks="as train_step; the criterion fails on the empty batch",
+    we_do="as train_step; a dummy in the place of the empty batch",
+    test="tests/distributed/test_uneven_batches.py",
+)
+def valid_step(
+    stock: Callable[..., Any], self: Any, sample: Any, model: Any, criterion: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    fault("valid.forward")
+    if not sample and moe_decoder(model) is not None:
+        sample = dummy_batch(self.target_dictionary, add_bos_token=False)
+    loss, sample_size, logged = stock(self, sample, model, criterion)
+    return _without_dummy(loss, sample_size, logged) if _is_dummy(sample) else (loss, sample_size, logged)
+
+
+def _is_dummy(sample: dict[str, Any]) -> bool:
+    return bool(sample.get("net_input", {}).get("all_padding", False))  # some stock tasks have no net_input
+
+
+def _without_dummy(loss: Any, sample_size: Any, logged: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    return loss, sample_size * 0, {key: value * 0 for key, value in logged.items()}
+
+
+@seam(
+    "fairseq.tasks.fairseq_task:FairseqTask.optimizer_step",
+    signature="(self, optimizer, model, update_num)",
+    stock_does="resets the peak memory counter before anyone else can log it",
+    breaks="the branch's cuda_gb_allocated, cuda_gb_reserved and cuda_gb_free are missing",
+    we_do="log them right after the optimizer's step, on GPUs",
+    test="none on CPU; logged on GPUs only",
+)
+def optimizer_step(
+    stock: Callable[..., Any], self: Any, optimizer: Any, model: nn.Module, update_num: int
+) -> None:
+    stock(self, optimizer, model, update_num)
+    decoder = moe_decoder(model)
+    if decoder is not None:
+        for router in decoder.routers():
+            router.update_bias()
+    if torch.cuda.is_available() and decoder is not None and next(model.parameters()).is_cuda:
+        gb = 1024.0**3
+        allocated = torch.cuda.max_memory_allocated() / gb
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / gb
+        for name, value in (
+            ("cuda_gb_allocated", allocated),
+            ("cuda_gb_reserved", torch.cuda.max_memory_reserved() / gb),
+            ("cuda_gb_free", total - allocated),
+        ):
+            metrics.log_scalar(name, value, priority=1500, round=1, weight=0)
+
+
+@seam(
+    "fairseq.trainer:Trainer.train_step",
+    signature="(self, samples, raise_oom)",
+    stock_does="shows numbers per update, no tensors; on several ranks, goes on alone after running out of "
+    "memory, and saves crash.pt after other errors",
+    breaks="the load of each expert of each layer is not to be seen; the other ranks wait for this one in an "
+    "exchange, while it waits for them in another",
+    we_do="append the load to moe_load.jsonl in the save directory every --log-interval updates; every error "
+    "of one of several ranks ends it, without a word to the others",
+    test="tests/reliability/test_r22_lost_rank.py",
+)
+def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise_oom: bool = False) -> Any:
+    decoder = moe_decoder(self.get_model())
+    if decoder is None:
+        return stock(self, samples, raise_oom)
+    for router in decoder.routers():
+        router.begin_update()
+    self.moe_guard.begin_update()
+    watchdog = current_watchdog()
+    if watchdog is not None:
+        watchdog.update = self.get_num_updates() + 1
+    note_background_save(self)
+    with _no_crash_checkpoint(self):
+        output = stock(self, samples, raise_oom or world_size() > 1)
+    if self.moe_guard.all_have_background_save:
+        finish_background_save(self)
+    if self.moe_guard.is_first_update:
+        self.moe_guard.is_first_update = False
+        _set_timeouts(self, decoder, 1.0)
+    update = self.get_num_updates()
+    if output is None or update % self.cfg.common.log_interval != 0 or not self.is_data_parallel_master:
+        return output
+    meters = metrics.get_meters("train_inner")
+    if meters is not None and LOAD_KEY in meters:
+        _write_load(self, decoder, meters[LOAD_KEY].sum, split="train")
+    return output
+
+
+def _set_timeouts(trainer: Any, decoder: MoEDecoder, factor: float) -> None:
+    groups = [] if decoder.mesh is None else decoder.mesh.groups
+    seconds = factor * trainer.moe_guard.config.collective_timeout_sec
+    set_collective_timeout(seconds, [trainer.data_parallel_process_group, *groups])
+
+
+@contextmanager
+def _no_crash_checkpoint(trainer: Any) -> Iterator[None]:
+    """Saving takes all ranks, and the others do not know that this one is in trouble."""
+    trainer.save_checkpoint = lambda filename, extra_state: None  # stock calls it inside for crash.pt only
+    try:
+        yield
+    finally:
+        del trainer.save_checkpoint
+
+
+def _record_load_after_validation(trainer: Any, task: Any, decoder: MoEDecoder) -> None:
+    """Stock calls ``task.post_validate`` after each validation subset, if the task has one."""
+    earlier = getattr(task, "post_validate", None)
+
+    def post_validate(model: nn.Module, stats: dict[str, Any], agg: Any) -> None:
+        if earlier is not None:
+            earlier(model, stats, agg)
+        if LOAD_KEY in agg and trainer.is_data_parallel_master:
+            _write_load(trainer, decoder, agg[LOAD_KEY].sum, split="valid")
+
+    task.post_validate = post_validate
+
+
+def _write_load(trainer: Any, decoder: MoEDecoder, load: Tensor, *, split: str) -> None:
+    if trainer.cfg.checkpoint.no_save:
+        return
+    update = trainer.get_num_updates()
+    record = LoadRecord.from_load(load, split=split, update=update, layers=decoder.moe_layers)
+    try:
+        append_record(trainer.cfg.checkpoint.save_dir, record)
+    except OSError as error:
+        logger.warning("the load of the experts could not be recorded (%s); training goes on.", error)
+
+
+@seam(
+    "fairseq.trainer:Trainer.get_valid_iterator",
+    signature="(self, subset, disable_iterator_cache)",
+    stock_does="uses --num-workers for validation too",
+    breaks="the branch's --num-workers-valid does not exist",
+    we_do="honour it when it is given",
+    test="tests/e2e/test_commands.py",
+)
+def get_valid_iterator(
+    stock: Callable[..., Any], self: Any, subset: str, disable_iterator_cache: bool = False
+) -> Any:
+    num_workers = getattr(self.cfg.model, "num_workers_valid", None)
+    if num_workers is None:
+        return stock(self, subset, disable_iterator_cache)
+    with _replaced(self.cfg.dataset, "num_workers", num_workers):
+        return stock(self, subset, disable_iterator_cache)
+
+
+@contextmanager
+def _replaced(config: Any, name: str, value: Any) -> Any:
+    before = config[name]
+    config[name] = value
+    try:
+        yield
+    finally:
+        config[name] = before

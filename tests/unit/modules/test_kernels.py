@@ -1,0 +1,214 @@
+"""Kernels of the experts: equal in output and every gradient; chosen by sizes; gradients in kept memory."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairseq_moe.modules.dispatch.rows import ExpertWork
+from fairseq_moe.modules.kernels import table as kernels
+from fairseq_moe.modules.kernels.table import Kernel, Stacks, arithmetic_dtype, choose_kernel, run_experts
+
+L, D, H = 4, 8, 16
+COUNTS = {
+    "some": (3, 1, 5, 2),
+    "zero": (4, 0, 7, 0),
+    "one": (0, 0, 11, 0),
+    "equal": (3, 3, 3, 3),
+    "none": (0,) * L,
+}
+KERNELS = list(Kernel)
+
+
+class Result(NamedTuple):
+    out: Tensor
+    grads: list[Tensor]
+
+
+def stacks_of(dtype: torch.dtype = torch.float32) -> Stacks:
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((L, H, D), (L, H), (L, D, H), (L, D))
+    return Stacks(*(torch.randn(s, generator=generator).mul(0.3).to(dtype).requires_grad_() for s in shapes))
+
+
+def rows_of(counts: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(sum(counts), D, generator=generator).to(dtype).requires_grad_()
+
+
+def run(
+    kernel: Kernel,
+    counts: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    activation: Callable[[Tensor], Tensor] = F.gelu,
+) -> Result:
+    rows, stacks = rows_of(counts, dtype), stacks_of(dtype)
+    out = run_experts(kernel, rows, stacks, ExpertWork(counts_L=counts), activation=activation)
+    cotangent = torch.linspace(-1, 1, out.numel()).view(out.shape).to(dtype)
+    return Result(out.detach(), list(torch.autograd.grad(out, (rows, *stacks), cotangent)))
+
+
+def plain(counts: tuple[int, ...], dtype: torch.dtype, activation: Callable[[Tensor], Tensor]) -> Result:
+    """One pair of linear maps per expert, in float64, by autograd."""
+    rows, stacks = rows_of(counts, dtype).double(), [stack.double() for stack in stacks_of(dtype)]
+    leaves = [tensor.detach().requires_grad_() for tensor in (rows, *stacks)]
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = leaves
+    parts = [
+        F.linear(activation(F.linear(part, fc1_weight[e], fc1_bias[e])), fc2_weight[e], fc2_bias[e])
+        for e, part in enumerate(x.split(counts))
+    ]
+    out = torch.cat(parts)
+    cotangent = torch.linspace(-1, 1, out.numel()).view(out.shape).to(dtype).double()
+    return Result(out.detach(), list(torch.autograd.grad(out, leaves, cotangent)))
+
+
+class TestEquality:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_output_and_every_gradient(
+        self, kernel: Kernel, counts: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        found, expected = run(kernel, counts, dtype), plain(counts, dtype, F.gelu)
+        # The hidden layer is rounded once; a sum over rows of such values is off by more than one rounding.
+        tolerance = 1e-5 if dtype is torch.float32 else 0.03
+        for a, b in zip((found.out, *found.grads), (expected.out, *expected.grads), strict=True):
+            assert a.dtype is dtype
+            torch.testing.assert_close(a.double(), b, atol=tolerance, rtol=tolerance)
+
+    @pytest.mark.parametrize(
+        "activation", [F.relu, torch.tanh, F.silu, lambda x: x], ids=["relu", "tanh", "silu", "identity"]
+    )
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_activations(self, kernel: Kernel, activation: Callable[[Tensor], Tensor]) -> None:
+        counts = COUNTS["zero"]
+        found = run(kernel, counts, activation=activation)
+        expected = plain(counts, torch.float32, activation)
+        for a, b in zip((found.out, *found.grads), (expected.out, *expected.grads), strict=True):
+            torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_experts_without_rows_get_zeros(self, kernel: Kernel) -> None:
+        for grad in run(kernel, COUNTS["zero"]).grads[1:]:
+            assert not grad[1].any() and not grad[3].any() and grad[0].any()
+
+    def test_values_after_gelu_may_be_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # As on a CPU with units for bfloat16.
+        monkeypatch.setattr(kernels, "arithmetic_dtype", lambda like: like.dtype)
+        found, expected = (
+            run(Kernel.SLICED, COUNTS["some"], torch.bfloat16),
+            run(Kernel.LOOP, COUNTS["some"], torch.bfloat16),
+        )
+        for a, b in zip((found.out, *found.grads), (expected.out, *expected.grads), strict=True):
+            torch.testing.assert_close(a, b, atol=0.03, rtol=0.03)
+
+
+class TestGradients:
+    @pytest.mark.parametrize("kernel", [Kernel.LOOP, Kernel.SLICED, Kernel.BMM])
+    @pytest.mark.parametrize("counts", [(2, 0, 1, 2), (2, 2, 2, 2)], ids=str)
+    def test_gradcheck(self, kernel: Kernel, counts: tuple[int, ...]) -> None:
+        leaves = (rows_of(counts, torch.float64), *stacks_of(torch.float64))
+
+        def network(rows: Tensor, *stacks: Tensor) -> Tensor:
+            return run_experts(kernel, rows, Stacks(*stacks), ExpertWork(counts_L=counts), activation=F.gelu)
+
+        assert torch.autograd.gradcheck(network, leaves, fast_mode=True)
+
+    @pytest.mark.parametrize("frozen", [(0,), (1, 3), (2, 4), (0, 1, 2)], ids=str)
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_frozen_inputs_cost_nothing_and_change_nothing(
+        self, kernel: Kernel, frozen: tuple[int, ...]
+    ) -> None:
+        counts = COUNTS["zero"]
+        everything = run(kernel, counts)
+        rows, stacks = rows_of(counts), stacks_of()
+        leaves = (rows, *stacks)
+        for index in frozen:
+            leaves[index].requires_grad_(False)
+        out = run_experts(kernel, rows, stacks, ExpertWork(counts_L=counts), activation=F.gelu)
+        out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape))
+        for index, leaf in enumerate(leaves):
+            if index in frozen:
+                assert leaf.grad is None
+            else:
+                assert leaf.grad is not None
+                torch.testing.assert_close(leaf.grad, everything.grads[index])
+
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_cotangents_and_rows_with_strange_strides(self, kernel: Kernel) -> None:
+        counts = COUNTS["some"]
+        rows, stacks = rows_of(counts), stacks_of()
+        strange = rows.detach().t().contiguous().t().requires_grad_()
+        for cotangent in (torch.ones(1, 1).expand(len(rows), D), torch.randn(D, len(rows)).t()):
+            grads = [
+                torch.autograd.grad(
+                    run_experts(kernel, x, stacks, ExpertWork(counts_L=counts), activation=F.gelu),
+                    (x, *stacks),
+                    c,
+                )
+                for x, c in ((rows, cotangent.contiguous()), (strange, cotangent))
+            ]
+            for a, b in zip(*grads, strict=True):
+                torch.testing.assert_close(a, b)
+
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_gradients_of_stacks_are_contiguous(self, kernel: Kernel) -> None:
+        # Else autograd would copy them into p.grad.
+        assert all(grad.is_contiguous() for grad in run(kernel, COUNTS["equal"]).grads)
+
+
+class TestChoice:
+    def test_cpu(self) -> None:
+        stacks = stacks_of()
+        assert choose_kernel(stacks) is Kernel.SLICED
+        assert choose_kernel(stacks, activation_dropout=0.1) is Kernel.LOOP
+        assert choose_kernel(stacks, rows_per_expert=16) is Kernel.BMM
+        assert choose_kernel(stacks, rows_per_expert=10**6) is Kernel.SLICED
+
+    @pytest.mark.parametrize(
+        ("dtype", "capability", "model_dim", "rows_per_expert", "expected"),
+        [
+            (torch.bfloat16, (9, 0), 64, None, Kernel.GROUPED),
+            (torch.bfloat16, (9, 0), 60, None, Kernel.LOOP),
+            (torch.bfloat16, (8, 0), 64, None, Kernel.LOOP),
+            (torch.float32, (9, 0), 64, None, Kernel.LOOP),
+            (torch.float32, (8, 0), 64, 16, Kernel.BMM),
+        ],
+    )
+    def test_cuda(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        dtype: torch.dtype,
+        capability: tuple[int, int],
+        model_dim: int,
+        rows_per_expert: int | None,
+        expected: Kernel,
+    ) -> None:
+        class OnGpu(NamedTuple):
+            """What the table looks at."""
+
+            device: torch.device
+            dtype: torch.dtype
+            shape: tuple[int, ...]
+
+            def element_size(self) -> int:
+                return self.dtype.itemsize
+
+        monkeypatch.setattr(kernels, "_cuda_capability", lambda device: capability)
+        weight = OnGpu(torch.device("cuda", 0), dtype, (2, 128, model_dim))
+        stacks = Stacks(*[weight] * 4)  # type: ignore[arg-type]
+        assert choose_kernel(stacks, rows_per_expert=rows_per_expert) is expected
+
+    def test_float32_and_float64_are_multiplied_as_they_are(self) -> None:
+        assert arithmetic_dtype(torch.empty(1)) is torch.float32
+        assert arithmetic_dtype(torch.empty(1, dtype=torch.float64)) is torch.float64
+
+    @pytest.mark.parametrize(("has_units", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+    def test_bfloat16_goes_by_the_processor(
+        self, monkeypatch: pytest.MonkeyPatch, has_units: bool, expected: torch.dtype
+    ) -> None:
+        monkeypatch.setattr(kernels, "_cpu_multiplies", lambda dtype: has_units)
+        assert arithmetic_dtype(torch.empty(1, dtype=torch.bfloat16)) is expected

@@ -1,0 +1,114 @@
+"""Statistics of a routing decision by hand: names, units, and never NaN."""
+
+import math
+
+import pytest
+import torch
+
+from fairseq_moe.modules.routing import stats
+from fairseq_moe.modules.routing.contract import RoutingDecision
+
+BRANCH_STATS = {
+    "overflow_expert1",
+    "overflow_expert2",
+    "entropy_gating",
+    "expert1_balance_top",
+    "expert1_balance_bottom",
+    "unused_expert1_count",
+    "expert2_balance_top",
+    "expert2_balance_bottom",
+    "unused_expert2_count",
+    "all_to_all_cpu_time_ms",
+    "all_to_all_cuda_time_ms",
+}
+
+
+def named(gates: torch.Tensor, decision: RoutingDecision, **times: float) -> dict[str, float]:
+    vector = stats.layer_stats(gates, decision, **times)
+    assert vector.dtype == torch.float32
+    return dict(zip(stats.LAYER_STATS, vector.tolist(), strict=True))
+
+
+def test_names_are_those_of_the_branch_and_two_more() -> None:
+    assert set(stats.LAYER_STATS) == BRANCH_STATS | {"drop_rate", "expert_bias_spread"}
+
+
+def test_by_hand() -> None:
+    # token    0      1      2      3        expert 0 has two places, all others enough
+    # choice   0, 1   0, 1   0, 2   1, 0
+    # wanted   + , +  + , -  + , +  +, +
+    # kept     + , +  + , -  - , +  +, -
+    decision = RoutingDecision(
+        expert_ids_TK=torch.tensor([[0, 1], [0, 1], [0, 2], [1, 0]]),
+        wanted_TK=torch.tensor([[True, True], [True, False], [True, True], [True, True]]),
+        kept_TK=torch.tensor([[True, True], [True, False], [False, True], [True, False]]),
+        capacity=2,
+    )
+    gates = torch.tensor([[0.25] * 4] * 4)
+    found = named(gates, decision, all_to_all_cpu_time_ms=1.5, all_to_all_cuda_time_ms=0.5)
+    assert found == pytest.approx(
+        {
+            "overflow_expert1": 25.0,  # 1 of 4
+            "overflow_expert2": 100 / 3,  # 1 of 3 that were wanted
+            "entropy_gating": math.log(4),
+            "unused_expert1_count": 2,  # first choices 0 0 0 1
+            "unused_expert2_count": 1,  # second choices 1 1 2 0, whether wanted or not
+            "expert1_balance_top": 75.0,  # k = ceil(0.2 * 4) = 1
+            "expert1_balance_bottom": 0.0,
+            "expert2_balance_top": 50.0,
+            "expert2_balance_bottom": 0.0,
+            "all_to_all_cpu_time_ms": 1.5,
+            "all_to_all_cuda_time_ms": 0.5,
+            "expert_bias_spread": 0.0,
+            "drop_rate": 100 * 2 / 7,
+        },
+        rel=1e-5,
+    )
+    assert stats.expert_load(decision, num_experts=4).tolist() == [[4, 2, 1, 0], [2, 2, 1, 0]]
+
+
+def test_one_expert_per_token_logs_zeros_as_the_branch_and_a_true_drop_rate() -> None:
+    ids = torch.zeros(4, 1, dtype=torch.int64)
+    wanted = torch.ones(4, 1, dtype=torch.bool)
+    kept = torch.tensor([[True], [False], [False], [False]])
+    decision = RoutingDecision(expert_ids_TK=ids, wanted_TK=wanted, kept_TK=kept, capacity=1)
+    found = named(torch.full((4, 2), 0.5), decision)
+    assert found["overflow_expert1"] == 0
+    assert all(found[name] == 0 for name in BRANCH_STATS if "expert2" in name)
+    assert found["expert1_balance_top"] == 100
+    assert found["unused_expert1_count"] == 1
+    assert found["drop_rate"] == 75
+
+
+@pytest.mark.parametrize("num_experts", [1, 4, 5, 6, 10, 11])
+def test_share_of_experts_counted_as_top(num_experts: int) -> None:
+    # expert e is chosen e + 1 times
+    ids = torch.cat([torch.full((e + 1,), e) for e in range(num_experts)]).view(-1, 1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    decision = RoutingDecision(expert_ids_TK=ids, wanted_TK=mask, kept_TK=mask, capacity=None)
+    found = named(torch.full((len(ids), num_experts), 1 / num_experts), decision)
+    k = max(math.ceil(0.2 * num_experts), 1)
+    total = num_experts * (num_experts + 1) / 2
+    assert found["expert1_balance_top"] == pytest.approx(
+        100 * sum(range(num_experts - k + 1, num_experts + 1)) / total
+    )
+    assert found["expert1_balance_bottom"] == pytest.approx(100 * sum(range(1, k + 1)) / total)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("num_tokens", [0, 3])
+def test_nothing_wanted_is_never_nan(num_tokens: int, top_k: int) -> None:
+    ids = torch.zeros(num_tokens, top_k, dtype=torch.int64)
+    none = torch.zeros_like(ids, dtype=torch.bool)
+    decision = RoutingDecision(expert_ids_TK=ids, wanted_TK=none, kept_TK=none, capacity=0)
+    assert all(math.isfinite(value) for value in named(torch.full((num_tokens, 4), 0.25), decision).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_certain_gates_have_no_entropy(dtype: torch.dtype) -> None:
+    gates = torch.tensor([[1.0, 0.0, 0.0]], dtype=dtype)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    decision = RoutingDecision(
+        expert_ids_TK=torch.zeros(1, 1, dtype=torch.int64), wanted_TK=mask, kept_TK=mask, capacity=None
+    )
+    assert named(gates, decision)["entropy_gating"] == pytest.approx(0.0, abs=1e-5)

@@ -1,0 +1,56 @@
+"""Who owns which expert, on hand-drawn grids."""
+
+import pytest
+
+from fairseq_moe.errors import ConfigError
+from fairseq_moe.parallel.experts import ExpertLayout, layout_problem
+
+
+def test_more_experts_than_ranks() -> None:
+    # ranks    0     1     2     3
+    # experts  0 1   2 3   4 5   6 7        one row of four ranks that exchange tokens
+    layout = ExpertLayout(num_experts=8, world_size=4)
+    assert (layout.ep_size, layout.num_replicas, layout.num_local_experts) == (4, 1, 2)
+    assert [list(layout.local_ids(rank)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.exchange_ranks(2) == [0, 1, 2, 3]
+    assert layout.replica_ranks(2) == [2]
+    assert all(layout.is_owner(rank) for rank in range(4))
+
+
+def test_more_ranks_than_experts() -> None:
+    # expert   0   1        two columns; rows {0 1} {2 3} {4 5} {6 7} exchange tokens,
+    # ranks    0   1        columns {0 2 4 6} {1 3 5 7} hold the same expert
+    #          2   3
+    #          4   5
+    #          6   7
+    layout = ExpertLayout(num_experts=2, world_size=8)
+    assert (layout.ep_size, layout.num_replicas, layout.num_local_experts) == (2, 4, 1)
+    assert [list(layout.local_ids(rank)) for rank in range(8)] == [[0], [1]] * 4
+    assert layout.exchange_ranks(5) == [4, 5]
+    assert layout.replica_ranks(5) == [1, 3, 5, 7]
+    assert [layout.is_owner(rank) for rank in range(8)] == [True, True] + [False] * 6
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "world_size"), [(1, 1), (1, 4), (4, 1), (4, 4), (8, 2), (2, 8), (6, 3)]
+)
+def test_every_expert_is_somewhere_and_groups_are_partitions(num_experts: int, world_size: int) -> None:
+    layout = ExpertLayout(num_experts=num_experts, world_size=world_size)
+    ranks = range(world_size)
+    owned = [expert for rank in ranks if layout.is_owner(rank) for expert in layout.local_ids(rank)]
+    assert owned == list(range(num_experts))
+    for rank in ranks:
+        row, column = layout.exchange_ranks(rank), layout.replica_ranks(rank)
+        assert set(row) & set(column) == {rank}
+        assert all(layout.exchange_ranks(other) == row for other in row)
+        assert all(layout.local_ids(other) == layout.local_ids(rank) for other in column)
+        assert [expert for other in row for expert in layout.local_ids(other)] == list(range(num_experts))
+
+
+@pytest.mark.parametrize(("num_experts", "world_size"), [(6, 4), (4, 6), (3, 2)])
+def test_uneven_spread_is_refused_with_both_numbers(num_experts: int, world_size: int) -> None:
+    problem = layout_problem(num_experts=num_experts, world_size=world_size)
+    assert problem is not None
+    assert str(num_experts) in problem and f"{world_size} ranks" in problem
+    with pytest.raises(ConfigError, match="--moe-expert-count"):
+        ExpertLayout(num_experts=num_experts, world_size=world_size)
