@@ -41,9 +41,9 @@ from fairseq_moe.modules import (
     RouterMode,
     TokenInfo,
     TopKConfig,
-    host_memory,
 )
 from fairseq_moe.modules.dispatch.exchange import LocalExchange
+from fairseq_moe.modules.kernels import cpu_memory
 from fairseq_moe.modules.routing.scores import ScoreRule
 
 TOP_K = 2
@@ -169,7 +169,7 @@ def measure(
         x_TD = torch.randn(size.tokens, size.model_dim, device=device, dtype=dtype, requires_grad=True)
         steps[name] = _step(module, run, x_TD)
         passes[name] = module, run, x_TD
-    host_memory.release()  # and first, because memory that we use again would not show in the next pass
+    cpu_memory.release()  # and first, because memory that we use again would not show in the next pass
     peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(rounds + warmups):

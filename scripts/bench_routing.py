@@ -28,7 +28,7 @@ from fairseq_moe.modules.dispatch.allgather import AllGatherDispatcher
 from fairseq_moe.modules.dispatch.exchange import LocalExchange
 from fairseq_moe.modules.dispatch.padded import PaddedDispatcher
 from fairseq_moe.modules.routing.bias import BiasRule
-from fairseq_moe.modules.routing.branch import RouterConfig
+from fairseq_moe.modules.routing.branch import BranchConfig
 from fairseq_moe.modules.routing.capacity import DropPolicy
 from fairseq_moe.modules.routing.router import ScorerConfig
 from fairseq_moe.modules.routing.scores import ScoreFunction, ScoreRule
@@ -50,7 +50,7 @@ class Row:
         dispatcher: alltoall, padded or allgather.
     """
 
-    config: TopKConfig | RouterConfig = DEFAULT
+    config: TopKConfig | BranchConfig = DEFAULT
     scorer: ScorerConfig = LINEAR
     dispatcher: str = "alltoall"
 
@@ -87,7 +87,7 @@ ROWS: dict[str, Row] = {
     "capacity 1.0, prioritized": _capacity(DropPolicy.PRIORITIZED),
     "capacity 1.0, probs, padded": replace(_capacity(DropPolicy.PROBS), dispatcher="padded"),
     "dispatcher allgather": Row(dispatcher="allgather"),
-    "the branch's top-2 gate": Row(RouterConfig()),
+    "the branch's top-2 gate": Row(BranchConfig()),
 }
 
 

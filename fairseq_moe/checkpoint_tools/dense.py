@@ -15,7 +15,7 @@ from fairseq_moe.checkpoint_tools.averaging import mean_of
 from fairseq_moe.checkpoint_tools.output import check_target, write_dense
 from fairseq_moe.checkpoint_tools.source import Source, open_source
 from fairseq_moe.errors import CheckpointError
-from fairseq_moe.flags.blocks import ModernConfig
+from fairseq_moe.flags.blocks import BlocksConfig
 from fairseq_moe.flags.megatron import MegatronConfig
 from fairseq_moe.flags.megatron_aliases import MEGATRON_ARGS
 from fairseq_moe.flags.moe import MoEConfig
@@ -33,7 +33,7 @@ _WIDTH = re.compile(r".+\.layers\.\d+\.fc1\.weight")
 MODEL_FLAGS_OF_PLUGIN = frozenset(
     {
         entry.name
-        for record in (MoEConfig, MegatronConfig, ModernConfig, ReliabilityConfig)
+        for record in (MoEConfig, MegatronConfig, BlocksConfig, ReliabilityConfig)
         for entry in fields(record)
     }
     | {argument.name for argument in MEGATRON_ARGS}
@@ -81,10 +81,10 @@ def to_dense(path: Path, to: Path, *, expert: int | None) -> None:
 
 def _check_blocks(path: Path, model_flags: dict[str, Any]) -> None:
     """Refuse layers that stock cannot build, with experts or without."""
-    found, default = ModernConfig.from_args(model_flags), ModernConfig()
+    found, default = BlocksConfig.from_args(model_flags), BlocksConfig()
     given = [
         "--" + entry.name.replace("_", "-")
-        for entry in fields(ModernConfig)
+        for entry in fields(BlocksConfig)
         if getattr(found, entry.name) != getattr(default, entry.name)
     ]
     if given:

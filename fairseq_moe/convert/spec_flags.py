@@ -6,7 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 from fairseq_moe.convert.spec import Mla, ModelSpec, Rope, Routing
 from fairseq_moe.errors import ConfigError
-from fairseq_moe.flags.blocks import ModernConfig, modern_problems
+from fairseq_moe.flags.blocks import BlocksConfig, block_problems
 from fairseq_moe.flags.megatron import MegatronConfig
 from fairseq_moe.flags.megatron_checks import megatron_problems
 from fairseq_moe.flags.moe import MoEConfig
@@ -112,8 +112,8 @@ def spec_of(flags: Mapping[str, Any], *, vocab_size: int, max_positions: int) ->
     Raises:
         ConfigError: there is no such model, or no family has it; says which flags stand in the way.
     """
-    moe, modern = MoEConfig.from_args(flags), ModernConfig.from_args(flags)
-    if not moe.megatron.selected or not modern.enabled:
+    moe, blocks = MoEConfig.from_args(flags), BlocksConfig.from_args(flags)
+    if not moe.megatron.selected or not blocks.enabled:
         raise ConfigError(
             [
                 "Hugging Face's families have RMSNorm, rotary positions, SwiGLU and experts routed as in "
@@ -121,16 +121,16 @@ def spec_of(flags: Mapping[str, Any], *, vocab_size: int, max_positions: int) ->
                 "it cannot be written as one of them."
             ]
         )
-    problems = _size_problems(flags) + _mistyped(moe, moe.megatron, modern) or [
+    problems = _size_problems(flags) + _mistyped(moe, moe.megatron, blocks) or [
         *megatron_problems(moe.megatron, num_layers=moe.decoder_layers),
-        *modern_problems(flags),
+        *block_problems(flags),
     ]
     if problems:
         raise ConfigError(problems)
-    stray = _refusals(flags, modern, moe.megatron)
+    stray = _refusals(flags, blocks, moe.megatron)
     if stray:
         raise ConfigError([f"no family of Hugging Face's has {', '.join(stray)}, as this model has."])
-    return _described(flags, moe, modern, vocab_size=vocab_size, max_positions=max_positions)
+    return _described(flags, moe, blocks, vocab_size=vocab_size, max_positions=max_positions)
 
 
 def _size_problems(flags: Mapping[str, Any]) -> list[str]:
@@ -160,47 +160,47 @@ def _mistyped(*records: Any) -> list[str]:
 
 
 def _described(
-    flags: Mapping[str, Any], moe: MoEConfig, modern: ModernConfig, *, vocab_size: int, max_positions: int
+    flags: Mapping[str, Any], moe: MoEConfig, blocks: BlocksConfig, *, vocab_size: int, max_positions: int
 ) -> ModelSpec:
     megatron, heads = moe.megatron, flags["decoder_attention_heads"]
     dim, ffn_dim = flags["decoder_embed_dim"], flags["decoder_ffn_embed_dim"]
     moe_layers = tuple(moe.is_moe_layer(index) for index in range(moe.decoder_layers))
     mla = None
-    if modern.is_latent:
-        mla = Mla(**{name: getattr(modern, name) for name in _MLA})
+    if blocks.is_latent:
+        mla = Mla(**{name: getattr(blocks, name) for name in _MLA})
         head_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
     else:
-        head_dim = modern.decoder_head_dim or dim // heads
-    bias = modern.attention_bias or ("none" if modern.is_latent else "all")
-    rotary = modern.rotary_config()
+        head_dim = blocks.decoder_head_dim or dim // heads
+    bias = blocks.attention_bias or ("none" if blocks.is_latent else "all")
+    rotary = blocks.rotary_config()
     return ModelSpec(
-        family=_family(modern, megatron),
+        family=_family(blocks, megatron),
         vocab_size=vocab_size,
         model_dim=dim,
         num_layers=moe.decoder_layers,
         num_heads=heads,
-        num_kv_heads=modern.decoder_kv_heads or heads,
+        num_kv_heads=blocks.decoder_kv_heads or heads,
         head_dim=head_dim,
         attention_bias=bias,
-        qk_norm=modern.qk_norm or "none",
-        clip_qkv=modern.clip_qkv,
+        qk_norm=blocks.qk_norm or "none",
+        clip_qkv=blocks.clip_qkv,
         mla=mla,
         rope=Rope(
             theta=1.0 if rotary is None else rotary.theta,
-            interleaved=modern.rope_interleaved,
+            interleaved=blocks.rope_interleaved,
             yarn=None if rotary is None else rotary.yarn,
         ),
-        norm_eps=modern.eps,
+        norm_eps=blocks.eps,
         dense_ffn_dim=None if all(moe_layers) else ffn_dim,
         expert_ffn_dim=moe.expert_dim or ffn_dim,
         shared_ffn_dim=megatron.moe_shared_expert_intermediate_size,
         shared_gate=megatron.moe_shared_expert_gate,
         moe_layers=moe_layers,
         routing=_routing(megatron),
-        mtp_layers=modern.mtp_layers,
+        mtp_layers=blocks.mtp_layers,
         tied=bool(flags.get("share_decoder_input_output_embed")),
         max_positions=max_positions,
-        init_std=modern.std,
+        init_std=blocks.std,
         attention_dropout=float(flags.get("attention_dropout") or 0.0),
     )
 
@@ -223,29 +223,29 @@ def _routing(megatron: MegatronConfig) -> Routing:
     )
 
 
-def _family(modern: ModernConfig, megatron: MegatronConfig) -> str:
-    if modern.is_latent:
+def _family(blocks: BlocksConfig, megatron: MegatronConfig) -> str:
+    if blocks.is_latent:
         return "deepseek_v3" if megatron.score_function == "sigmoid" else "deepseek_v2"
     if megatron.moe_shared_expert_intermediate_size is not None:
         return "qwen2_moe"
-    if modern.qk_norm in ("head", "full"):
-        return {"head": "qwen3_moe", "full": "olmoe"}[modern.qk_norm]
+    if blocks.qk_norm in ("head", "full"):
+        return {"head": "qwen3_moe", "full": "olmoe"}[blocks.qk_norm]
     return "mixtral"
 
 
-def _refusals(flags: Mapping[str, Any], modern: ModernConfig, megatron: MegatronConfig) -> list[str]:
+def _refusals(flags: Mapping[str, Any], blocks: BlocksConfig, megatron: MegatronConfig) -> list[str]:
     """Flags that give a model which no family has."""
     score, groups = megatron.score_function, megatron.moe_router_num_groups
     checks = (
-        (modern.decoder_normalization != "rmsnorm", "norms other than --decoder-normalization rmsnorm"),
-        (modern.position_embedding != "rope", "positions other than --position-embedding rope"),
-        (not modern.gated_ffn, "networks without --gated-ffn"),
-        (modern.rotary_fraction not in (None, 1.0), f"--rotary-fraction {modern.rotary_fraction}"),
+        (blocks.decoder_normalization != "rmsnorm", "norms other than --decoder-normalization rmsnorm"),
+        (blocks.position_embedding != "rope", "positions other than --position-embedding rope"),
+        (not blocks.gated_ffn, "networks without --gated-ffn"),
+        (blocks.rotary_fraction not in (None, 1.0), f"--rotary-fraction {blocks.rotary_fraction}"),
         (not flags.get("no_scale_embedding"), "embeddings without --no-scale-embedding"),
         (bool(flags.get("layernorm_embedding")), "--layernorm-embedding"),
         (bool(flags.get("no_decoder_final_norm")), "--no-decoder-final-norm"),
         (
-            modern.mtp_layers > 0 and _family(modern, megatron) != "deepseek_v3",
+            blocks.mtp_layers > 0 and _family(blocks, megatron) != "deepseek_v3",
             "--mtp-layers without --kv-lora-rank and --moe-router-score-function sigmoid",
         ),
         (megatron.use_xmoe, "--use-xmoe"),

@@ -1,6 +1,6 @@
 """Look at the experts: ``python -m fairseq_moe.inspect SAVE_DIR``, or ``fairseq-moe-inspect SAVE_DIR``.
 
-Reads the record that training writes beside its checkpoints (``load_record``), prints a table of layers x
+Reads the record that training writes beside its checkpoints (``expert_load.record``), prints a table of layers x
 experts and a warning for dead and overloaded experts, and draws a picture with ``--png``.
 """
 

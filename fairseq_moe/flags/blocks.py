@@ -14,7 +14,7 @@ from fairseq_moe.modules.blocks.grouped import GroupedAttentionConfig
 from fairseq_moe.modules.blocks.latent import LatentAttentionConfig
 from fairseq_moe.modules.blocks.rope import RotaryConfig, YarnConfig
 
-__all__ = ["ModernConfig", "modern_problems"]
+__all__ = ["BlocksConfig", "block_problems"]
 
 _DEFAULT_INIT_STD = 0.02
 _DEFAULT_EPS = 1e-5
@@ -22,8 +22,8 @@ _DEFAULT_THETA = 10_000.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModernConfig:
-    """The flags; None means that one was not given. Help texts are in ``models.modern_flags``."""
+class BlocksConfig:
+    """The flags; None means that one was not given. Help texts are in ``models.blocks_flags``."""
 
     decoder_normalization: str | None = None
     norm_eps: float | None = None
@@ -55,14 +55,14 @@ class ModernConfig:
     init_std: float | None = None
 
     @classmethod
-    def from_args(cls, args: Any) -> "ModernConfig":
+    def from_args(cls, args: Any) -> "BlocksConfig":
         """Read the fields that ``args`` (a namespace, config or mapping) has."""
         return cls(**given_fields(cls, args))
 
     @property
     def enabled(self) -> bool:
         """Whether the decoder is built from these blocks."""
-        return self != ModernConfig()
+        return self != BlocksConfig()
 
     @property
     def is_latent(self) -> bool:
@@ -235,7 +235,7 @@ class ModernConfig:
         return found
 
     def _given(self, *prefixes: str) -> list[str]:
-        default = ModernConfig()
+        default = BlocksConfig()
         return [
             _flag(field.name)
             for field in fields(self)
@@ -287,13 +287,13 @@ _STOCK_BLOCKS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def modern_problems(model: Any) -> list[str]:
+def block_problems(model: Any) -> list[str]:
     """One sentence per flag of a model that cannot be honoured.
 
     Args:
         model: the model's flags (a namespace, config or mapping).
     """
-    config = ModernConfig.from_args(model)
+    config = BlocksConfig.from_args(model)
     if not config.enabled:
         return []
     get = getter(model)

@@ -109,7 +109,7 @@ class MegatronConfig:
         return self.moe_expert_capacity_factor is not None and self.moe_expert_capacity_factor > 0
 
     def loss_coefficients(self) -> dict[str, float]:
-        """Coefficient of each auxiliary loss that is not 0, by its name in ``modules.rules.LOSSES``."""
+        """Coefficient of each auxiliary loss that is not 0, by its name in ``modules.routing.contract.LOSSES``."""
         numbers = [float(word) for word in words(self.moe_aux_loss_coeff or "0")]
         names = [LOAD_BALANCING_TYPES[kind][1] for kind in self.balancing_types]
         if len(numbers) == 1:

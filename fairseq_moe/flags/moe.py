@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from fairseq_moe.flags.blocks import modern_problems
+from fairseq_moe.flags.blocks import block_problems
 from fairseq_moe.flags.freezing import freeze_problems
 from fairseq_moe.flags.megatron import MegatronConfig, moe_layer_pattern
 from fairseq_moe.flags.megatron_aliases import argument_problems
@@ -19,7 +19,7 @@ from fairseq_moe.flags.stock import stock_flag_problems
 from fairseq_moe.modules import ScorerConfig, TopKConfig
 from fairseq_moe.modules.recompute import RECOMPUTABLE
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy
-from fairseq_moe.modules.routing.router import RouterConfig
+from fairseq_moe.modules.routing.router import BranchConfig
 from fairseq_moe.parallel.experts import layout_problem
 
 __all__ = ["MoEConfig", "moe_problems"]
@@ -99,11 +99,11 @@ class MoEConfig:
             return moe_layer_pattern(self.megatron.moe_layer_freq or "1", self.decoder_layers)[index]
         return self.moe_freq > 0 and (index + 1) % self.moe_freq == 0
 
-    def router_config(self) -> RouterConfig | TopKConfig:
+    def router_config(self) -> BranchConfig | TopKConfig:
         """The routing rule these flags ask for."""
         if self.megatron.selected:
             return self.megatron.topk_config(max_tokens=self._max_tokens())
-        return RouterConfig(
+        return BranchConfig(
             top_k=self.top_k,
             gating_use_fp32=self.moe_gating_use_fp32,
             second_expert_policy=SecondExpertPolicy(self.moe_second_expert_policy),
@@ -270,7 +270,7 @@ def moe_problems(cfg: Any, *, world_size: int) -> list[str]:
         found.append("--fused-attention and --decoder-xformers-att-config replace the same code; choose one.")
     found += _criterion_problems(getattr(cfg, "criterion", None), moe)
     found += argument_problems(model if model is not None else {})
-    found += modern_problems(model if model is not None else {})
+    found += block_problems(model if model is not None else {})
     found += freeze_problems(cfg, has_experts=moe.enabled)
     if moe.enabled:
         found += ReliabilityConfig.from_args(model).problems()

@@ -9,7 +9,7 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.modules import FairseqDropout
 from torch import Tensor, nn
 
-from fairseq_moe.flags.blocks import ModernConfig
+from fairseq_moe.flags.blocks import BlocksConfig
 from fairseq_moe.models.decoder_layer import expert_activation
 from fairseq_moe.modules import MoELayer, Router, TokenInfo
 from fairseq_moe.modules.blocks.attend import Cache, extended
@@ -20,17 +20,17 @@ from fairseq_moe.modules.blocks.rope import Rotary
 from fairseq_moe.modules.kernels.swiglu import swiglu
 from fairseq_moe.modules.moe_layer import RoutingMemo
 
-__all__ = ["ModernDecoderLayer", "build_norm", "ffn_activation", "init_weights"]
+__all__ = ["BlocksDecoderLayer", "build_norm", "ffn_activation", "init_weights"]
 
 IncrementalState = dict[str, dict[str, Tensor | None]]
 
 
-class ModernDecoderLayer(FairseqIncrementalState, nn.Module):
+class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
     """x + attention(norm(x)), then x + network(norm(x)), where the network may be a layer of experts.
 
     Args:
         cfg: fairseq's structured transformer configuration.
-        modern: the blocks.
+        blocks: the blocks.
         rotary: turns heads, shared by all layers; None: nothing turns.
         moe_layer: experts in the place of the dense network.
     """
@@ -38,7 +38,7 @@ class ModernDecoderLayer(FairseqIncrementalState, nn.Module):
     def __init__(
         self,
         cfg: TransformerConfig,
-        modern: ModernConfig,
+        blocks: BlocksConfig,
         *,
         rotary: Rotary | None = None,
         moe_layer: MoELayer | None = None,
@@ -50,7 +50,7 @@ class ModernDecoderLayer(FairseqIncrementalState, nn.Module):
         self.activation_dropout_module = FairseqDropout(
             float(cfg.activation_dropout or cfg.relu_dropout or 0), module_name=name
         )
-        attention = modern.attention_config(
+        attention = blocks.attention_config(
             model_dim=self.embed_dim,
             num_heads=cfg.decoder.attention_heads,
             dropout=cfg.attention_dropout,
@@ -61,16 +61,16 @@ class ModernDecoderLayer(FairseqIncrementalState, nn.Module):
             self.self_attn = LatentAttention(attention, rotary)
         else:
             self.self_attn = GroupedAttention(attention, rotary)
-        self.self_attn_layer_norm = build_norm(modern, self.embed_dim)
-        self.final_layer_norm = build_norm(modern, self.embed_dim)
+        self.self_attn_layer_norm = build_norm(blocks, self.embed_dim)
+        self.final_layer_norm = build_norm(blocks, self.embed_dim)
         self.moe_layer = moe_layer
         if moe_layer is None:
-            self.activation_fn = ffn_activation(cfg, modern)
+            self.activation_fn = ffn_activation(cfg, blocks)
             hidden_dim = cfg.decoder.ffn_embed_dim
-            rows = 2 * hidden_dim if modern.gated_ffn else hidden_dim
-            self.fc1 = nn.Linear(self.embed_dim, rows, bias=not modern.gated_ffn)
-            self.fc2 = nn.Linear(hidden_dim, self.embed_dim, bias=not modern.gated_ffn)
-        init_weights(self, modern.std)
+            rows = 2 * hidden_dim if blocks.gated_ffn else hidden_dim
+            self.fc1 = nn.Linear(self.embed_dim, rows, bias=not blocks.gated_ffn)
+            self.fc2 = nn.Linear(hidden_dim, self.embed_dim, bias=not blocks.gated_ffn)
+        init_weights(self, blocks.std)
 
     def forward(
         self,
@@ -151,16 +151,16 @@ def _remembered(cache: Cache, padding_BS: Tensor | None, x_BSD: Tensor) -> Tenso
     return extended(cache, "padding", padding_BS, dim=1)
 
 
-def build_norm(modern: ModernConfig, dim: int) -> nn.Module:
+def build_norm(blocks: BlocksConfig, dim: int) -> nn.Module:
     """RMSNorm or LayerNorm."""
-    if modern.decoder_normalization == "rmsnorm":
-        return RMSNorm(dim, eps=modern.eps)
-    return nn.LayerNorm(dim, eps=modern.eps)
+    if blocks.decoder_normalization == "rmsnorm":
+        return RMSNorm(dim, eps=blocks.eps)
+    return nn.LayerNorm(dim, eps=blocks.eps)
 
 
-def ffn_activation(cfg: TransformerConfig, modern: ModernConfig) -> Any:
+def ffn_activation(cfg: TransformerConfig, blocks: BlocksConfig) -> Any:
     """Between the matrices of dense networks and experts."""
-    if modern.gated_ffn:
+    if blocks.gated_ffn:
         return swiglu
     return expert_activation(utils.get_activation_fn(cfg.activation_fn))
 

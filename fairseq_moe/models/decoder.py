@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from fairseq_moe.distributed import ParallelMesh, parallel_mesh, world_size
 from fairseq_moe.expert_load.watch import LoadWatch
-from fairseq_moe.flags.blocks import ModernConfig
+from fairseq_moe.flags.blocks import BlocksConfig
 from fairseq_moe.flags.moe import MoEConfig
-from fairseq_moe.models.block_layer import ModernDecoderLayer, build_norm, ffn_activation, init_weights
+from fairseq_moe.models.block_layer import BlocksDecoderLayer, build_norm, ffn_activation, init_weights
 from fairseq_moe.models.decoder_layer import MoEDecoderLayer, build_moe_layer
 from fairseq_moe.models.mtp import MTPBlock
 from fairseq_moe.models.sizes import ModelSize
@@ -50,48 +50,48 @@ class MoEDecoder(TransformerDecoder):
         self, args: Any, dictionary: Any, embed_tokens: nn.Module, no_encoder_attn: bool = False
     ) -> None:
         self.moe = MoEConfig.from_args(args)
-        self.modern = ModernConfig.from_args(args)
+        self.blocks = BlocksConfig.from_args(args)
         self.mesh = self._build_mesh() if self.moe.enabled else None
         self._num_built = 0
-        if self.modern.enabled:
-            args = self._prepare_modern(args)
+        if self.blocks.enabled:
+            args = self._prepare_blocks(args)
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
-        if self.modern.enabled:
-            self._finish_modern(TransformerConfig.from_namespace(args))
+        if self.blocks.enabled:
+            self._finish_blocks(TransformerConfig.from_namespace(args))
         # Which layers have experts, from 0: read from the flags once, not in each forward pass.
         indices = range(self.num_layers) if self.moe.enabled else ()
         self.moe_layers = [index for index in indices if self.moe.is_moe_layer(index)]
         self.load_watch = LoadWatch(layers=self.moe_layers, top_k=self.moe.top_k)
 
-    def _prepare_modern(self, args: Any) -> Any:
+    def _prepare_blocks(self, args: Any) -> Any:
         """What stock's constructor must know of our blocks."""
         args = copy.copy(args)
         args.decoder_normalize_before = True
-        if self.modern.position_embedding is not None:
+        if self.blocks.position_embedding is not None:
             args.no_token_positional_embeddings = True
-        rotary, self.rotary = self.modern.rotary_config(), None
+        rotary, self.rotary = self.blocks.rotary_config(), None
         if rotary is not None:
             sizes = {"model_dim": args.decoder_embed_dim, "num_heads": args.decoder_attention_heads}
-            self.rotary = Rotary(rotary, self.modern.rotary_head_dim(**sizes))
+            self.rotary = Rotary(rotary, self.blocks.rotary_head_dim(**sizes))
         return args
 
-    def _finish_modern(self, cfg: TransformerConfig) -> None:
+    def _finish_blocks(self, cfg: TransformerConfig) -> None:
         if self.layer_norm is not None:
-            self.layer_norm = build_norm(self.modern, self.embed_dim)
+            self.layer_norm = build_norm(self.blocks, self.embed_dim)
         for module in (self.embed_tokens, self.output_projection, self.embed_positions):
             if module is not None:
-                init_weights(module, self.modern.std)
+                init_weights(module, self.blocks.std)
         if self.padding_idx < self.embed_tokens.num_embeddings:
             with torch.no_grad():
                 self.embed_tokens.weight[self.padding_idx].zero_()
-        if self.modern.mtp_layers:
-            self.mtp = nn.ModuleList(self._build_mtp(cfg) for _ in range(self.modern.mtp_layers))
+        if self.blocks.mtp_layers:
+            self.mtp = nn.ModuleList(self._build_mtp(cfg) for _ in range(self.blocks.mtp_layers))
 
     def _build_mtp(self, cfg: TransformerConfig) -> MTPBlock:
-        layer = self._wrapped(self._build_modern_layer(cfg, has_experts=self.moe.enabled), cfg)
-        block = MTPBlock(self.modern, self.embed_dim, layer)
+        layer = self._wrapped(self._build_blocks_layer(cfg, has_experts=self.moe.enabled), cfg)
+        block = MTPBlock(self.blocks, self.embed_dim, layer)
         # Without a loss they get no gradient; what has none is not the optimizer's.
-        return block.requires_grad_(self.modern.mtp_loss_weight > 0)
+        return block.requires_grad_(self.blocks.mtp_loss_weight > 0)
 
     def _build_mesh(self) -> ParallelMesh:
         # The size of a group is a property of the run: a model that is loaded elsewhere may not fit it.
@@ -114,9 +114,9 @@ class MoEDecoder(TransformerDecoder):
         index = self._num_built
         self._num_built += 1
         cfg = TransformerConfig.from_namespace(args)
-        if self.modern.enabled:
+        if self.blocks.enabled:
             has_experts = self.moe.enabled and self.moe.is_moe_layer(index)
-            return self._wrapped(self._build_modern_layer(cfg, has_experts=has_experts), cfg)
+            return self._wrapped(self._build_blocks_layer(cfg, has_experts=has_experts), cfg)
         if not self.moe.is_moe_layer(index):
             return super().build_decoder_layer(args, no_encoder_attn)
         if self.moe.is_pseudo_moe:
@@ -126,7 +126,7 @@ class MoEDecoder(TransformerDecoder):
         assert self.mesh is not None
         return self._wrapped(MoEDecoderLayer(cfg, self.moe, self.mesh), cfg)
 
-    def _build_modern_layer(self, cfg: TransformerConfig, *, has_experts: bool) -> ModernDecoderLayer:
+    def _build_blocks_layer(self, cfg: TransformerConfig, *, has_experts: bool) -> BlocksDecoderLayer:
         moe_layer = None
         if has_experts:
             assert self.mesh is not None
@@ -135,12 +135,12 @@ class MoEDecoder(TransformerDecoder):
                 self.mesh,
                 model_dim=cfg.decoder.embed_dim,
                 hidden_dim=self.moe.expert_dim or cfg.decoder.ffn_embed_dim,
-                activation=ffn_activation(cfg, self.modern),
+                activation=ffn_activation(cfg, self.blocks),
                 activation_dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0),
                 dropout=cfg.dropout,
-                init_std=self.modern.std,
+                init_std=self.blocks.std,
             )
-        return ModernDecoderLayer(cfg, self.modern, rotary=self.rotary, moe_layer=moe_layer)
+        return BlocksDecoderLayer(cfg, self.blocks, rotary=self.rotary, moe_layer=moe_layer)
 
     @staticmethod
     def _wrapped(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
@@ -195,7 +195,7 @@ class MoEDecoder(TransformerDecoder):
         elif self.moe.use_moe_pad_mask:
             padding_T = ids.eq(self.padding_idx).reshape(-1)
         tokens = TokenInfo(mode=mode, padding_T=padding_T, ids_T=ids.reshape(-1), num_sequences=len(ids))
-        guesses_further = self.modern.mtp_loss_weight > 0 and mode is RouterMode.TRAIN and not features_only
+        guesses_further = self.blocks.mtp_loss_weight > 0 and mode is RouterMode.TRAIN and not features_only
         with self._talk_to_moe_layers(tokens) as auxes:
             x, extra = super().forward(
                 prev_output_tokens,
@@ -238,15 +238,15 @@ class MoEDecoder(TransformerDecoder):
             )
             logits.append(self.output_layer(hidden_BSD))
             auxes.append(aux)
-        return {"mtp_logits": logits, "mtp_aux": auxes, "mtp_loss_weight": self.modern.mtp_loss_weight}
+        return {"mtp_logits": logits, "mtp_aux": auxes, "mtp_loss_weight": self.blocks.mtp_loss_weight}
 
     def buffered_future_mask(self, tensor: Tensor) -> Tensor:
         """Stock's; our own layers ask only whether there is one."""
-        return tensor.new_empty(0) if self.modern.enabled else super().buffered_future_mask(tensor)
+        return tensor.new_empty(0) if self.blocks.enabled else super().buffered_future_mask(tensor)
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         """Stock's; with our own blocks there are no old versions, and converted models carry none."""
-        if self.modern.enabled:
+        if self.blocks.enabled:
             state_dict.setdefault(f"{name}.version", torch.tensor([3.0]))
         upgraded: dict[str, Tensor] = super().upgrade_state_dict_named(state_dict, name)
         return upgraded

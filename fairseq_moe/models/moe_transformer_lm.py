@@ -20,15 +20,15 @@ from omegaconf import II
 from fairseq_moe.distributed import gather_values
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.flags.agreement import disagreements
-from fairseq_moe.flags.blocks import ModernConfig
+from fairseq_moe.flags.blocks import BlocksConfig
 from fairseq_moe.flags.freezing import frozen_modules
 from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.flags.records import getter
 from fairseq_moe.models.attention import fuse_attention
+from fairseq_moe.models.blocks_flags import BlocksFlags
 from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.models.embedding import build_word_embedding
 from fairseq_moe.models.megatron_flags import MegatronFlags, add_list_arguments
-from fairseq_moe.models.modern_flags import ModernFlags
 from fairseq_moe.models.presets import register_presets
 from fairseq_moe.models.reliability_flags import ReliabilityFlags
 from fairseq_moe.models.sizes import model_size
@@ -40,7 +40,7 @@ _NAME = "transformer_lm"
 
 @dataclass
 class MoETransformerLanguageModelConfig(
-    TransformerLanguageModelConfig, MegatronFlags, ModernFlags, ReliabilityFlags
+    TransformerLanguageModelConfig, MegatronFlags, BlocksFlags, ReliabilityFlags
 ):
     """Stock's flags and the expert flags, with the moe branch's names and defaults."""
 
@@ -129,7 +129,7 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
     @classmethod
     def build_embedding(cls, args: Any, dictionary: Any, embed_dim: int, path: Any = None) -> Any:
         """Stock's; our own blocks also take a dictionary whose padding is none of its words."""
-        if ModernConfig.from_args(args).enabled:
+        if BlocksConfig.from_args(args).enabled:
             return build_word_embedding(dictionary, embed_dim)
         return super().build_embedding(args, dictionary, embed_dim, path)
 
@@ -139,7 +139,7 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
         moe = MoEConfig.from_args(args)
         if moe.enabled:
             _check_agreement(args)
-        if moe.enabled or moe.is_pseudo_moe or ModernConfig.from_args(args).enabled:
+        if moe.enabled or moe.is_pseudo_moe or BlocksConfig.from_args(args).enabled:
             if args.max_target_positions is None:
                 args.max_target_positions = args.tokens_per_sample
             embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)

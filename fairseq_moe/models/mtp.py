@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe.flags.blocks import ModernConfig
+from fairseq_moe.flags.blocks import BlocksConfig
 from fairseq_moe.models.block_layer import build_norm, init_weights
 from fairseq_moe.modules import MoEAux, TokenInfo
 
@@ -22,19 +22,19 @@ class MTPBlock(nn.Module):
     The hidden input is the model's after its final norm, as inference engines feed the published weights.
 
     Args:
-        modern: the blocks' flags.
+        blocks: the blocks' flags.
         dim: D.
         layer: an ordinary decoder layer.
     """
 
-    def __init__(self, modern: ModernConfig, dim: int, layer: nn.Module) -> None:
+    def __init__(self, blocks: BlocksConfig, dim: int, layer: nn.Module) -> None:
         super().__init__()
-        self.embed_norm = build_norm(modern, dim)
-        self.hidden_norm = build_norm(modern, dim)
+        self.embed_norm = build_norm(blocks, dim)
+        self.hidden_norm = build_norm(blocks, dim)
         self.proj = nn.Linear(2 * dim, dim, bias=False)
-        init_weights(self.proj, modern.std)
+        init_weights(self.proj, blocks.std)
         self.layer = layer
-        self.norm = build_norm(modern, dim)
+        self.norm = build_norm(blocks, dim)
 
     def forward(
         self,

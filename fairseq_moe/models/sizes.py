@@ -41,7 +41,7 @@ def model_size(decoder: Any) -> ModelSize:
     """
     num_experts, top_k = decoder.moe.num_experts or 1, decoder.moe.top_k
     num_local = 1 if decoder.mesh is None else len(decoder.mesh.layout.local_ids(decoder.mesh.rank))
-    of_mtp = {id(parameter) for parameter in decoder.mtp.parameters()} if decoder.modern.mtp_layers else set()
+    of_mtp = {id(parameter) for parameter in decoder.mtp.parameters()} if decoder.blocks.mtp_layers else set()
     total = active = mtp = 0
     for parameter in decoder.parameters():
         size = true_size(parameter)

@@ -25,19 +25,19 @@ from fairseq_moe.modules.experts import Experts
 from fairseq_moe.modules.moe_layer import MoEAux, MoELayer
 from fairseq_moe.modules.routing.contract import LOSSES, RoutingDecision, TokenInfo
 from fairseq_moe.modules.routing.losses import balance_loss
-from fairseq_moe.modules.routing.router import Router, RouterConfig, RouterMode, ScorerConfig
+from fairseq_moe.modules.routing.router import BranchConfig, Router, RouterMode, ScorerConfig
 from fairseq_moe.modules.routing.topk import TopKConfig
 from fairseq_moe.modules.shared_experts import SharedExperts
 
 __all__ = [
     "LOSSES",
+    "BranchConfig",
     "DispatchRecord",
     "Dispatcher",
     "Experts",
     "MoEAux",
     "MoELayer",
     "Router",
-    "RouterConfig",
     "RouterMode",
     "RoutingDecision",
     "ScorerConfig",

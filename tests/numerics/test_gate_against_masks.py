@@ -11,7 +11,7 @@ from fairseq_moe.modules.routing import branch, contract, stats
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy
 from fairseq_moe.modules.routing.contract import TokenInfo
 from fairseq_moe.modules.routing.losses import balance_loss
-from fairseq_moe.modules.routing.router import Router, RouterConfig, RouterMode, RouterOutput
+from fairseq_moe.modules.routing.router import BranchConfig, Router, RouterMode, RouterOutput
 from tests.numerics.mask_gate import GateCase, MaskGate, mask_gate
 
 POLICIES = ["all", "sampling", "random"]
@@ -35,7 +35,7 @@ CASES = [
 
 def run_ours(logits_SE: Tensor, case: GateCase, padding_S: Tensor | None, *, seed: int) -> RouterOutput:
     """Our router on given logits (its weight is the identity), drawing from the generator seeded so."""
-    config = RouterConfig(
+    config = BranchConfig(
         top_k=case.top_k,
         gating_use_fp32=case.use_fp32,
         second_expert_policy=SecondExpertPolicy(case.policy),
@@ -133,7 +133,7 @@ class TestPublishedValues:
         router = Router(
             model_dim=4,
             num_experts=6,
-            config=RouterConfig(second_expert_policy=SecondExpertPolicy.SAMPLING),
+            config=BranchConfig(second_expert_policy=SecondExpertPolicy.SAMPLING),
         )
         routed = router(tokens, tokens=TokenInfo(mode=RouterMode.TRAIN))
         l_aux = balance_loss(routed.gates_TE.detach(), routed.decision)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterConfig, RouterMode, TokenInfo
+from fairseq_moe.modules import BranchConfig, Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo
 from fairseq_moe.modules.dispatch.exchange import LocalExchange
 from fairseq_moe.modules.reference import reference_moe
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy, capacity_of
@@ -21,7 +21,7 @@ def make_layer(num_experts: int, *, dim: int = 6, dtype: torch.dtype, **config: 
         router=Router(
             model_dim=dim,
             num_experts=num_experts,
-            config=RouterConfig(**options),  # type: ignore[arg-type]
+            config=BranchConfig(**options),  # type: ignore[arg-type]
         ),
         experts=Experts(
             num_local_experts=num_experts,

@@ -22,8 +22,8 @@ from fairseq_moe.modules.routing.contract import (
 from fairseq_moe.modules.routing.losses import balance_loss
 
 __all__ = [
+    "BranchConfig",
     "BranchRule",
-    "RouterConfig",
     "SecondExpertPolicy",
     "capacity_of",
     "combine_weights",
@@ -195,7 +195,7 @@ def _normalized(weights_TK: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig:
+class BranchConfig:
     """How the branch's gates route.
 
     Args:
@@ -218,9 +218,9 @@ class RouterConfig:
 
 
 class BranchRule:
-    """See ``RouterConfig`` and ``modules/py``."""
+    """See ``BranchConfig`` and ``modules/py``."""
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: BranchConfig) -> None:
         self.config = config
 
     def route(self, logits_TE: Tensor, tokens: TokenInfo, decision: RoutingDecision | None) -> RouterOutput:

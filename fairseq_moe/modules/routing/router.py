@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_moe.modules.routing.bias import BiasRule, quantile_thresholds, sign_step
-from fairseq_moe.modules.routing.branch import BranchRule, RouterConfig
+from fairseq_moe.modules.routing.branch import BranchConfig, BranchRule
 from fairseq_moe.modules.routing.contract import (
     RouterMode,
     RouterOutput,
@@ -26,7 +26,7 @@ from fairseq_moe.modules.routing.contract import (
 from fairseq_moe.modules.routing.scores import choice_scores
 from fairseq_moe.modules.routing.topk import TopKConfig, TopKRule
 
-__all__ = ["Router", "RouterConfig", "RouterMode", "RouterOutput", "ScorerConfig"]
+__all__ = ["BranchConfig", "Router", "RouterMode", "RouterOutput", "ScorerConfig"]
 
 _FLOAT32_BUFFERS = ("expert_bias", "thresholds")
 _COSINE_DIM = 16
@@ -76,7 +76,7 @@ class Router(nn.Module):
         *,
         model_dim: int,
         num_experts: int,
-        config: RouterConfig | TopKConfig,
+        config: BranchConfig | TopKConfig,
         scorer: ScorerConfig | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:

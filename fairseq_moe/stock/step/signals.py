@@ -1,7 +1,7 @@
 """SIGTERM and SIGUSR1 in a rank that trains: remembered here, answered by all ranks after the same update.
 
 A handler may run at any point of any rank, so it only sets a flag. The flags travel with the gradient norm
-(``stock.step_guard``), so every rank learns of them at the same update, and no rank stops alone.
+(``stock.step.guard``), so every rank learns of them at the same update, and no rank stops alone.
 """
 
 import os

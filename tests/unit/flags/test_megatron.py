@@ -7,7 +7,7 @@ import torch
 
 from fairseq_moe.flags.megatron import moe_layer_pattern
 from fairseq_moe.flags.moe import MoEConfig
-from fairseq_moe.modules import RouterConfig, TopKConfig
+from fairseq_moe.modules import BranchConfig, TopKConfig
 from fairseq_moe.modules.routing.bias import BiasRule
 from fairseq_moe.modules.routing.capacity import DropPolicy
 from fairseq_moe.modules.routing.scores import GroupScore, ScoreFunction, ScoreRule
@@ -51,7 +51,7 @@ def test_two_defaults_differ_from_megatron() -> None:
 @pytest.mark.parametrize("unset", [{}, {"num_experts": None}])
 def test_without_number_of_experts_the_branch_decides(unset: dict[str, Any]) -> None:
     moe = MoEConfig.from_args({"moe_freq": 2, "moe_expert_count": 4, "decoder_layers": LAYERS, **unset})
-    assert moe.router_config() == RouterConfig()
+    assert moe.router_config() == BranchConfig()
     assert moe.loss_coefficients == {}
     assert [moe.is_moe_layer(index) for index in range(LAYERS)] == [False, True, False, True]
     assert moe.problems(num_layers=LAYERS, world_size=2) == []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fairseq_moe.criterions import MoECrossEntropyCriterion
 from fairseq_moe.criterions.nll import summed_nll
-from fairseq_moe.flags.blocks import ModernConfig, modern_problems
+from fairseq_moe.flags.blocks import BlocksConfig, block_problems
 from fairseq_moe.models.embedding import WordEmbedding
 from fairseq_moe.modules import Experts, Router
 from fairseq_moe.modules.blocks.norm import RMSNorm
@@ -74,7 +74,7 @@ class TestCompositions:
 
     def test_no_flag_is_stock(self) -> None:
         model = make(*EXPERTS, pad=1)
-        assert not model.decoder.modern.enabled
+        assert not model.decoder.blocks.enabled
         assert type(model.decoder.layers[0]).__name__ == "MoEDecoderLayer"
 
     def test_classic_attention_of_our_own_equals_stocks(self) -> None:
@@ -216,7 +216,7 @@ class TestFurtherTokens:
         expected = 0.3 * (guesses + size * 0.1 * of_experts)
         torch.testing.assert_close(log["mtp_loss"], expected.detach(), atol=1e-4, rtol=1e-5)
         # A weight of 0.6 adds as much again.
-        model.decoder.modern = ModernConfig.from_args({**vars(model.decoder.modern), "mtp_loss_weight": 0.6})
+        model.decoder.blocks = BlocksConfig.from_args({**vars(model.decoder.blocks), "mtp_loss_weight": 0.6})
         twice, _, _ = criterion()(model, sample)
         torch.testing.assert_close((twice - loss).detach(), expected.detach(), atol=1e-3, rtol=1e-5)
         loss.backward()
@@ -307,14 +307,14 @@ REFUSED_LATENT: dict[str, dict[str, Any]] = {
 class TestRefusals:
     @pytest.mark.parametrize("sentence", REFUSED)
     def test_one_sentence(self, sentence: str) -> None:
-        problems = modern_problems({**BASE, **REFUSED[sentence]})
+        problems = block_problems({**BASE, **REFUSED[sentence]})
         assert len(problems) == 1 and sentence in problems[0], problems
 
     @pytest.mark.parametrize("sentence", REFUSED_LATENT)
     def test_latent(self, sentence: str) -> None:
-        assert modern_problems({**BASE, **LATENT_FIELDS}) == []
-        problems = modern_problems({**BASE, **LATENT_FIELDS, **REFUSED_LATENT[sentence]})
+        assert block_problems({**BASE, **LATENT_FIELDS}) == []
+        problems = block_problems({**BASE, **LATENT_FIELDS, **REFUSED_LATENT[sentence]})
         assert len(problems) == 1 and sentence in problems[0], problems
 
     def test_stocks_flags_are_free_without_ours(self) -> None:
-        assert modern_problems({**BASE, "scale_heads": True, "adaptive_input": True}) == []
+        assert block_problems({**BASE, "scale_heads": True, "adaptive_input": True}) == []

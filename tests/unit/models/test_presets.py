@@ -6,7 +6,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from fairseq_moe.flags.blocks import ModernConfig, modern_problems
+from fairseq_moe.flags.blocks import BlocksConfig, block_problems
 from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModel
 from fairseq_moe.models.presets import PRESETS
@@ -74,10 +74,10 @@ def test_for_hydra_too(name: str) -> None:
     assert node["_name"] == "transformer_lm" and ARCH_MODEL_REGISTRY[name] is MoETransformerLanguageModel
     args = parse(name)
     own = {key: value for key, value in node.items() if not str(value).startswith("${")}
-    assert ModernConfig.from_args(own) == ModernConfig.from_args(args)
+    assert BlocksConfig.from_args(own) == BlocksConfig.from_args(args)
     given, by_arch = MoEConfig.from_args(own), MoEConfig.from_args(args)
     assert given.megatron == by_arch.megatron and given.decoder_layers == by_arch.decoder_layers
-    assert modern_problems(own) == []
+    assert block_problems(own) == []
     for key in (
         "decoder_embed_dim",
         "decoder_output_dim",

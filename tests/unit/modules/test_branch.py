@@ -9,7 +9,7 @@ from torch import Tensor
 from fairseq_moe.modules.routing import branch, contract
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy
 from fairseq_moe.modules.routing.contract import TokenInfo
-from fairseq_moe.modules.routing.router import Router, RouterConfig, RouterMode
+from fairseq_moe.modules.routing.router import BranchConfig, Router, RouterMode
 
 ALL = SecondExpertPolicy.ALL
 
@@ -100,13 +100,13 @@ class TestCapacity:
         ("mode", "expected"), [(RouterMode.TRAIN, 6), (RouterMode.EVAL, 2), (RouterMode.GENERATE, None)]
     )
     def test_mode_selects_the_rule(self, mode: RouterMode, expected: int | None) -> None:
-        config = RouterConfig(eval_capacity_token_fraction=0.15)
+        config = BranchConfig(eval_capacity_token_fraction=0.15)
         router = Router(model_dim=4, num_experts=6, config=config)
         assert router(torch.randn(13, 4), tokens=TokenInfo(mode=mode)).decision.capacity == expected
 
     def test_generation_can_have_a_capacity(self) -> None:
         router = Router(
-            model_dim=4, num_experts=6, config=RouterConfig(generation_capacity_token_fraction=0.5)
+            model_dim=4, num_experts=6, config=BranchConfig(generation_capacity_token_fraction=0.5)
         )
         assert router(torch.randn(12, 4), tokens=TokenInfo(mode=RouterMode.GENERATE)).decision.capacity == 6
 
@@ -190,7 +190,7 @@ class TestWeights:
         torch.testing.assert_close(weights, torch.tensor([[0.5], [0.0]]))
 
     def test_single_expert_chosen_twice_weighs_half_each(self) -> None:
-        router = Router(model_dim=4, num_experts=1, config=RouterConfig(second_expert_policy=ALL))
+        router = Router(model_dim=4, num_experts=1, config=BranchConfig(second_expert_policy=ALL))
         routed = router(torch.randn(3, 4), tokens=TokenInfo(mode=RouterMode.TRAIN))
         assert routed.decision.expert_ids_TK.tolist() == [[0, 0]] * 3
         assert routed.decision.kept_TK.all()
@@ -199,7 +199,7 @@ class TestWeights:
     @pytest.mark.parametrize("use_fp32", [True, False])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_dtypes(self, dtype: torch.dtype, use_fp32: bool) -> None:
-        router = Router(model_dim=8, num_experts=4, config=RouterConfig(gating_use_fp32=use_fp32)).to(dtype)
+        router = Router(model_dim=8, num_experts=4, config=BranchConfig(gating_use_fp32=use_fp32)).to(dtype)
         routed = router(torch.randn(6, 8, dtype=dtype), tokens=TokenInfo(mode=RouterMode.TRAIN))
         narrow = dtype in (torch.float16, torch.bfloat16)
         assert routed.gates_TE.dtype == (torch.float32 if use_fp32 and narrow else dtype)
@@ -284,7 +284,7 @@ class TestSecondExpert:
 
 
 def test_remembered_decision_is_obeyed() -> None:
-    router = Router(model_dim=4, num_experts=4, config=RouterConfig(second_expert_policy=ALL))
+    router = Router(model_dim=4, num_experts=4, config=BranchConfig(second_expert_policy=ALL))
     x = torch.randn(6, 4)
     first = router(x, tokens=TokenInfo(mode=RouterMode.TRAIN)).decision
     again = router(-x, tokens=TokenInfo(mode=RouterMode.TRAIN), decision=first)

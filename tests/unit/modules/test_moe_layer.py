@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterConfig, RouterMode, TokenInfo
+from fairseq_moe.modules import BranchConfig, Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo
 from fairseq_moe.modules.dispatch.exchange import ExchangeTimes, LocalExchange
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy
@@ -20,7 +20,7 @@ def make_layer(**config: object) -> MoELayer:
     torch.manual_seed(0)
     options: dict[str, object] = {"second_expert_policy": SecondExpertPolicy.ALL, **config}
     return MoELayer(
-        router=Router(model_dim=D, num_experts=E, config=RouterConfig(**options)),  # type: ignore[arg-type]
+        router=Router(model_dim=D, num_experts=E, config=BranchConfig(**options)),  # type: ignore[arg-type]
         experts=Experts(num_local_experts=E, first_expert_id=0, model_dim=D, hidden_dim=8, activation=F.relu),
         dispatcher=Dispatcher(LocalExchange(), num_experts=E),
     )
@@ -169,7 +169,7 @@ def test_no_tensor_of_tokens_times_experts_times_capacity() -> None:
             return out
 
     layer = MoELayer(
-        router=Router(model_dim=D, num_experts=num_experts, config=RouterConfig()),
+        router=Router(model_dim=D, num_experts=num_experts, config=BranchConfig()),
         experts=Experts(
             num_local_experts=num_experts, first_expert_id=0, model_dim=D, hidden_dim=8, activation=F.relu
         ),

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_moe.modules import (
+    BranchConfig,
     Dispatcher,
     Experts,
     MoELayer,
     Router,
-    RouterConfig,
     RouterMode,
     ScorerConfig,
     TokenInfo,
@@ -87,9 +87,9 @@ def test_jitter_leaves_the_experts_input_alone() -> None:
     assert rows == {tuple(row) for row in tokens().tolist()}
 
 
-@pytest.mark.parametrize("config", [None, RouterConfig()], ids=["megatron", "branch"])
+@pytest.mark.parametrize("config", [None, BranchConfig()], ids=["megatron", "branch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_precision_of_the_product(config: RouterConfig | None, dtype: torch.dtype) -> None:
+def test_precision_of_the_product(config: BranchConfig | None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     rule = config or TopKConfig(score=ScoreRule(top_k=2))
     router = Router(model_dim=D, num_experts=E, config=rule, scorer=ScorerConfig(dtype=dtype)).bfloat16()

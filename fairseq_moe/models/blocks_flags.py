@@ -5,7 +5,7 @@ from typing import Any, Optional
 
 from fairseq.dataclass import FairseqDataclass
 
-__all__ = ["ModernFlags"]
+__all__ = ["BlocksFlags"]
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -13,7 +13,7 @@ def _flag(default: Any, text: str) -> Any:
 
 
 @dataclass
-class ModernFlags(FairseqDataclass):
+class BlocksFlags(FairseqDataclass):
     """Any of them builds the decoder from our own blocks; a block whose flag is not given is stock's."""
 
     decoder_normalization: Optional[str] = _flag(None, "layernorm (default) or rmsnorm")

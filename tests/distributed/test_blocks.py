@@ -1,6 +1,6 @@
 """Models of modern blocks on 1, 2 and 4 ranks under every backend: the same losses, gradients and step.
 
-Run with ``pytest tests/distributed/test_modern_blocks.py``.
+Run with ``pytest tests/distributed/test_blocks.py``.
 """
 
 import functools
