@@ -76,7 +76,7 @@ setup(
         "console_scripts": [
             "fairseq-moe-checkpoint = fairseq_moe.checkpoint_tools.command:main",
             "fairseq-moe-convert = fairseq_moe.convert.cli:main",
-            "fairseq-moe-inspect = fairseq_moe.expert_load.command:main",
+            "fairseq-moe-inspect = fairseq_moe.inspect:main",
         ]
     },
 )

@@ -47,15 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plot.draw_load(args.png, record, history(records, split=record.split))
             print(f"picture: {args.png}")
     except MoEError as error:
-        print(f"fairseq_moe.expert_load.command: {error}", file=sys.stderr)
+        print(f"fairseq_moe.inspect: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _drawing(name: str, *, needs: str) -> ModuleType:
-    """``inspect_table`` or ``inspect_plot``, whose library is an extra."""
+    """Import ``table`` or ``plot``, whose library is an extra."""
     try:
-        return importlib.import_module(f"fairseq_moe.inspect_{name}")
+        return importlib.import_module(f"fairseq_moe.expert_load.{name}")
     except ModuleNotFoundError as error:
         if error.name != needs:
             raise

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import fairseq_moe
 from fairseq_moe.stock.proxy import ModuleProxy
 from fairseq_moe.stock.seam import install_seams, seam
 
@@ -57,7 +58,7 @@ def import_user_module(stock: Callable[..., Any], args: Any) -> None:
 
 
 def _is_this_package(user_dir: str) -> bool:
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    (package,) = map(os.path.abspath, fairseq_moe.__path__)
     if os.path.exists(user_dir):
         return os.path.samefile(user_dir, package)
     return user_dir == os.path.basename(package)

@@ -177,7 +177,7 @@ def test_a_missing_extra_is_named_with_its_cure(
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == library]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, f"fairseq_moe.inspect_{module}", raising=False)
+    monkeypatch.delitem(sys.modules, f"fairseq_moe.expert_load.{module}", raising=False)
     monkeypatch.setattr(sys, "meta_path", [_Without(library), *sys.meta_path])
 
     assert main([str(save_dir), "--png", str(tmp_path / "load.png")]) == 1
@@ -190,7 +190,7 @@ def test_a_missing_extra_is_named_with_its_cure(
 @pytest.mark.slow
 def test_it_runs_as_a_module(save_dir: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "fairseq_moe.expert_load.command", str(save_dir)],
+        [sys.executable, "-m", "fairseq_moe.inspect", str(save_dir)],
         capture_output=True,
         text=True,
         timeout=100,
