@@ -127,7 +127,7 @@ class _BatchedLinear(torch.autograd.Function):
 
 
 def grouped_linear(x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor | None, counts_L: Tensor) -> Tensor:
-    """Multiply by ``torch.nn.functional.grouped_mm``: not in float64, and rows of a multiple of 16 bytes.
+    """Multiply all experts at once by torch's ``grouped_mm``: not in float64, and rows of a multiple of 16 bytes.
 
     ``counts_L`` is int64, on the device of the rows: nothing waits for it on the host.
     """
