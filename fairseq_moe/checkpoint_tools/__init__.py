@@ -1,4 +1,4 @@
-"""What can be done with a checkpoint without a run? Inspected, verified, averaged, copied, or made dense.
+"""What can be done with a checkpoint outside a run? It can be inspected, verified, averaged, copied, made dense.
 
 The command is ``fairseq-moe-checkpoint TOOL PATH ...``, or ``python -m fairseq_moe.checkpoint_tools``.
 

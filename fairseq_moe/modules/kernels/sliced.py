@@ -115,7 +115,7 @@ class _SlicedNetwork(torch.autograd.Function):
                 strict=True,
             )
         ):
-            # ``affine`` writes the hidden values where they are kept in the same pass that computes them.
+            # The product writes the hidden values to where they are kept: copying them would touch memory once more.
             hidden = affine(x.to(wide), w1.to(wide), b1, out=keep.hidden)
             active = setup.activation(hidden)
             if keep.active is not None:
@@ -134,7 +134,7 @@ class _SlicedNetwork(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         # Per expert, for y = w dropout(W2 a + b2), a = act(h), h = W1 x + b1, and the gradient g of y:
-        #   g' = g without what dropout dropped     grad_w = (g' W2) . a + g' . b2
+        #   g' = g back through the dropout         grad_w = (g' W2) . a + g' . b2
         #   grad_W2 = (w g')^T a                    grad_b2 = sum of w g'
         #   grad_h = w (g' W2) act'(h)              grad_W1 = grad_h^T x, grad_b1 = sum of grad_h
         #   grad_x = grad_h W1
