@@ -24,7 +24,7 @@ class MoEError(Exception):
 
 
 class ConfigError(MoEError, ValueError):
-    """The flags cannot be honoured; the message lists every problem found.
+    """Says that flags cannot be honoured; the message lists every problem found.
 
     Args:
         problems: one sentence per problem.
@@ -36,16 +36,16 @@ class ConfigError(MoEError, ValueError):
 
 
 class CheckpointError(MoEError):
-    """A checkpoint is missing, unreadable, incomplete, or does not fit the model."""
+    """Says that a checkpoint is missing, unreadable, incomplete, or does not fit the model."""
 
 
 class StockSeamError(MoEError):
-    """The installed fairseq differs from the one that an adapter entry was written for."""
+    """Says that the installed fairseq differs from the one that an adapter entry was written for."""
 
 
 class NonFiniteError(MoEError):
-    """Losses or gradients that are not finite have kept the run from going on."""
+    """Says that losses or gradients that are not finite have kept the run from going on."""
 
 
 class RanksDisagreeError(MoEError):
-    """Ranks that must do the same have done different things."""
+    """Says that ranks that must do the same have done different things."""

@@ -63,7 +63,7 @@ ACTIONS = {
 
 
 class InjectedError(RuntimeError):
-    """What the action ``raise`` raises."""
+    """Raised by the action ``raise`` of a fault."""
 
 
 @dataclass(frozen=True, kw_only=True)

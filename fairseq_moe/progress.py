@@ -12,7 +12,7 @@ _LINE_EVERY_SEC = 10.0
 
 @contextmanager
 def progress(label: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Inside, call the result with the number of bytes that were handled since the last call.
+    """Show the progress of what is done inside; call the result with the bytes handled since its last call.
 
     Args:
         label: what is being done.

@@ -1,4 +1,6 @@
-"""Tools for checkpoints: ``fairseq-moe-checkpoint TOOL PATH ...``, or ``python -m fairseq_moe.checkpoint_tools``.
+"""What can be done with a checkpoint outside a run? It can be inspected, verified, averaged, copied, made dense.
+
+The command is ``fairseq-moe-checkpoint TOOL PATH ...``, or ``python -m fairseq_moe.checkpoint_tools``.
 
 One process, no process group: a tool opens a checkpoint of any kind (``source``: ours in both formats, the moe
 branch's, stock's dense ones), compares it with its digests, and streams it, tensor by tensor, into a new one.

@@ -32,7 +32,7 @@ _LOGGED_LOSSES = tuple(name for name in LOSSES if name != "balance")
 
 @dataclass
 class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
-    """Flags of the criterion."""
+    """Flags of the criterion ``moe_cross_entropy``."""
 
     moe_gate_loss_wt: float = field(default=1.0, metadata={"help": "weight of the gate (balance) loss"})
     moe_gate_loss_combine_method: ChoiceEnum(["average", "sum"]) = field(  # type: ignore[valid-type]
@@ -45,7 +45,7 @@ class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyCriterionConfig)
 class MoECrossEntropyCriterion(CrossEntropyCriterion):
-    """See the module's docstring; with a dense model it equals ``cross_entropy`` bit for bit."""
+    """Adds balance losses to cross entropy, as the module says; of a dense model it is ``cross_entropy`` to the bit."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
     def forward(
         self, model: Any, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, Any, dict[str, Any]]:
-        """Loss in nats, sample size, and sums for logging."""
+        """Compute the loss in nats, the sample size, and sums for logging."""
         net_output = model(**sample["net_input"])
         self.load_watch = net_output[1].get("moe_load_watch")
         inner_loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
@@ -99,7 +99,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
     def compute_loss(
         self, model: Any, net_output: Any, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Stock's, twice; with experts and on CPU the same number from less memory traffic."""
+        """Compute the cross entropy, and return it twice, as stock does; on CPU with less memory traffic."""
         logits, extra = net_output[0], net_output[1]
         has_experts = any(aux is not None for aux in extra.get("moe_aux", []))
         if not (reduce and has_experts and logits.device.type == "cpu"):
@@ -110,7 +110,7 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         return nll, nll
 
     def _mtp_loss(self, extra: dict[str, Any], target_BS: Tensor, sample_size: Any) -> Tensor:
-        """Weighted sum over the batch of how badly further tokens are guessed, with their experts' losses."""
+        """Sum the losses of further tokens over the batch, with those of their experts, times their weight."""
         logits = extra["mtp_logits"]
         total = torch.zeros((), device=target_BS.device)
         for index, (logits_BSV, aux) in enumerate(zip(logits, extra["mtp_aux"], strict=True)):
@@ -172,12 +172,12 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
-        """All outputs are sums, with the same keys on every rank."""
+        """Promise that all outputs are sums, with the same keys on every rank."""
         return True
 
 
 def _weighted_losses(auxes: list[Any], coefficients: dict[str, float]) -> Tensor:
-    """Sum over layers and losses of coefficient * loss, for the losses that the model's flags weigh."""
+    """Sum coefficient * loss over layers and the losses that the model's flags weigh."""
     total = torch.stack([aux.losses for aux in auxes]).sum(0)
     # One by one, because a tensor of the coefficients would have to be copied to the device.
     terms = [coefficients.get(name, 0.0) * loss for name, loss in zip(LOSSES, total.unbind(), strict=True)]
@@ -185,7 +185,7 @@ def _weighted_losses(auxes: list[Any], coefficients: dict[str, float]) -> Tensor
 
 
 def _layer_mean_losses(auxes: list[Any], sample_size: Any, inner_loss: Tensor) -> dict[str, Tensor]:
-    """Each loss averaged over the MoE layers, unscaled, times the sample size."""
+    """Average each loss over the MoE layers, without coefficients, times the sample size."""
     means = torch.zeros(len(LOSSES), device=inner_loss.device)
     if auxes:
         means = torch.stack([aux.losses.detach() for aux in auxes]).mean(0)
@@ -194,7 +194,7 @@ def _layer_mean_losses(auxes: list[Any], sample_size: Any, inner_loss: Tensor) -
 
 
 def _layer_means(auxes: list[Any], inner_loss: Tensor) -> dict[str, Tensor]:
-    """Statistics averaged over the MoE layers, and the layers' loads as one (layers, 2, E) tensor."""
+    """Average the statistics over the MoE layers, and stack the layers' loads to one (layers, 2, E) tensor."""
     if not auxes:
         zero = torch.zeros((), device=inner_loss.device)
         return {name: zero for name in LAYER_STATS}

@@ -19,7 +19,7 @@ _BLOCK_NUMEL = 1 << 20  # log-probabilities at a time: 4 MiB, which caches hold
 
 
 def summed_nll(logits_TV: Tensor, target_T: Tensor, *, ignore_index: int) -> Tensor:
-    """Sum over tokens of -log softmax(logits)[target], in nats.
+    """Sum -log softmax(logits)[target] over tokens, in nats.
 
     The backward pass overwrites ``logits_TV``; a second one through the same logits is an error of torch's.
 
@@ -69,7 +69,7 @@ class _SummedNll(torch.autograd.Function):
 
 
 def _ids(target_T: Tensor, ignore_index: int) -> Tensor:
-    """Columns to read, (T, 1); where a target is left out any will do, and its id may be none of the columns."""
+    """List the columns to read, (T, 1): where a target is left out any will do, and its id may be none of them."""
     return target_T.masked_fill(target_T == ignore_index, 0).unsqueeze(1)
 
 

@@ -20,7 +20,7 @@ _STATS = ("entropy_gating", "expert_bias_spread")
 
 
 def per_layer_sums(auxes: list[Any], sample_size: Any) -> dict[str, Tensor]:
-    """What the criterion hands to the logging sums: three tensors per MoE layer.
+    """Collect what the criterion adds to its logging output: three tensors per MoE layer.
 
     Args:
         auxes: one ``MoEAux`` per decoder layer, None for a dense one.
@@ -36,7 +36,7 @@ def per_layer_sums(auxes: list[Any], sample_size: Any) -> dict[str, Tensor]:
 
 
 def log_per_layer(logging_outputs: list[dict[str, Any]], *, sample_size: Any, batches: Any) -> None:
-    """Log what ``per_layer_sums`` gave, if it gave anything."""
+    """Log the sums of ``per_layer_sums``, if there are any."""
     keys = dict.fromkeys(key for log in logging_outputs for key in log if key.startswith(_PREFIX))
     totals = {key: sum(log[key] for log in logging_outputs if key in log) for key in keys}
     for key in keys:

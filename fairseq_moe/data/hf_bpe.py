@@ -20,15 +20,15 @@ class HFTokenizersConfig(FairseqDataclass):
 
 @register_bpe("hf_tokenizers", dataclass=HFTokenizersConfig)
 class HFTokenizersBPE:
-    """Text to numbers in words, for a model with an identity dictionary, and back."""
+    """Encodes text as token ids written as words, for a model with an identity dictionary, and back."""
 
     def __init__(self, cfg: HFTokenizersConfig) -> None:
         self.tokenizer = load_tokenizer(Path(cfg.hf_tokenizer_json))
 
     def encode(self, text: str) -> str:
-        """``"a text"`` to ``"12 7 5"``."""
+        """Encode ``"a text"`` as ``"12 7 5"``."""
         return " ".join(map(str, encode_lines(self.tokenizer, [text])[0]))
 
     def decode(self, words: str) -> str:
-        """``"12 7 5"`` to ``"a text"``; special tokens are left out."""
+        """Decode ``"12 7 5"`` to ``"a text"``; special tokens are left out."""
         return str(self.tokenizer.decode([int(word) for word in words.split() if word.isdecimal()]))

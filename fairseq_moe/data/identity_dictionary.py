@@ -21,7 +21,7 @@ _LINE = re.compile(r"#identity vocab_size=(\d+) bos=(-|\d+) eos=(-|\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class IdentityLine:
-    """What the one line of such a file says.
+    """Content of the one line of an identity dictionary's file.
 
     Args:
         vocab_size: V; ids are 0 to V - 1, and padding is V.
@@ -35,7 +35,7 @@ class IdentityLine:
 
 
 def dictionary_text(vocab_size: int, config: dict[str, Any]) -> str:
-    """The contents of ``dict.txt``.
+    """Write out the line of a model's ``dict.txt``.
 
     Args:
         vocab_size: V.
@@ -51,7 +51,7 @@ def dictionary_text(vocab_size: int, config: dict[str, Any]) -> str:
 
 
 def parse_identity(line: str, *, source: str) -> IdentityLine | None:
-    """The first line of a ``dict.txt``; None if it is an ordinary one.
+    """Read the first line of a ``dict.txt``; None if the dictionary is an ordinary one.
 
     Raises:
         CheckpointError: it begins like an identity dictionary and is none, or names a token that is no id.
@@ -98,7 +98,7 @@ class IdentityDictionary(Dictionary):
         self.nspecial = 0
 
     def index(self, sym: str) -> int:
-        """The number that the word is.
+        """Look up the token id that a word is.
 
         Raises:
             MoEError: it is none of 0 to V - 1.
@@ -111,7 +111,7 @@ class IdentityDictionary(Dictionary):
         return int(sym)
 
     def add_symbol(self, word: str, n: int = 1, overwrite: bool = False) -> int:
-        """Stock's signature; there is nothing to add, so ``word`` must be there already."""
+        """Look up a word under the name by which stock adds one; ``word`` must be there already."""
         return self.index(word)
 
     def save(self, f: Any) -> None:
@@ -126,7 +126,7 @@ class IdentityDictionary(Dictionary):
 
 
 def load_identity(path: str | os.PathLike[str]) -> IdentityDictionary | None:
-    """The identity dictionary in the file ``path``; None if there is another dictionary in it.
+    """Load the identity dictionary in the file ``path``; None if there is another dictionary in it.
 
     Raises:
         CheckpointError: it begins like one and is damaged.

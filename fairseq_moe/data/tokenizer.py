@@ -10,7 +10,7 @@ __all__ = ["encode_lines", "load_tokenizer"]
 
 
 def load_tokenizer(path: Path, *, vocab_size: int | None = None) -> Any:
-    """A ``tokenizers.Tokenizer``.
+    """Load a tokenizer.json as a ``tokenizers.Tokenizer``.
 
     Args:
         path: of tokenizer.json.
@@ -41,5 +41,5 @@ def load_tokenizer(path: Path, *, vocab_size: int | None = None) -> Any:
 
 
 def encode_lines(tokenizer: Any, lines: Sequence[str]) -> list[list[int]]:
-    """Token ids of each line, without tokens that the tokenizer would put around them."""
+    """Encode each line as token ids, without tokens that the tokenizer would put around them."""
     return [found.ids for found in tokenizer.encode_batch(list(lines), add_special_tokens=False)]

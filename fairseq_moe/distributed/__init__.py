@@ -1,4 +1,7 @@
-"""The one door to torch.distributed: process groups, the expert exchange and a few agreed reductions."""
+"""How do ranks talk to one another? Process groups, the expert exchange, a few agreed reductions, the watchdog.
+
+Nothing outside this folder uses torch.distributed.
+"""
 
 from fairseq_moe.distributed.all_to_all import GroupExchange
 from fairseq_moe.distributed.collectives import (

@@ -22,7 +22,7 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Wait until all ranks are here."""
     if world_size() > 1:
         dist.barrier()
 
@@ -30,7 +30,7 @@ def barrier() -> None:
 def broadcast_value(
     value: Any, *, src: int = 0, group: dist.ProcessGroup | None = None, device: torch.device | None = None
 ) -> Any:
-    """``value`` of rank ``src`` on every rank of ``group`` (None: all ranks), by way of ``device``.
+    """Send ``value`` of rank ``src`` to every rank of ``group`` (None: all ranks), by way of ``device``.
 
     Values come from our own rank, so unpickling them adds no trust.
     """
@@ -42,7 +42,7 @@ def broadcast_value(
 
 
 def gather_values(value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """``value`` of every rank of ``group`` (None: all ranks), in rank order, on every rank."""
+    """Gather ``value`` of every rank of ``group`` (None: all ranks), in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -51,7 +51,7 @@ def gather_values(value: Any, *, group: dist.ProcessGroup | None = None) -> list
 
 
 def agree(failure: str | None) -> list[str]:
-    """The failures of all ranks, in rank order, on every rank; empty when no rank failed."""
+    """Gather the failures of all ranks, in rank order, on every rank; empty when no rank failed."""
     return [failure for failure in gather_values(failure) if failure is not None]
 
 

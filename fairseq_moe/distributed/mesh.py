@@ -25,20 +25,20 @@ _LOCAL_ONLY: ContextVar[bool] = ContextVar("local_experts_only", default=False)
 
 
 def world_size() -> int:
-    """Number of ranks: 1 before torch.distributed is initialised, or within ``local_experts_only``."""
+    """Count the ranks: 1 before torch.distributed is initialised, or within ``local_experts_only``."""
     if _LOCAL_ONLY.get() or not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size()
 
 
 def rank() -> int:
-    """This process's rank: 0 before torch.distributed is initialised, or within ``local_experts_only``."""
+    """Return this process's rank: 0 before torch.distributed is initialised, or within ``local_experts_only``."""
     return 0 if world_size() == 1 else dist.get_rank()
 
 
 @contextmanager
 def local_experts_only() -> Iterator[None]:
-    """Models built or loaded inside hold every expert and never communicate (generation, hub loading)."""
+    """Let models that are built or loaded inside hold every expert and never communicate (generation, hub loading)."""
     token = _LOCAL_ONLY.set(True)
     try:
         yield
@@ -48,7 +48,7 @@ def local_experts_only() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelMesh:
-    """Process groups of one expert layout.
+    """Holds the process groups of one expert layout.
 
     Args:
         layout: who owns which expert.
@@ -74,7 +74,7 @@ class ParallelMesh:
         return [group for mesh in meshes for group in mesh.get_all_groups()]
 
     def exchange(self) -> Exchange:
-        """The token exchange between the ranks of this rank's row; local when the row has one rank."""
+        """Make the token exchange of this rank's expert group; local when the group has one rank."""
         if self.sparse is None or self.layout.ep_size == 1:
             return LocalExchange()
         return GroupExchange(self.sparse.get_group("expert"))
@@ -84,7 +84,7 @@ _MESHES: dict[tuple[dist.ProcessGroup, ExpertLayout], ParallelMesh] = {}
 
 
 def parallel_mesh(num_experts: int, ep_size: int | None = None) -> ParallelMesh:
-    """The mesh for ``num_experts`` over the current ranks; the first call in a process group is collective.
+    """Make, or find, the mesh for ``num_experts`` over the current ranks; a process group's first call is collective.
 
     Raises:
         ConfigError: the experts do not divide over the ranks.

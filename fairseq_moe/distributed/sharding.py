@@ -12,7 +12,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 def one_rank_group() -> dist.ProcessGroup:
-    """The world of a process that was started alone; initialises torch.distributed without any address.
+    """Initialise torch.distributed, without any address, in a process that was started alone; return its world.
 
     ``world_size`` stays 1 and nothing that asks it communicates.
     """
@@ -26,12 +26,12 @@ def one_rank_group() -> dist.ProcessGroup:
 
 
 def is_nccl_group(group: dist.ProcessGroup) -> bool:
-    """Whether ``group`` speaks NCCL only, that is, whether its ranks compute on GPUs."""
+    """Tell whether ``group`` speaks NCCL only, that is, whether its ranks compute on GPUs."""
     return dist.get_backend(group) == "nccl"
 
 
 def all_gather_flat(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Every rank's ``shard`` end to end, in fresh memory.
+    """Gather every rank's ``shard``, end to end, in fresh memory.
 
     Args:
         shard: (N,), the same N on every rank of ``group``.
@@ -46,12 +46,12 @@ def all_gather_flat(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_base(output: Tensor, shard: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """``torch.distributed._all_gather_base`` under a public name."""
+    """Gather every rank's ``shard`` into ``output``: ``torch.distributed._all_gather_base`` by public functions."""
     _all_gather(output, shard, group=group)
 
 
 def reduce_scatter_base(output: Tensor, stacked: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """``torch.distributed._reduce_scatter_base``; gloo, unlike NCCL, insists on a flat input.
+    """Sum over ranks, and keep this rank's share: ``torch.distributed._reduce_scatter_base``, flat as gloo insists.
 
     Args:
         output: (N,), this rank's share of the sum.

@@ -32,7 +32,7 @@ _VERDICT = "verdict"
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What ended the run.
+    """Names the rank that ended the run, and why.
 
     Args:
         rank: who is to blame.
@@ -53,7 +53,7 @@ class _Beat:
 
 
 class Watchdog:
-    """This rank's heartbeat, and its view of the others.
+    """Keeps this rank's heartbeat, and looks for those of the others.
 
     Args:
         store: shared by all ranks.
@@ -75,7 +75,7 @@ class Watchdog:
 
     @classmethod
     def of_this_process(cls) -> "Watchdog | None":
-        """For the current process group, beating; None where torch has no store to share."""
+        """Start a watchdog for the current process group; None where torch has no store to share."""
         if not hasattr(distributed_c10d, "_get_default_store"):
             return None
         default: Any = distributed_c10d._get_default_store()
@@ -92,11 +92,11 @@ class Watchdog:
 
     @property
     def where(self) -> str:
-        """Where in training this rank is, in words."""
+        """Place in training at which this rank is, in words."""
         return f"at update {self.update}" if self.update else "before the first update"
 
     def stop(self) -> None:
-        """End the heartbeat: the run is over."""
+        """End the heartbeat, because the run is over."""
         self._stopped.set()
 
     def accuse_self(self, reason: str) -> Verdict:
@@ -199,12 +199,12 @@ class Watchdog:
         return Verdict(**json.loads(self._store.get(_VERDICT)))
 
     def _post(self, verdict: Verdict) -> Verdict:
-        """Write ``verdict`` unless there is one; the one that counts."""
+        """Write ``verdict`` unless there is one, and return the one that counts."""
         return Verdict(**json.loads(self._store.compare_set(_VERDICT, "", json.dumps(asdict(verdict)))))
 
 
 def _within(seconds: float, ask: Callable[[], Verdict]) -> Verdict | None:
-    """What ``ask`` returns; None when it fails or takes longer."""
+    """Wait for the answer of ``ask``; None when it fails or takes longer."""
     answers: list[Verdict] = []
 
     def run() -> None:
@@ -220,7 +220,7 @@ def _within(seconds: float, ask: Callable[[], Verdict]) -> Verdict | None:
 
 
 def is_collective_failure(error: BaseException) -> bool:
-    """Whether ``error`` says that other ranks could not be reached, rather than what is wrong here."""
+    """Tell whether ``error`` says that other ranks could not be reached, rather than what is wrong here."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)

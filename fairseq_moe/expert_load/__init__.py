@@ -1,1 +1,11 @@
-"""How is the load spread over the experts? The record on disk, its watch, summary, table and plot."""
+"""How is the load spread over the experts? The record on disk, its watch, summary, table and plot.
+
+Letters at the end of a name give its shape:
+
+====== ==========================================================
+letter meaning
+====== ==========================================================
+N      layers with experts
+E      experts of a layer
+====== ==========================================================
+"""

@@ -24,7 +24,7 @@ _OVERLOADED_ABOVE = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command ``fairseq-moe-inspect``.
 
     Args:
         arguments: command line without the program's name; None: the process's own.

@@ -32,7 +32,7 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class LoadRecord:
-    """One line of the record; see the module's docstring."""
+    """Holds one line of the record: the load of every layer in one update; see the module for the fields."""
 
     split: str
     update: int
@@ -69,7 +69,7 @@ def append_record(directory: str | Path, record: LoadRecord) -> None:
 
 
 def _end_of_last_line(file: BinaryIO) -> int:
-    """Position after the last newline; 0 without one."""
+    """Find the position after the last newline; 0 without one."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(end - _BLOCK, 0)
@@ -82,7 +82,7 @@ def _end_of_last_line(file: BinaryIO) -> int:
 
 
 def read_records(path: str | Path) -> Iterator[LoadRecord]:
-    """The records of a file or of a save directory, in order; an unfinished last line is left out.
+    """Read the records of a file or of a save directory, in order; an unfinished last line is left out.
 
     Raises:
         MoEError: no record there, or a line that is not one.

@@ -1,4 +1,4 @@
-"""What a load record says about each layer's experts: arithmetic on counts, nothing else."""
+"""Shares, drops, dead and overloaded experts of each layer of a load record: arithmetic on counts."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ __all__ = ["LayerLoad", "history", "layer_loads", "select", "warnings_of"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLoad:
-    """One layer of one record.
+    """Load of one layer's experts in one record.
 
     Args:
         layer: decoder layer, from 0.
@@ -58,7 +58,7 @@ class LayerLoad:
 
 
 def layer_loads(record: LoadRecord) -> list[LayerLoad]:
-    """The layers of a record, from the bottom of the model up."""
+    """List the loads of a record's layers, from the bottom of the model up."""
     return [
         LayerLoad(layer=layer, wanted=wanted, kept=kept)
         for layer, wanted, kept in zip(record.layers, record.wanted, record.kept, strict=True)
@@ -66,7 +66,7 @@ def layer_loads(record: LoadRecord) -> list[LayerLoad]:
 
 
 def history(records: Iterable[LoadRecord], *, split: str) -> list[LoadRecord]:
-    """The split's records in order of updates; where a run went back, the later lines."""
+    """List a split's records in order of updates; where a run went back, the later lines count."""
     kept: list[LoadRecord] = []
     for record in records:
         if record.split == split:
@@ -109,7 +109,7 @@ def select(records: Sequence[LoadRecord], *, split: str | None, update: int | No
 
 
 def warnings_of(loads: Sequence[LayerLoad], *, overloaded_above: float) -> list[str]:
-    """One sentence per layer with dead experts, and one per layer with overloaded ones."""
+    """Write one sentence per layer with dead experts, and one per layer with overloaded ones."""
     found = []
     for load in loads:
         if load.dead:

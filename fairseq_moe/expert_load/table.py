@@ -54,7 +54,7 @@ def _table(title: str) -> Table:
 
 
 def _cells(loads: Sequence[LayerLoad]) -> Table:
-    """A percentage per expert."""
+    """Make a table with each expert's percentage in a cell."""
     num_experts = len(loads[0].wanted)
     table = _table(f"% of the layer's assignments per expert; balanced: {100 / num_experts:.1f}")
     for expert in range(num_experts):
@@ -70,7 +70,7 @@ def _cells(loads: Sequence[LayerLoad]) -> Table:
 
 
 def _strips(loads: Sequence[LayerLoad]) -> Table:
-    """A character per expert."""
+    """Make a table with one character per expert."""
     table = _table(
         "load over mean load, one character per expert: . none, - up to 0.5, = up to 0.8, + up to 1.25, * "
         "up to 2, # above"

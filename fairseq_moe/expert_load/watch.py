@@ -15,7 +15,7 @@ _UPDATES = 100  # in a row, before the first warning; then twice as many, and so
 
 
 class LoadWatch:
-    """Looks at the load of every training update.
+    """Watches the load of every training update for an expert that takes most tokens.
 
     An expert is overloaded in an update if more than half of the tokens asked for it and it got at least twice the
     layer's mean. One update, or a hundred at the start, may well be so: a warning needs ``_UPDATES`` in a row with the
@@ -32,18 +32,18 @@ class LoadWatch:
         self._since = {layer: (-1, 0, _UPDATES) for layer in layers}
 
     def observe(self, load: Tensor) -> list[str]:
-        """The warnings that one update's load gives rise to.
+        """Take in one update's load, and return the warnings that it gives rise to.
 
         Args:
-            load: float (layers, 2, E), assignments wanted (row 0) and kept, summed over ranks and micro-batches.
+            load: float (N, 2, E), assignments requested (entry 0) and kept, summed over ranks and micro-batches.
         """
-        wanted_LE = load[:, 0]
-        tokens_L = wanted_LE.sum(-1) / self._top_k
-        most_L, expert_L = wanted_LE.max(-1)
-        is_overloaded_L = (most_L > tokens_L / 2) & (most_L >= 2 * wanted_LE.mean(-1))
+        wanted_NE = load[:, 0]
+        tokens_N = wanted_NE.sum(-1) / self._top_k
+        most_N, expert_N = wanted_NE.max(-1)
+        is_overloaded_N = (most_N > tokens_N / 2) & (most_N >= 2 * wanted_NE.mean(-1))
         found = []
-        seen_3L = torch.stack([expert_L.to(load.dtype), is_overloaded_L.to(load.dtype), most_L / tokens_L])
-        for layer, (number, is_overloaded, share) in zip(self._since, seen_3L.t().tolist(), strict=True):
+        seen_3N = torch.stack([expert_N.to(load.dtype), is_overloaded_N.to(load.dtype), most_N / tokens_N])
+        for layer, (number, is_overloaded, share) in zip(self._since, seen_3N.t().tolist(), strict=True):
             expert = int(number)
             before, updates, limit = self._since[layer]
             if not is_overloaded:
@@ -52,7 +52,7 @@ class LoadWatch:
             updates, limit = (updates + 1, limit) if expert == before else (1, _UPDATES)
             if updates >= limit:
                 limit *= 2
-                fair = self._top_k / wanted_LE.shape[1]
+                fair = self._top_k / wanted_NE.shape[1]
                 found.append(
                     f"layer {layer}: {share:.0%} of the tokens ask for expert {expert}, and more than half did in "
                     f"each of the last {updates} updates (a fair share is {fair:.0%}), so its rank computes most of "

@@ -118,8 +118,9 @@ class Experts(nn.Module):
 
         Args:
             source_SD: float, rows sorted by local expert, or what ``work.plan`` takes rows from.
-            work: whose rows are which. Experts without rows get zero (not missing) gradients.
-            kernel: compute so, instead of as the table in ``kernels`` says.
+            work: how many rows each expert has, where results go, and with what weight. Experts without rows get
+                zero (not missing) gradients.
+            kernel: overrides the choice of ``kernels.table``.
 
         Returns:
             (S, D).

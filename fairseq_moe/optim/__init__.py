@@ -1,4 +1,4 @@
-"""Optimizers."""
+"""How is an optimizer's step made cheaper? Adam with half-precision state, and Adam on CPU block by block."""
 
 from fairseq_moe.optim.half_adam import HalfAdam
 

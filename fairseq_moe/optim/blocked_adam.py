@@ -19,7 +19,7 @@ _BLOCK_NUMEL = 1 << 17
 
 
 def can_step_in_blocks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether every parameter of ``optimizer`` (fairseq's Adam) is on CPU with a dense gradient; no amsgrad."""
+    """Tell whether every parameter of ``optimizer`` (fairseq's Adam) is on CPU with a dense gradient; no amsgrad."""
     return all(
         not group.get("amsgrad", False)
         and all(p.device.type == "cpu" and (p.grad is None or not p.grad.is_sparse) for p in group["params"])
@@ -29,18 +29,19 @@ def can_step_in_blocks(optimizer: torch.optim.Optimizer) -> bool:
 
 @torch.no_grad()
 def step_in_blocks(optimizer: torch.optim.Optimizer) -> None:
-    """One step of fairseq's Adam, state included, for parameters that ``can_step_in_blocks`` has admitted."""
+    """Step fairseq's Adam, state included, for parameters that ``can_step_in_blocks`` has admitted."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None:
                 state = _current_state(optimizer.state[p], p)
                 state["step"] += 1
-                for block in _blocks(p.data, p.grad.data, state["exp_avg"], state["exp_avg_sq"]):
-                    _update(*block, group, state["step"])
+                tensors = (p.data, p.grad.data, state["exp_avg"], state["exp_avg_sq"])
+                for values, grad, exp_avg, exp_avg_sq in _blocks(*tensors):
+                    _update(values, grad, exp_avg, exp_avg_sq, group, state["step"])
 
 
 def _current_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
-    """The moments, new or as loaded, in float32 or the parameter's wider precision."""
+    """Make or convert the moments of a parameter, in float32 or the parameter's wider precision."""
     dtype = torch.float32 if p.dtype in _HALF else p.dtype
     if not state:
         state["step"] = 0

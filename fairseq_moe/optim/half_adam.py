@@ -59,7 +59,7 @@ class HalfAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        """One update of every parameter that has a gradient.
+        """Update every parameter that has a gradient.
 
         Args:
             closure: evaluates the loss again.
@@ -74,18 +74,19 @@ class HalfAdam(torch.optim.Optimizer):
         position = 0
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and parameter.numel() > 0:
-                    self._update(parameter, group, position)
+                grad = parameter.grad
+                if grad is not None and parameter.numel() > 0:
+                    self._update(parameter, grad, group, position)
                 position += 1
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], position: int) -> None:
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], position: int) -> None:
         state = self.state[parameter]
         if not state:
             state.update(_stored(torch.zeros_like(parameter), torch.zeros_like(parameter), step=0))
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        largest_grad = _largest(parameter.grad)
+        largest_grad = _largest(grad)
         old_scales = state["exp_avg_scale"], state["root_scale"]
         # Bounds on the new values, so that one pass over the data is enough.
         largest_avg = beta1 * old_scales[0] * _largest(state["exp_avg"]) + (1 - beta1) * largest_grad
@@ -94,21 +95,21 @@ class HalfAdam(torch.optim.Optimizer):
         )
         new_scales = _scale_for(largest_avg), _scale_for(largest_root)
         noise = torch.Generator(parameter.device).manual_seed(state["step"] * 1_000_003 + position)
-        for chunk in zip(
-            *(_chunks(tensor) for tensor in (parameter, parameter.grad, state["exp_avg"], state["root"])),
-            strict=True,
-        ):
-            _update_chunk(*chunk, group, state["step"], old_scales, new_scales, noise)
+        chunks = (_chunks(tensor) for tensor in (parameter, grad, state["exp_avg"], state["root"]))
+        for values, grad_chunk, exp_avg, root in zip(*chunks, strict=True):
+            _update_chunk(
+                values, grad_chunk, exp_avg, root, group, state["step"], old_scales, new_scales, noise
+            )
         state["exp_avg_scale"], state["root_scale"] = new_scales
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of plain Adam: ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` (float32) per parameter."""
+        """Write out the state of plain Adam: ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` (float32) per parameter."""
         packed = super().state_dict()
         return {**packed, "state": {index: _plain(state) for index, state in packed["state"].items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over such a state, of this optimizer or of plain Adam; tensors may be on another device."""
+        """Load a state of this optimizer or of plain Adam; tensors may be on another device."""
         super().load_state_dict({**state_dict, "state": {}})
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -150,7 +151,7 @@ def _update_chunk(
 
 
 def _stored(exp_avg: Tensor, exp_avg_sq: Tensor, *, step: int) -> dict[str, Any]:
-    """Plain Adam's moments as this optimizer keeps them."""
+    """Convert plain Adam's moments to the state that this optimizer keeps."""
     root = exp_avg_sq.float().sqrt()
     avg_scale, root_scale = _scale_for(_largest(exp_avg)), _scale_for(_largest(root))
     return {
@@ -171,7 +172,7 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _largest(tensor: Tensor) -> Tensor:
-    """Largest magnitude: float32 scalar."""
+    """Find the largest magnitude in a tensor: float32 scalar."""
     if tensor.numel() == 0:
         return torch.zeros((), device=tensor.device)
     lowest, highest = torch.aminmax(tensor)
@@ -179,13 +180,13 @@ def _largest(tensor: Tensor) -> Tensor:
 
 
 def _scale_for(largest: Tensor) -> Tensor:
-    """The power of two that brings values up to ``largest`` below 2**15, also after rounding up."""
+    """Choose the power of two that brings values up to ``largest`` below 2**15, also after rounding up."""
     exponent = torch.frexp(largest * (1 + 2.0**-9)).exponent.clamp(min=-100)
     return torch.ldexp(torch.ones_like(largest), exponent - _TOP_EXPONENT)
 
 
 def _rounded(values: Tensor, noise: torch.Generator) -> Tensor:
-    """Non-negative float32 to half, up or down at random in proportion; only 0 becomes 0.
+    """Round non-negative float32 to half, up or down at random in proportion; only 0 becomes 0.
 
     Values that half can hold stay as they are.
     """
@@ -198,7 +199,7 @@ def _rounded(values: Tensor, noise: torch.Generator) -> Tensor:
 
 
 def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of the tensor, cut along its first axis, of about ``_CHUNK_NUMEL`` elements."""
+    """Cut a tensor along its first axis into views of about ``_CHUNK_NUMEL`` elements."""
     if tensor.dim() == 0:
         tensor = tensor.unsqueeze(0)
     return tensor.split(max(1, _CHUNK_NUMEL * len(tensor) // tensor.numel()))

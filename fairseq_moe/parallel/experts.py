@@ -1,12 +1,12 @@
 """Which rank owns which expert: pure arithmetic on integers.
 
-The W ranks form a grid of ``num_replicas`` rows and ``ep_size`` columns, row-major: rank = replica * ep_size
-+ column. The ranks of one row exchange tokens (expert parallelism); the ranks of one column hold the same
-experts and differ only in the tokens they saw (expert data parallelism). Experts are numbered globally
-0..E-1 and lie contiguously: column c owns ids [c*L, (c+1)*L).
+The W ranks form a grid of ``num_replicas`` expert groups of ``ep_size`` ranks: rank = group * ep_size + place.
+The ranks of an expert group exchange tokens (expert parallelism); the ranks at one place of all groups are a
+replica group: they hold the same experts and differ only in the tokens they saw (expert data parallelism).
+Experts are numbered globally 0..E-1 and lie contiguously: place p owns ids [p*L, (p+1)*L).
 
-Unless a size is given, E >= W makes one row (every rank owns E/W experts), and with W > E every rank owns one
-expert and each expert has W/E replicas. This is the layout of fairseq's moe branch.
+Unless a size is given, E >= W makes one expert group (every rank owns E/W experts), and with W > E every rank owns
+one expert and each expert has W/E replicas. This is the layout of fairseq's moe branch.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ __all__ = ["ExpertLayout", "layout_problem"]
 
 
 def layout_problem(*, num_experts: int, world_size: int, ep_size: int | None = None) -> str | None:
-    """One sentence if ``num_experts`` cannot be spread evenly over ``world_size`` ranks, else None."""
+    """Say in one sentence why ``num_experts`` cannot be spread evenly over ``world_size`` ranks; None if they can."""
     if ep_size is not None:
         if ep_size >= 1 and num_experts % ep_size == 0 and world_size % ep_size == 0:
             return None
@@ -36,12 +36,12 @@ def layout_problem(*, num_experts: int, world_size: int, ep_size: int | None = N
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertLayout:
-    """The grid of ranks and the experts of each.
+    """Spreads the experts of a layer over a grid of ranks.
 
     Args:
         num_experts: E, global experts of a layer.
         world_size: W, number of ranks.
-        given_ep_size: columns of the grid; None: min(W, E).
+        given_ep_size: ranks of an expert group; None: min(W, E).
 
     Raises:
         ConfigError: the experts cannot be spread evenly.
@@ -60,33 +60,33 @@ class ExpertLayout:
 
     @property
     def ep_size(self) -> int:
-        """Ranks that exchange tokens with one another."""
+        """Number of ranks that exchange tokens with one another."""
         return self.given_ep_size or min(self.world_size, self.num_experts)
 
     @property
     def num_replicas(self) -> int:
-        """Ranks that hold the same experts."""
+        """Number of ranks that hold the same experts."""
         return self.world_size // self.ep_size
 
     @property
     def num_local_experts(self) -> int:
-        """L, experts held by one rank."""
+        """Number of experts that one rank holds: L."""
         return self.num_experts // self.ep_size
 
     def local_ids(self, rank: int) -> range:
-        """Global ids of the experts that ``rank`` holds."""
+        """List the global ids of the experts that ``rank`` holds."""
         first = (rank % self.ep_size) * self.num_local_experts
         return range(first, first + self.num_local_experts)
 
     def exchange_ranks(self, rank: int) -> list[int]:
-        """The ranks that ``rank`` exchanges tokens with, itself included, in the order of their experts."""
+        """List the ranks that ``rank`` exchanges tokens with, itself included, in the order of their experts."""
         first = rank - rank % self.ep_size
         return list(range(first, first + self.ep_size))
 
     def replica_ranks(self, rank: int) -> list[int]:
-        """The ranks that hold the same experts as ``rank``, itself included."""
+        """List the ranks that hold the same experts as ``rank``, itself included."""
         return list(range(rank % self.ep_size, self.world_size, self.ep_size))
 
     def is_owner(self, rank: int) -> bool:
-        """Whether ``rank`` is the replica that writes its experts into a checkpoint."""
+        """Tell whether ``rank`` is the replica that writes its experts into a checkpoint."""
         return rank < self.ep_size

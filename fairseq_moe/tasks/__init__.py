@@ -1,1 +1,1 @@
-"""Home of fairseq tasks. There are none: checks and step hooks act with the stock tasks (see ``stock``)."""
+"""Which fairseq tasks are added? None: checks and hooks of a step act on stock's tasks (see ``stock``)."""

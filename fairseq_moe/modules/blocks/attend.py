@@ -1,4 +1,4 @@
-"""Causal attention over heads by torch's fused kernels, and what incremental decoding keeps."""
+"""Causal attention over heads by torch's fused kernels, and the cache of incremental decoding."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +6,11 @@ from torch import Tensor
 
 __all__ = ["Cache", "attend", "extended", "num_cached"]
 
-Cache = dict[str, Tensor]  # what one attention keeps of earlier tokens
+Cache = dict[str, Tensor]  # one attention's keys and values (or latents) of earlier tokens, by name
 
 
 def extended(cache: Cache | None, name: str, new: Tensor, *, dim: int) -> Tensor:
-    """Earlier and new values in one tensor, which the cache keeps; only the new ones without a cache."""
+    """Append new values to those in the cache, and return both; without a cache, the new ones."""
     if cache is None:
         return new
     if name in cache:
@@ -20,7 +20,7 @@ def extended(cache: Cache | None, name: str, new: Tensor, *, dim: int) -> Tensor
 
 
 def num_cached(cache: Cache | None, name: str, *, dim: int) -> int:
-    """How many earlier positions there are."""
+    """Count the positions in the cache."""
     return cache[name].shape[dim] if cache is not None and name in cache else 0
 
 
@@ -34,7 +34,7 @@ def attend(
     padding_BT: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(scale q k) v, where query head h uses key head floor(h G / H).
+    """Compute softmax(scale q k) v, where query head h uses key head floor(h G / H).
 
     Args:
         q_BHSd: float queries, the last S of T positions.
@@ -50,7 +50,8 @@ def attend(
     """
     num_queries, num_keys = q_BHSd.shape[-2], k_BGTd.shape[-2]
     value_dim, missing = v_BGTe.shape[-1], q_BHSd.shape[-1] - v_BGTe.shape[-1]
-    if missing:  # fused kernels take heads of one size; zeros cost less than scores written to memory
+    if missing:
+        # Fused kernels take heads of one size; zeros cost less than scores written to memory.
         v_BGTe = F.pad(v_BGTe, (0, missing))
     whole = causal and num_queries == num_keys and padding_BT is None
     y_BHSd = F.scaled_dot_product_attention(
@@ -69,7 +70,7 @@ def attend(
 def _visible(
     num_queries: int, num_keys: int, causal: bool, padding_BT: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """bool, broadcastable to (B, H, S, T), True where a query looks; None: everywhere."""
+    """Mark the keys that each query sees: bool, broadcastable to (B, H, S, T); None: all."""
     queries_S1 = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(-1)
     keys_T = torch.arange(num_keys, device=device)
     if padding_BT is None:

@@ -16,10 +16,10 @@ __all__ = ["GroupedAttention", "GroupedAttentionConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedAttentionConfig:
-    """What grouped attention looks like.
+    """Sizes and options of a ``GroupedAttention``.
 
     Args:
-        model_dim: D.
+        model_dim: D, model width.
         num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of the query heads.
         head_dim: size of each; heads times size need not be D.
@@ -43,10 +43,10 @@ class GroupedAttentionConfig:
 
 
 class GroupedAttention(nn.Module):
-    """See the module and ``GroupedAttentionConfig``.
+    """Attends with query heads that share key and value heads.
 
     Args:
-        config: its shape.
+        config: its sizes and options.
         rotary: turns queries and keys; None: they carry no positions.
     """
 
@@ -74,7 +74,7 @@ class GroupedAttention(nn.Module):
         padding_BT: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Attend.
+        """Attend to earlier tokens and, unless causal, to later ones.
 
         Args:
             x_BSD: float.
@@ -97,7 +97,7 @@ class GroupedAttention(nn.Module):
         if self.rotary is not None:
             start = num_cached(cache, "key", dim=2)
             q, k = self.rotary(q, start=start), self.rotary(k, start=start)
-        y_BSn = attend(
+        y_BSN = attend(
             q,
             extended(cache, "key", k, dim=2),
             extended(cache, "value", v, dim=2),
@@ -106,5 +106,5 @@ class GroupedAttention(nn.Module):
             padding_BT=padding_BT,
             dropout=config.dropout if self.training else 0.0,
         )
-        output: Tensor = self.out_proj(y_BSn)
+        output: Tensor = self.out_proj(y_BSN)
         return output

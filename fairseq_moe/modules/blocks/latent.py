@@ -23,12 +23,12 @@ _LATENT_EPS = 1e-6  # DeepSeek's, whatever the model's other norms have
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAttentionConfig:
-    """What latent attention looks like.
+    """Sizes and options of a ``LatentAttention``.
 
     Args:
-        model_dim: D.
+        model_dim: D, model width.
         num_heads: heads.
-        kv_rank: size of c.
+        kv_rank: size of the latent c.
         q_rank: size of the queries' own latent; None: queries are linear in x.
         nope_dim: size of each head's part without positions.
         rope_dim: size of its part with positions.
@@ -49,10 +49,10 @@ class LatentAttentionConfig:
 
 
 class LatentAttention(nn.Module):
-    """See the module and ``LatentAttentionConfig``.
+    """Attends with keys and values that are linear in one latent vector per token.
 
     Args:
-        config: its shape.
+        config: its sizes and options.
         rotary: turns the parts with positions.
     """
 
@@ -87,14 +87,14 @@ class LatentAttention(nn.Module):
         padding_BT: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """As ``GroupedAttention.forward``; the cache keeps ``latent`` and ``rope_key``."""
+        """Attend, with the arguments of ``GroupedAttention.forward``; the cache keeps ``latent`` and ``rope_key``."""
         config, num_new = self.config, x_BSD.shape[1]
         start = num_cached(cache, "latent", dim=1)
         q_nope, q_rope = self._by_head(self._queries(x_BSD), config.nope_dim, config.rope_dim)
         q_rope = self.rotary(q_rope, start=start)
-        c_BSr, rope_key_BSd = self.kv_a_proj(x_BSD).split([config.kv_rank, config.rope_dim], dim=-1)
+        c_BSr, rope_key_BSt = self.kv_a_proj(x_BSD).split([config.kv_rank, config.rope_dim], dim=-1)
         c_BTr = extended(cache, "latent", self.kv_a_norm(c_BSr), dim=1)
-        rope_key_BTd = extended(cache, "rope_key", self.rotary(rope_key_BSd, start=start), dim=1)
+        rope_key_BTt = extended(cache, "rope_key", self.rotary(rope_key_BSt, start=start), dim=1)
         look = functools.partial(
             attend,
             scale=self.scale,
@@ -103,32 +103,32 @@ class LatentAttention(nn.Module):
             dropout=config.dropout if self.training else 0.0,
         )
         through = self._look_at_latents if cache is not None and num_new == 1 else self._look_at_heads
-        output: Tensor = self.out_proj(through(look, q_nope, q_rope, c_BTr, rope_key_BTd))
+        output: Tensor = self.out_proj(through(look, q_nope, q_rope, c_BTr, rope_key_BTt))
         return output
 
     def _look_at_heads(
-        self, look: Callable[..., Tensor], q_nope: Tensor, q_rope: Tensor, c_BTr: Tensor, rope_key_BTd: Tensor
+        self, look: Callable[..., Tensor], q_nope: Tensor, q_rope: Tensor, c_BTr: Tensor, rope_key_BTt: Tensor
     ) -> Tensor:
-        """Keys and values of every head are made of every latent: (B, S, heads * value_dim)."""
+        """Attend by making keys and values of every head from every latent: (B, S, heads * value_dim)."""
         config = self.config
         k_nope, v = self._by_head(self.kv_b_proj(c_BTr), config.nope_dim, config.value_dim)
-        shared_key = rope_key_BTd.unsqueeze(1).expand(-1, config.num_heads, -1, -1)
+        shared_key = rope_key_BTt.unsqueeze(1).expand(-1, config.num_heads, -1, -1)
         return look(torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, shared_key], dim=-1), v)
 
     def _look_at_latents(
-        self, look: Callable[..., Tensor], q_nope: Tensor, q_rope: Tensor, c_BTr: Tensor, rope_key_BTd: Tensor
+        self, look: Callable[..., Tensor], q_nope: Tensor, q_rope: Tensor, c_BTr: Tensor, rope_key_BTt: Tensor
     ) -> Tensor:
-        """The same by q . (Wk c) = (q Wk) . c and sum(a Wv c) = Wv sum(a c): one key head for all."""
+        """Attend to the latents: q . (Wk c) = (q Wk) . c and sum(a Wv c) = Wv sum(a c), one key head for all."""
         config = self.config
         by_head = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1))
-        key_matrix_Hnr, value_matrix_Hvr = by_head.split([config.nope_dim, config.value_dim], dim=1)
-        latents_BSn = look(
-            torch.cat([q_nope @ key_matrix_Hnr, q_rope], dim=-1),
-            torch.cat([c_BTr, rope_key_BTd], dim=-1).unsqueeze(1),
+        key_matrix_Hpr, value_matrix_Her = by_head.split([config.nope_dim, config.value_dim], dim=1)
+        latents_BSN = look(
+            torch.cat([q_nope @ key_matrix_Hpr, q_rope], dim=-1),
+            torch.cat([c_BTr, rope_key_BTt], dim=-1).unsqueeze(1),
             c_BTr.unsqueeze(1),
         )
-        latents_BHSr = latents_BSn.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
-        return (latents_BHSr @ value_matrix_Hvr.mT).transpose(1, 2).flatten(2)
+        latents_BHSr = latents_BSN.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
+        return (latents_BHSr @ value_matrix_Her.mT).transpose(1, 2).flatten(2)
 
     def _queries(self, x_BSD: Tensor) -> Tensor:
         if self.config.q_rank is None:
@@ -137,6 +137,6 @@ class LatentAttention(nn.Module):
             queries = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
         return queries
 
-    def _by_head(self, x_BSn: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-        """(B, S, heads * sum(sizes)) -> one (B, heads, S, size) for each of the sizes."""
-        return x_BSn.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2).split(sizes, dim=-1)
+    def _by_head(self, x_BSN: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+        """Split (B, S, heads * sum(sizes)) into one (B, heads, S, size) for each of the sizes."""
+        return x_BSN.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2).split(sizes, dim=-1)

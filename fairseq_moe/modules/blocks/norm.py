@@ -8,7 +8,7 @@ __all__ = ["RMSNorm"]
 
 
 class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis.
+    """Divides by the root of the mean square: weight * x / sqrt(mean(x^2) + eps), over the last axis.
 
     The quotient is taken in float32 (float64 stays so) and rounded before the product, as in the published models.
 
@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D), in the wider dtype of ``x`` and the weight."""
+        """Normalise (..., D), in the wider dtype of ``x`` and the weight."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if wide.dtype == x.dtype == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -15,7 +15,7 @@ __all__ = ["Rotary", "RotaryConfig", "YarnConfig", "rotate"]
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
-    """How positions beyond the original context are reached.
+    """Stretches rotary positions beyond the original context (YaRN).
 
     Args:
         factor: new context length over the original one.
@@ -36,7 +36,7 @@ class YarnConfig:
     attention_factor: float | None = None
 
     def magnitude(self) -> float:
-        """What multiplies cosines and sines."""
+        """Factor of cosines and sines."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -44,7 +44,7 @@ class YarnConfig:
         return self._logarithm(1.0)
 
     def score_scale(self) -> float:
-        """What multiplies the scores of latent attention."""
+        """Factor of the scores of latent attention."""
         return self._logarithm(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
     def _logarithm(self, weight: float) -> float:
@@ -53,7 +53,7 @@ class YarnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryConfig:
-    """How heads turn.
+    """Describes how heads turn with the position.
 
     Args:
         theta: base of the frequencies.
@@ -69,7 +69,7 @@ class RotaryConfig:
 
 
 class Rotary:
-    """Cosines and sines of a kind of head; no parameters, and no buffers that a conversion of the model would round.
+    """Turns heads by their positions; no parameters, and no buffers that a conversion of the model would round.
 
     Args:
         config: how heads turn.
@@ -82,7 +82,7 @@ class Rotary:
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, *, start: int = 0) -> Tensor:
-        """Turn heads.
+        """Turn heads by their positions.
 
         Args:
             x: float (..., S, d), the last S positions of a sequence.
@@ -116,7 +116,7 @@ class Rotary:
 
 
 def frequencies(config: RotaryConfig, dim: int, *, device: torch.device | None = None) -> Tensor:
-    """Radians per position of each pair: float32 (dim / 2,)."""
+    """Compute each pair's radians per position: float32 (dim / 2,)."""
     exponents_f = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
     wavelengths_f = config.theta**exponents_f
     plain_f = 1.0 / wavelengths_f
@@ -127,7 +127,7 @@ def frequencies(config: RotaryConfig, dim: int, *, device: torch.device | None =
 
 
 def _stretched_share(yarn: YarnConfig, theta: float, dim: int) -> Tensor:
-    """How much each pair is slowed down, from 0 to 1: float32 (dim / 2,)."""
+    """Compute how much each pair is slowed down, from 0 to 1: float32 (dim / 2,)."""
 
     def pair_turning(times: float) -> float:
         ratio = yarn.original_max_positions / (2 * math.pi * times)

@@ -1,4 +1,4 @@
-"""Activations of hidden layers, by hand: a backward pass that keeps the values before the activation only."""
+"""Backward passes of the experts' activations, which keep the values before the activation and no others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,17 @@ Activation = Callable[[Tensor], Tensor]
 def through_activation(
     activation: Activation, hidden: Tensor, active: Tensor | None, grad_active: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The activation's values, computed unless they were kept, and the gradient before it."""
+    """Pass a gradient back through the activation.
+
+    Args:
+        activation: elementwise, or ``swiglu``.
+        hidden: values before it.
+        active: values after it, where they were kept; None: they are computed again.
+        grad_active: gradient of those.
+
+    Returns:
+        the values after the activation, and the gradient of ``hidden``.
+    """
     # Autograd within a backward pass costs as much as a small product, so the usual ones are spelled out.
     if activation is F.gelu:
         active = F.gelu(hidden) if active is None else active
@@ -36,10 +46,10 @@ def through_activation(
 
 
 def weighted_activation(activation: Activation, hidden_RF: Tensor, weights_R: Tensor) -> Tensor:
-    """act(hidden) times each row's weight.
+    """Multiply act(hidden) by each row's routing weight.
 
-    Weighting here is weighting the expert's output, up to its bias, but the output need not be kept for the
-    gradient of the weights.
+    That weights the expert's output, if it has no bias, and the output need not be kept for the gradient of the
+    weights.
     """
     return _WeightedActivation.apply(hidden_RF, weights_R.to(hidden_RF.dtype), activation)
 

@@ -27,7 +27,7 @@ _SPARE_FRAC = 0.25  # what may lie unused, beside what was in use at once
 
 
 class _Block:
-    """Memory, and who uses it now."""
+    """Owns some memory, and knows whether a tensor uses it."""
 
     def __init__(self, num_bytes: int) -> None:
         self._memory = torch.empty(num_bytes, dtype=torch.uint8).numpy()
@@ -42,14 +42,14 @@ class _Block:
         return self._user is None or self._user() is None
 
     def lend(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The block's next tensor. It holds ``lent``, which dies with the last tensor that shares its storage."""
+        """Make a tensor of the memory. It holds ``lent``, which dies with the last tensor that shares its storage."""
         lent = self._memory[:]
         self._user = weakref.ref(lent)
         return torch.frombuffer(lent, dtype=dtype, count=math.prod(shape)).view(tuple(shape))
 
 
 class _Pool:
-    """Blocks of at most 1.25 times what was in use at once."""
+    """Owns blocks of at most 1.25 times what was in use at once."""
 
     def __init__(self) -> None:
         self.blocks: list[_Block] = []
@@ -57,7 +57,7 @@ class _Pool:
         self._lock = threading.Lock()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """From the smallest free block that is large enough and not much too large, or else from a new one."""
+        """Make a tensor of the smallest free block that is large enough and not far too large, or of a new one."""
         num_bytes = math.prod(shape) * dtype.itemsize
         with self._lock:
             free = sorted(
@@ -77,16 +77,17 @@ class _Pool:
             return block.lend(shape, dtype)
 
     def renew_lock(self) -> None:
+        """Replace the lock, in a child process: another thread of its parent may have held it."""
         self._lock = threading.Lock()
 
     def release(self) -> None:
-        """Give back all that nobody uses."""
+        """Give all blocks back to the system that no tensor uses."""
         with self._lock:
             self.blocks = [block for block in self.blocks if not block.is_free]
             self._most_in_use_bytes = sum(block.num_bytes for block in self.blocks)
 
     def _drop(self, free: list[_Block], *, keep_bytes: int) -> None:
-        """Give back the smallest free blocks, until the others are no more than so many bytes."""
+        """Give the smallest free blocks back to the system, until the others are at most ``keep_bytes``."""
         free_bytes = sum(block.num_bytes for block in free)
         for block in free:
             if free_bytes <= keep_bytes:
@@ -101,11 +102,11 @@ def _size(num_bytes: int) -> int:
 
 
 _POOL = _Pool()
-os.register_at_fork(after_in_child=_POOL.renew_lock)  # another thread may have held it
+os.register_at_fork(after_in_child=_POOL.renew_lock)
 
 
 def empty(shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor with any content, on the device and, unless told otherwise, of the dtype of ``like``.
+    """Make a tensor with any content, on the device and, unless told otherwise, of the dtype of ``like``.
 
     Its memory is taken again when no tensor uses it any more. A process keeps blocks of at most 1.25 times those that
     were once in use at the same time; a block may be up to twice as large as what it holds.
@@ -117,5 +118,5 @@ def empty(shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = Non
 
 
 def release() -> None:
-    """Give all memory back to the system that no tensor uses: after the last update of a process that goes on."""
+    """Give all memory back to the system that no tensor uses, as after the last update of a process that goes on."""
     _POOL.release()

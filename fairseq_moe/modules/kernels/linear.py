@@ -1,4 +1,4 @@
-"""Three ways to compute y[group l] = x[group l] W[l]^T (+ b[l]), equal in value and in every gradient.
+"""Three ways to multiply the rows of each expert with its matrix, y = x W[l]^T (+ b[l]); all gradients are equal.
 
 Each is an autograd function of its own, because autograd's own gradient of a slice of a stack is a stack of
 zeros with one slice filled: here every slice is written once, where it belongs.
@@ -20,7 +20,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b, rounded to the dtype of ``out``."""
+    """Write the product a b into ``out``, rounded to its dtype."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -28,7 +28,7 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
-    """x W^T (+ b) in the dtype of ``x``; ``out`` gets it, too, rounded to its own dtype."""
+    """Compute x W^T (+ b) in the dtype of ``x``; ``out`` gets it, too, rounded to its own dtype."""
     into = out if out is not None and out.dtype == x.dtype else None
     weight = weight.t()
     y = torch.mm(x, weight, out=into) if bias is None else torch.addmm(bias.to(x.dtype), x, weight, out=into)
@@ -45,7 +45,7 @@ def loop_linear(
     *,
     wide: torch.dtype,
 ) -> Tensor:
-    """Group after group; products are taken in ``wide``."""
+    """Multiply expert after expert; products are taken in ``wide``."""
     return _LoopLinear.apply(x_RI, weight_LOI, bias_LO, counts_L, wide)
 
 
@@ -94,7 +94,7 @@ class _LoopLinear(torch.autograd.Function):
 def batched_linear(
     x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor | None, counts_L: tuple[int, ...]
 ) -> Tensor:
-    """One product over all groups, which are filled up with zeros unless all have the same size."""
+    """Multiply all experts at once; their rows are padded with zeros to the busiest one's, unless all have as many."""
     size = max(counts_L)
     if min(counts_L) == size:
         y_LCO = _BatchedLinear.apply(x_RI.reshape(len(counts_L), size, x_RI.shape[1]), weight_LOI, bias_LO)
@@ -126,15 +126,15 @@ class _BatchedLinear(torch.autograd.Function):
             )
 
 
-def grouped_linear(
-    x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor | None, counts_L: tuple[int, ...]
-) -> Tensor:
-    """``torch.nn.functional.grouped_mm``: not float64, and rows of a multiple of 16 bytes."""
-    counts = torch.tensor(counts_L, pin_memory=x_RI.is_cuda).to(x_RI.device, non_blocking=True)
+def grouped_linear(x_RI: Tensor, weight_LOI: Tensor, bias_LO: Tensor | None, counts_L: Tensor) -> Tensor:
+    """Multiply all experts at once by torch's ``grouped_mm``: not in float64, and rows of a multiple of 16 bytes.
+
+    ``counts_L`` is int64, on the device of the rows: nothing waits for it on the host.
+    """
     groups_R = torch.repeat_interleave(
-        torch.arange(len(counts_L), device=x_RI.device), counts, output_size=len(x_RI)
+        torch.arange(len(counts_L), device=x_RI.device), counts_L, output_size=len(x_RI)
     )
-    return _GroupedLinear.apply(x_RI, weight_LOI, bias_LO, counts.cumsum(0).to(torch.int32), groups_R)
+    return _GroupedLinear.apply(x_RI, weight_LOI, bias_LO, counts_L.cumsum(0).to(torch.int32), groups_R)
 
 
 class _GroupedLinear(torch.autograd.Function):

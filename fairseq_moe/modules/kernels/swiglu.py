@@ -1,6 +1,6 @@
-"""Gated linear units: SwiGLU (Shazeer 2020, arXiv 2002.05202), a network of three matrices.
+"""Gated linear units: SwiGLU (Shazeer 2020, arXiv 2002.05202), W2 (silu(Wg x) * (Wu x)), three matrices.
 
-W2 (silu(Wg x) * (Wu x)); fc1 holds the rows of Wg, then those of Wu, so its output is [gate | up].
+fc1 holds the rows of Wg, then those of Wu, so its output is [gate | up].
 """
 
 import torch
@@ -11,17 +11,20 @@ __all__ = ["swiglu", "swiglu_backward"]
 
 
 def swiglu(hidden: Tensor) -> Tensor:
-    """[gate | up] -> silu(gate) * up: (..., 2F) -> (..., F)."""
+    """Compute silu(gate) * up of [gate | up]: (..., 2F) -> (..., F)."""
     gate, up = hidden.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def swiglu_backward(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of ``swiglu``, and the gradient before it.
+    """Pass a gradient back through ``swiglu``.
 
     Args:
-        grad: float (..., F), of the values.
-        hidden: float (..., 2F).
+        grad: float (..., F), gradient of its values.
+        hidden: float (..., 2F), what it was given.
+
+    Returns:
+        its values, and the gradient of ``hidden``.
     """
     gate, up = hidden.chunk(2, dim=-1)
     opened = F.silu(gate)

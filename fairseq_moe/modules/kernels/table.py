@@ -1,4 +1,4 @@
-"""Which code computes the experts: one table, from the device, the dtype and sizes, never from anyone's data.
+"""Which code computes the experts: two tables, one of the kernels and one of the choices between them.
 
 ========= =======================================================================================
 kernel    how
@@ -9,11 +9,12 @@ bmm       one batched product per matrix; rows padded to the busiest expert unle
 grouped   one ``torch.nn.functional.grouped_mm`` per matrix
 ========= =======================================================================================
 
-Routing weights, where the rows have them, are applied between activation and fc2 if the experts have no biases, and
-else to the outputs, which are then kept for the weights' gradient. ``sliced`` keeps no outputs in any case.
+The choice follows from the device, the dtype and sizes, never from anyone's data. All kernels compute the same
+function and the same gradients, so a checkpoint knows nothing of them. An expert without rows gets zero
+gradients, not missing ones: optimizers and reductions see the same tensors on every rank.
 
-All compute the same function and the same gradients, so a checkpoint knows nothing of them. An expert without
-rows gets zero gradients, not missing ones: optimizers and reductions see the same tensors on every rank.
+A further kernel is a ``KernelFunction`` (``contract``), a name in ``Kernel``, a line in ``KERNELS``, and a row of
+``CHOICES`` with the measurement that speaks for it.
 """
 
 import functools
@@ -22,24 +23,29 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.modules.dispatch.rows import ExpertWork, combine_rows, take_rows
-from fairseq_moe.modules.kernels.activation import Activation, weighted_activation
-from fairseq_moe.modules.kernels.linear import batched_linear, grouped_linear, loop_linear
+from fairseq_moe.modules.dispatch.rows import ExpertWork
+from fairseq_moe.modules.kernels.activation import Activation
+from fairseq_moe.modules.kernels.by_matrix import batched_network, grouped_network, loop_network
+from fairseq_moe.modules.kernels.contract import KernelFunction, Network, Stacks, under_autocast
 from fairseq_moe.modules.kernels.sliced import sliced_network
 
-__all__ = ["Kernel", "Stacks", "arithmetic_dtype", "choose_kernel", "run_experts", "under_autocast"]
-
-_GROUPED_ALIGNMENT_BYTES = 16  # of every row, or grouped_mm refuses
-_GROUPED_CAPABILITY = (9, 0)  # below it grouped_mm is itself a loop, with a host synchronisation per call
-# One batched product spares the calls of a loop, and pays with slices that have left the cache.
-_SMALL_EXPERT_FLOPS = 4_000_000
+__all__ = [
+    "CHOICES",
+    "KERNELS",
+    "Choice",
+    "Kernel",
+    "Stacks",
+    "arithmetic_dtype",
+    "choose_kernel",
+    "run_experts",
+    "under_autocast",
+]
 
 
 class Kernel(StrEnum):
-    """See the table of this module."""
+    """Names the kernels; the table of this module says how each computes."""
 
     SLICED = "sliced"
     LOOP = "loop"
@@ -47,33 +53,81 @@ class Kernel(StrEnum):
     GROUPED = "grouped"
 
 
-class Stacks(NamedTuple):
-    """Parameters of L experts: (L, F, D), (L, F), (L, D, F), (L, D); fc1 of gated ones has 2F rows.
+KERNELS: dict[Kernel, KernelFunction] = {
+    Kernel.SLICED: sliced_network,
+    Kernel.LOOP: loop_network,
+    Kernel.BMM: batched_network,
+    Kernel.GROUPED: grouped_network,
+}
 
-    Experts without biases have None in their places.
+
+class Choice(NamedTuple):
+    """A row of ``CHOICES``: its kernel is taken where every condition holds; a default is no condition.
+
+    Args:
+        kernel: what is taken.
+        device: type of the parameters' device.
+        dtypes: dtypes of the parameters.
+        native: the device has units for that dtype: ``arithmetic_dtype`` is the dtype itself.
+        min_capability: least compute capability; with ``device="cuda"`` only.
+        row_bytes: divides the bytes of every row of every matrix.
+        min_experts: least number of local experts.
+        fixed_rows: the shape of the batch fixes how many rows every expert gets.
+        max_expert_flops: most operations of one expert's forward products; with ``fixed_rows`` only.
+        activation_dropout: values after the activation are dropped.
     """
 
-    fc1_weight: Tensor
-    fc1_bias: Tensor | None
-    fc2_weight: Tensor
-    fc2_bias: Tensor | None
+    kernel: Kernel
+    device: str | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    native: bool = False
+    min_capability: tuple[int, int] = (0, 0)
+    row_bytes: int = 1
+    min_experts: int = 0
+    fixed_rows: bool = False
+    max_expert_flops: float = math.inf
+    activation_dropout: bool = False
+
+    def fits(self, stacks: Stacks, *, rows_per_expert: int | None, activation_dropout: float) -> bool:
+        """Check the conditions; the arguments are those of ``choose_kernel``."""
+        weight = stacks.fc1_weight
+        return (
+            self.device in (None, weight.device.type)
+            and (self.dtypes is None or weight.dtype in self.dtypes)
+            and (not self.native or arithmetic_dtype(weight) is weight.dtype)
+            and (self.min_capability == (0, 0) or _cuda_capability(weight.device) >= self.min_capability)
+            and all(dim * weight.element_size() % self.row_bytes == 0 for dim in _row_lengths(stacks))
+            and weight.shape[0] >= self.min_experts
+            and (not self.fixed_rows or rows_per_expert is not None)
+            and (rows_per_expert or 0) * _flops_per_row(stacks) <= self.max_expert_flops
+            and (not self.activation_dropout or activation_dropout > 0)
+        )
 
 
-def under_autocast(rows_RD: Tensor, stacks: Stacks) -> tuple[Tensor, Stacks]:
-    """Rows and parameters in autocast's dtype where it is on; no kernel is converted by torch itself."""
-    device = rows_RD.device.type
-    if not torch.is_autocast_enabled(device):
-        return rows_RD, stacks
-    dtype = torch.get_autocast_dtype(device)
-    fc1_bias, fc2_bias = (None if b is None else b.to(dtype) for b in (stacks.fc1_bias, stacks.fc2_bias))
-    fc1_weight, fc2_weight = stacks.fc1_weight.to(dtype), stacks.fc2_weight.to(dtype)
-    return rows_RD.to(dtype), Stacks(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+# The first row that fits is taken. Times are of a forward and backward pass, all experts with as many rows.
+CHOICES = (
+    # One H200, 2026-11-27. 64 experts of 256 rows, D 2048, F 1408: loop 18.5 ms, grouped 2.3, bmm 1.6 (bf16); 15.4,
+    # 9.0, 1.3 (fp16); 22.9, 18.6, 12.4 (fp32). 8 of 2048, D 4096, F 14336: 18.3, 19.0, 18.7 (bf16). No padding here.
+    Choice(Kernel.BMM, "cuda", fixed_rows=True),
+    # As above. torch refuses other rows than of a multiple of 16 bytes, and below capability 9.0 its grouped_mm is
+    # itself a loop, with a host synchronisation per call (read in its source, not measured).
+    Choice(Kernel.GROUPED, "cuda", (torch.bfloat16,), min_capability=(9, 0), row_bytes=16),
+    # The rest of the GPUs' cases. As above: with many experts of fp16 or fp32 this is the slowest, about 0.27 ms per
+    # expert and pass on the host; how bmm does on rows that need padding has not been measured.
+    Choice(Kernel.LOOP, "cuda"),
+    # docs/benchmarks.md, Kernels (2 cores with AVX2, fp32): one batched product spares the calls of a loop (8 experts
+    # of 1 Mflop: bmm 1.3 ms, sliced 3.2), and pays with slices that have left the cache (64 of 34: 224 and 170).
+    Choice(Kernel.BMM, native=True, fixed_rows=True, max_expert_flops=4_000_000),
+    # Not for speed (there, 8 experts of 512 rows, D 512, F 2048: loop 867 ms, sliced 819): sliced cannot drop them.
+    Choice(Kernel.LOOP, activation_dropout=True),
+    Choice(Kernel.SLICED),
+)
 
 
 def choose_kernel(
     stacks: Stacks, *, rows_per_expert: int | None = None, activation_dropout: float = 0.0
 ) -> Kernel:
-    """The table.
+    """Choose by the first row of ``CHOICES`` that fits.
 
     Args:
         stacks: parameters as they will be used, for their device, dtype and sizes.
@@ -81,24 +135,19 @@ def choose_kernel(
             None: it depends on the routing.
         activation_dropout: the probability in force; 0 outside training.
     """
-    weight = stacks.fc1_weight
-    if weight.device.type == "cuda":
-        if rows_per_expert is not None:
-            return Kernel.BMM
-        dims = (*weight.shape[1:], stacks.fc2_weight.shape[2])
-        aligned = all(dim * weight.element_size() % _GROUPED_ALIGNMENT_BYTES == 0 for dim in dims)
-        if (
-            aligned
-            and weight.dtype is torch.bfloat16
-            and _cuda_capability(weight.device) >= _GROUPED_CAPABILITY
-        ):
-            return Kernel.GROUPED
-        return Kernel.LOOP
-    weights_per_expert = sum(math.prod(tensor.shape[1:]) for tensor in (weight, stacks.fc2_weight))
-    is_small = rows_per_expert is not None and 2 * rows_per_expert * weights_per_expert <= _SMALL_EXPERT_FLOPS
-    if is_small and arithmetic_dtype(weight) is weight.dtype:
-        return Kernel.BMM
-    return Kernel.LOOP if activation_dropout > 0 else Kernel.SLICED
+    return next(
+        choice.kernel
+        for choice in CHOICES
+        if choice.fits(stacks, rows_per_expert=rows_per_expert, activation_dropout=activation_dropout)
+    )
+
+
+def _row_lengths(stacks: Stacks) -> tuple[int, ...]:
+    return (*stacks.fc1_weight.shape[1:], stacks.fc2_weight.shape[2])
+
+
+def _flops_per_row(stacks: Stacks) -> int:
+    return 2 * sum(math.prod(weight.shape[1:]) for weight in (stacks.fc1_weight, stacks.fc2_weight))
 
 
 @functools.cache
@@ -107,10 +156,10 @@ def _cuda_capability(device: torch.device) -> tuple[int, int]:
 
 
 def arithmetic_dtype(like: Tensor) -> torch.dtype:
-    """What ``sliced`` and ``loop`` multiply in: float32 where a CPU has no units for narrower numbers.
+    """Choose the dtype in which ``sliced`` and ``loop`` multiply: float32 where a CPU has no units for a narrower one.
 
-    There torch's own half-precision product is 4 to 90 times slower than float32 (AVX2), and a slice of the
-    weights is converted in a fiftieth of the time that it takes to multiply with it.
+    There torch's own half-precision product is 4 to 90 times slower than float32 (docs/benchmarks.md, AVX2), and a
+    slice of the weights is converted in a fiftieth of the time that it takes to multiply with it.
     """
     if like.device.type == "cpu" and like.dtype in (torch.bfloat16, torch.float16):
         return like.dtype if _cpu_multiplies(like.dtype) else torch.float32
@@ -119,7 +168,7 @@ def arithmetic_dtype(like: Tensor) -> torch.dtype:
 
 @functools.cache
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    """The question that torch asks itself before it calls oneDNN."""
+    # The question that torch asks itself before it calls oneDNN.
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype is torch.bfloat16:
@@ -137,15 +186,15 @@ def run_experts(
     activation_dropout: float = 0.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    """w dropout(W2 activation_dropout(act(W1 x (+ b1))) (+ b2)) of each row's expert, added up where ``work`` says.
+    """Compute w dropout(W2 activation_dropout(act(W1 x (+ b1))) (+ b2)) of each row's expert; add up as ``work`` says.
 
     Args:
         kernel: how.
         source_SD: float, rows sorted by expert, or what ``work.plan`` takes rows from.
         stacks: parameters, in the dtype of the rows.
-        work: which rows are whose, where results go, and with what weight.
+        work: how many rows each expert has, where results go, and with what weight.
         activation: of each row, not in place, without parameters; elementwise or ``swiglu``.
-        activation_dropout: probability, 0 outside training; ``sliced`` cannot do it.
+        activation_dropout: probability, 0 outside training.
         dropout: probability, 0 outside training.
 
     Returns:
@@ -153,42 +202,13 @@ def run_experts(
 
     Raises:
         TypeError: rows and parameters differ in dtype.
+        ValueError: the kernel is ``sliced``, which cannot drop values after the activation, and has to.
     """
     if source_SD.dtype != stacks.fc1_weight.dtype:
         raise TypeError(
             f"experts of dtype {stacks.fc1_weight.dtype} were given rows of dtype {source_SD.dtype}; "
             "convert one of them, or use torch.autocast"
         )
-    wide = arithmetic_dtype(source_SD)
+    network = Network(activation, activation_dropout, dropout, wide=arithmetic_dtype(source_SD))
     with torch.autocast(source_SD.device.type, enabled=False):
-        if kernel == Kernel.SLICED:
-            return sliced_network(source_SD, stacks, work, activation=activation, dropout=dropout, wide=wide)
-        linear = functools.partial(_linear, kernel, counts_L=tuple(work.counts_L), wide=wide)
-        rows_RD = source_SD if work.plan is None else take_rows(source_SD, work.plan)
-        hidden_RF = linear(rows_RD, stacks.fc1_weight, stacks.fc1_bias)
-        weights_R = work.weights_R
-        if weights_R is not None and stacks.fc2_bias is None:
-            active_RF = weighted_activation(activation, hidden_RF, weights_R)
-            weights_R = None
-        else:
-            active_RF = activation(hidden_RF)
-        active_RF = F.dropout(active_RF, activation_dropout, training=activation_dropout > 0)
-        y_RD = linear(active_RF, stacks.fc2_weight, stacks.fc2_bias)
-        y_RD = F.dropout(y_RD, dropout, training=dropout > 0)
-        return y_RD if work.plan is None else combine_rows(y_RD, weights_R, work.plan)
-
-
-def _linear(
-    kernel: Kernel,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    counts_L: tuple[int, ...],
-    wide: torch.dtype,
-) -> Tensor:
-    if kernel == Kernel.BMM:
-        return batched_linear(x, weight, bias, counts_L)
-    if kernel == Kernel.GROUPED:
-        return grouped_linear(x, weight, bias, counts_L)
-    return loop_linear(x, weight, bias, counts_L, wide=wide)
+        return KERNELS[kernel](source_SD, stacks, work, network)

@@ -157,6 +157,7 @@ def test_errors_are_one_sentence_and_exit_code_1(
         assert main(arguments) == 1
         error = capsys.readouterr().err
         assert words in error
+        assert error.startswith("fairseq_moe.inspect: ")
         assert error.count("\n") == 1
 
 

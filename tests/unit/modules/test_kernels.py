@@ -1,7 +1,9 @@
 """Kernels of the experts: equal in output and every gradient; chosen by sizes; gradients in kept memory."""
 
+import inspect
+import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,7 +12,18 @@ from torch import Tensor
 
 from fairseq_moe.modules.dispatch.rows import ExpertWork
 from fairseq_moe.modules.kernels import table as kernels
-from fairseq_moe.modules.kernels.table import Kernel, Stacks, arithmetic_dtype, choose_kernel, run_experts
+from fairseq_moe.modules.kernels.contract import Network
+from fairseq_moe.modules.kernels.sliced import sliced_network
+from fairseq_moe.modules.kernels.table import (
+    CHOICES,
+    KERNELS,
+    Choice,
+    Kernel,
+    Stacks,
+    arithmetic_dtype,
+    choose_kernel,
+    run_experts,
+)
 
 L, D, H = 4, 8, 16
 COUNTS = {
@@ -20,7 +33,7 @@ COUNTS = {
     "equal": (3, 3, 3, 3),
     "none": (0,) * L,
 }
-KERNELS = list(Kernel)
+ALL = list(Kernel)
 
 
 class Result(NamedTuple):
@@ -68,7 +81,7 @@ def plain(counts: tuple[int, ...], dtype: torch.dtype, activation: Callable[[Ten
 class TestEquality:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-    @pytest.mark.parametrize("kernel", KERNELS)
+    @pytest.mark.parametrize("kernel", ALL)
     def test_output_and_every_gradient(
         self, kernel: Kernel, counts: tuple[int, ...], dtype: torch.dtype
     ) -> None:
@@ -82,7 +95,7 @@ class TestEquality:
     @pytest.mark.parametrize(
         "activation", [F.relu, torch.tanh, F.silu, lambda x: x], ids=["relu", "tanh", "silu", "identity"]
     )
-    @pytest.mark.parametrize("kernel", KERNELS)
+    @pytest.mark.parametrize("kernel", ALL)
     def test_activations(self, kernel: Kernel, activation: Callable[[Tensor], Tensor]) -> None:
         counts = COUNTS["zero"]
         found = run(kernel, counts, activation=activation)
@@ -90,7 +103,7 @@ class TestEquality:
         for a, b in zip((found.out, *found.grads), (expected.out, *expected.grads), strict=True):
             torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
-    @pytest.mark.parametrize("kernel", KERNELS)
+    @pytest.mark.parametrize("kernel", ALL)
     def test_experts_without_rows_get_zeros(self, kernel: Kernel) -> None:
         for grad in run(kernel, COUNTS["zero"]).grads[1:]:
             assert not grad[1].any() and not grad[3].any() and grad[0].any()
@@ -118,7 +131,7 @@ class TestGradients:
         assert torch.autograd.gradcheck(network, leaves, fast_mode=True)
 
     @pytest.mark.parametrize("frozen", [(0,), (1, 3), (2, 4), (0, 1, 2)], ids=str)
-    @pytest.mark.parametrize("kernel", KERNELS)
+    @pytest.mark.parametrize("kernel", ALL)
     def test_frozen_inputs_cost_nothing_and_change_nothing(
         self, kernel: Kernel, frozen: tuple[int, ...]
     ) -> None:
@@ -137,7 +150,7 @@ class TestGradients:
                 assert leaf.grad is not None
                 torch.testing.assert_close(leaf.grad, everything.grads[index])
 
-    @pytest.mark.parametrize("kernel", KERNELS)
+    @pytest.mark.parametrize("kernel", ALL)
     def test_cotangents_and_rows_with_strange_strides(self, kernel: Kernel) -> None:
         counts = COUNTS["some"]
         rows, stacks = rows_of(counts), stacks_of()
@@ -154,10 +167,151 @@ class TestGradients:
             for a, b in zip(*grads, strict=True):
                 torch.testing.assert_close(a, b)
 
-    @pytest.mark.parametrize("kernel", KERNELS)
+    @pytest.mark.parametrize("kernel", ALL)
     def test_gradients_of_stacks_are_contiguous(self, kernel: Kernel) -> None:
         # Else autograd would copy them into p.grad.
         assert all(grad.is_contiguous() for grad in run(kernel, COUNTS["equal"]).grads)
+
+
+class Described(NamedTuple):
+    """What the table looks at."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+def described(device: str, dtype: torch.dtype, fc1_shape: tuple[int, int, int]) -> Stacks:
+    num_experts, hidden_dim, model_dim = fc1_shape
+    on = torch.device(device, 0)
+    fc1, fc2 = Described(on, dtype, fc1_shape), Described(on, dtype, (num_experts, model_dim, hidden_dim))
+    return Stacks(fc1, None, fc2, None)  # type: ignore[arg-type]
+
+
+class Case(NamedTuple):
+    device: str
+    dtype: torch.dtype
+    capability: tuple[int, int]
+    has_units: bool
+    num_experts: int
+    model_dim: int
+    rows_per_expert: int | None
+    activation_dropout: float
+
+
+HIDDEN_DIM = 128
+GRID = [
+    Case(*values)
+    for values in itertools.product(
+        ("cpu", "cuda"),
+        (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        ((8, 0), (8, 9), (9, 0), (10, 0)),
+        (False, True),
+        (1, 8, 128),
+        (60, 64, 68),
+        (None, 0, 1, 122, 123, 10**6),  # 122 rows are 3,997,696 operations where model_dim is 64
+        (0.0, 0.1),
+    )
+]
+
+
+def rule_of_today(case: Case) -> Kernel:
+    """The choice as sentences, written down before it became a table."""
+    if case.device == "cuda":
+        if case.rows_per_expert is not None:
+            return Kernel.BMM
+        whole_16_bytes = case.model_dim * case.dtype.itemsize % 16 == 0  # HIDDEN_DIM always has
+        if case.dtype is torch.bfloat16 and whole_16_bytes and case.capability in ((9, 0), (10, 0)):
+            return Kernel.GROUPED
+        return Kernel.LOOP
+    is_half = case.dtype in (torch.float16, torch.bfloat16)
+    if case.rows_per_expert is not None and (case.has_units or not is_half):
+        flops = 2 * case.rows_per_expert * (2 * HIDDEN_DIM * case.model_dim)
+        if flops <= 4_000_000:
+            return Kernel.BMM
+    return Kernel.LOOP if case.activation_dropout else Kernel.SLICED
+
+
+class TestTables:
+    def test_choices_are_those_of_today(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        chosen = set()
+        for case in GRID:
+            monkeypatch.setattr(kernels, "_cuda_capability", lambda device, case=case: case.capability)
+            monkeypatch.setattr(kernels, "_cpu_multiplies", lambda dtype, case=case: case.has_units)
+            kernel = choose_kernel(
+                described(case.device, case.dtype, (case.num_experts, HIDDEN_DIM, case.model_dim)),
+                rows_per_expert=case.rows_per_expert,
+                activation_dropout=case.activation_dropout,
+            )
+            assert kernel is rule_of_today(case), case
+            chosen.add((case.device, kernel))
+        assert len(chosen) == 6  # bmm and loop on both devices, grouped and sliced on one
+
+    @pytest.mark.parametrize("index", range(len(CHOICES)))
+    def test_every_row_is_needed(self, monkeypatch: pytest.MonkeyPatch, index: int) -> None:
+        monkeypatch.setattr(kernels, "CHOICES", CHOICES[:index] + CHOICES[index + 1 :])
+        with pytest.raises((AssertionError, StopIteration)):
+            self.test_choices_are_those_of_today(monkeypatch)
+
+    @pytest.mark.parametrize(
+        "condition",
+        [
+            {"device": "cuda"},
+            {"dtypes": (torch.float16, torch.bfloat16)},
+            {"row_bytes": 64},
+            {"min_experts": 9},
+            {"fixed_rows": True},
+            {"fixed_rows": True, "max_expert_flops": 2 * 16 * 2 * 128 * 60},
+            {"activation_dropout": True},
+            {"device": "cuda", "min_capability": (8, 0)},
+        ],
+        ids=str,
+    )
+    def test_a_condition_keeps_its_row_from_being_taken(
+        self, monkeypatch: pytest.MonkeyPatch, condition: dict[str, Any]
+    ) -> None:
+        # One case of which the condition holds, and one of which it does not.
+        monkeypatch.setattr(kernels, "CHOICES", (Choice(Kernel.GROUPED, **condition), Choice(Kernel.LOOP)))
+        monkeypatch.setattr(kernels, "_cuda_capability", lambda device: (8, 6))
+        fits = described("cuda", torch.bfloat16, (9, 128, 64))
+        small = described("cpu", torch.float32, (8, 130, 60))
+        if "max_expert_flops" in condition:
+            assert choose_kernel(small, rows_per_expert=15) is Kernel.GROUPED
+            assert choose_kernel(small, rows_per_expert=16) is Kernel.LOOP
+            return
+        assert choose_kernel(fits, rows_per_expert=16, activation_dropout=0.1) is Kernel.GROUPED
+        assert choose_kernel(small) is Kernel.LOOP
+
+    def test_every_kernel_has_a_function_of_one_signature(self) -> None:
+        assert list(KERNELS) == ALL
+        signatures = {str(inspect.signature(function)) for function in KERNELS.values()}
+        assert len(signatures) == 1
+
+    def test_a_further_kernel_is_a_function_and_a_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def negated(source_SD: Tensor, stacks: Stacks, work: ExpertWork, network: Network) -> Tensor:
+            return -sliced_network(source_SD, stacks, work, network)
+
+        monkeypatch.setitem(KERNELS, "negated", negated)  # type: ignore[arg-type]
+        monkeypatch.setattr(kernels, "CHOICES", (Choice("negated", min_experts=2), *CHOICES))  # type: ignore[arg-type]
+        rows, stacks, work = rows_of(COUNTS["some"]), stacks_of(), ExpertWork(counts_L=COUNTS["some"])
+        out = run_experts(choose_kernel(stacks), rows, stacks, work, activation=F.gelu)
+        assert out.equal(-run_experts(Kernel.SLICED, rows, stacks, work, activation=F.gelu))
+
+    def test_sliced_refuses_to_ignore_the_dropout_of_activations(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"'sliced' cannot drop values .* 0\.1; choose_kernel takes 'loop'"
+        ):
+            run_experts(
+                Kernel.SLICED,
+                rows_of(COUNTS["some"]),
+                stacks_of(),
+                ExpertWork(counts_L=COUNTS["some"]),
+                activation=F.gelu,
+                activation_dropout=0.1,
+            )
 
 
 class TestChoice:
@@ -187,19 +341,8 @@ class TestChoice:
         rows_per_expert: int | None,
         expected: Kernel,
     ) -> None:
-        class OnGpu(NamedTuple):
-            """What the table looks at."""
-
-            device: torch.device
-            dtype: torch.dtype
-            shape: tuple[int, ...]
-
-            def element_size(self) -> int:
-                return self.dtype.itemsize
-
         monkeypatch.setattr(kernels, "_cuda_capability", lambda device: capability)
-        weight = OnGpu(torch.device("cuda", 0), dtype, (2, 128, model_dim))
-        stacks = Stacks(*[weight] * 4)  # type: ignore[arg-type]
+        stacks = described("cuda", dtype, (2, 128, model_dim))
         assert choose_kernel(stacks, rows_per_expert=rows_per_expert) is expected
 
     def test_float32_and_float64_are_multiplied_as_they_are(self) -> None:

@@ -12,7 +12,7 @@ from fairseq_moe.modules.dispatch.rows import ExpertWork
 from fairseq_moe.modules.experts import Experts
 from fairseq_moe.modules.kernels import table as kernels
 from fairseq_moe.modules.kernels.swiglu import swiglu, swiglu_backward
-from fairseq_moe.modules.kernels.table import Kernel, Stacks, choose_kernel, run_experts
+from fairseq_moe.modules.kernels.table import Choice, Kernel, Stacks, choose_kernel, run_experts
 from fairseq_moe.modules.shared_experts import SharedExperts
 
 L, D, H = 4, 8, 16
@@ -121,10 +121,10 @@ class TestKernels:
     def test_small_counts_all_three_matrices(self, monkeypatch: pytest.MonkeyPatch) -> None:
         _, fc1, fc2 = leaves_of((1,) * L, torch.float32)
         flops = 2 * 16 * 3 * H * D
-        monkeypatch.setattr(kernels, "_SMALL_EXPERT_FLOPS", flops)
-        assert choose_kernel(Stacks(fc1, None, fc2, None), rows_per_expert=16) is Kernel.BMM
-        monkeypatch.setattr(kernels, "_SMALL_EXPERT_FLOPS", flops - 1)
-        assert choose_kernel(Stacks(fc1, None, fc2, None), rows_per_expert=16) is Kernel.SLICED
+        for limit, expected in ((flops, Kernel.BMM), (flops - 1, Kernel.SLICED)):
+            small = Choice(Kernel.BMM, fixed_rows=True, max_expert_flops=limit)
+            monkeypatch.setattr(kernels, "CHOICES", (small, Choice(Kernel.SLICED)))
+            assert choose_kernel(Stacks(fc1, None, fc2, None), rows_per_expert=16) is expected
 
 
 def make(num_local: int = 3, first: int = 0, *, std: float | None = 0.02) -> Experts:
