@@ -18,9 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fairseq_moe.distributed.all_to_all import GroupExchange
 from fairseq_moe.modules.dispatch.exchange import Exchange, LocalExchange
 from fairseq_moe.parallel.experts import ExpertLayout
+from fairseq_moe.parallel.placement import Placement
 
 __all__ = ["ParallelMesh", "local_experts_only", "parallel_mesh", "rank", "world_size"]
 
+# A ContextVar, because models are built inside stock's loaders, which pass nothing of ours on to ``parallel_mesh``.
 _LOCAL_ONLY: ContextVar[bool] = ContextVar("local_experts_only", default=False)
 
 
@@ -62,10 +64,13 @@ class ParallelMesh:
     dense: DeviceMesh | None
     sparse: DeviceMesh | None
 
-    @property
-    def replica_group(self) -> dist.ProcessGroup | None:
-        """Ranks that hold the same experts; None in a single process."""
-        return None if self.sparse is None else self.sparse.get_group("expert_replica")
+    def group_of_copies(self, placement: Placement) -> dist.ProcessGroup | None:
+        """The ranks that hold the same part of such a parameter; None in a single process."""
+        (axis,) = placement.copied_over
+        for mesh in (self.dense, self.sparse):
+            if mesh is not None and axis in (mesh.mesh_dim_names or ()):
+                return mesh.get_group(axis)
+        return None
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:

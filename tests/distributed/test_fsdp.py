@@ -120,8 +120,9 @@ def test_several_updates_equal_a_single_process(world_size: int, flags: list[str
 
 def save_and_load(rank: int, flags: list[str]) -> None:
     """State taken out is complete, in memory of its own, and puts a fresh trainer where the old one was."""
+    from fairseq_moe.models.sizes import true_size
+    from fairseq_moe.parallel.placement import is_expert
     from fairseq_moe.stock.sharding import fsdp
-    from fairseq_moe.stock.step.training import _true_size
     from tests.helpers.tiny import build_trainer, update
 
     plain = build_trainer([*flags, "--ddp-backend", "legacy_ddp"])
@@ -148,9 +149,9 @@ def save_and_load(rank: int, flags: list[str]) -> None:
         assert not torch.equal(state["exp_avg"], state["exp_avg_sq"])
         assert state["exp_avg"].untyped_storage().nbytes() == state["exp_avg"].nbytes, name
         assert model[name].untyped_storage().nbytes() == model[name].nbytes, name
-    for is_expert in (False, True):
+    for of_experts in (False, True):
         sizes = [
-            sum(_true_size(p) for p in made.get_model().parameters() if hasattr(p, "expert") is is_expert)
+            sum(true_size(p) for p in made.get_model().parameters() if is_expert(p) is of_experts)
             for made in (plain, trainer)
         ]
         assert sizes[0] == sizes[1] > 0

@@ -9,6 +9,7 @@ from fairseq_moe.checkpoint import ShardContent, find_aliases, has_expert_rows, 
 from fairseq_moe.distributed import rank
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.models.decoder import MoEDecoder
+from fairseq_moe.stock.optim import float32_copies
 
 __all__ = ["load_optimizer", "named_optimizer", "snapshot"]
 
@@ -153,8 +154,5 @@ def _indexed_optimizer_state(
 def _names_in_order(model: nn.Module, optimizer: Any) -> list[str]:
     """Parameter names in the order in which torch numbers the optimizer's parameters."""
     name_of = {id(p): name for name, p in model.named_parameters()}
-    masters = getattr(optimizer, "fp32_params", None)
-    if masters is not None and not isinstance(masters, (Tensor, dict)):
-        pairs = zip(masters, optimizer.fp16_params, strict=True)
-        name_of.update({id(master): name_of[id(p)] for master, p in pairs})
+    name_of.update({id(master): name_of[id(p)] for master, p in float32_copies(optimizer)})
     return [name_of[id(p)] for group in optimizer.optimizer.param_groups for p in group["params"]]

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from fairseq_moe.distributed import all_reduce_sum
 from fairseq_moe.errors import NonFiniteError, RanksDisagreeError
 from fairseq_moe.models.decoder import MoEDecoder
+from fairseq_moe.parallel.placement import (
+    EXPERT,
+    gradient_divisor,
+    is_expert,
+    num_copies,
+    place,
+    placement_of,
+)
 from fairseq_moe.stock.find_experts import moe_decoder
+from fairseq_moe.stock.optim import float32_copies
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.step.guard import StepGuard
 
@@ -47,14 +56,14 @@ def _not_summed(module: nn.Module, decoder: MoEDecoder) -> list[Tensor]:
     if layout is None or layout.world_size == 1 or any(hasattr(p, "_is_sharded") for p in parameters):
         return []
     dense = hasattr(module, "all_reduce_grads")  # legacy_ddp; DistributedDataParallel has summed them already
-    experts = layout.num_replicas > 1
-    return [p for p in parameters if (experts if hasattr(p, "expert") else dense)]
+    experts = num_copies(EXPERT, layout) > 1
+    return [p for p in parameters if (experts if is_expert(p) else dense)]
 
 
 def _reduce_expert_grads(module: nn.Module, decoder: MoEDecoder) -> None:
     assert decoder.mesh is not None
     layout = decoder.mesh.layout
-    experts = [p for p in module.parameters() if hasattr(p, "expert") and p.requires_grad]
+    experts = [p for p in module.parameters() if is_expert(p) and p.requires_grad]
     if not experts:  # frozen, on all ranks
         return
     for p in experts:
@@ -62,16 +71,16 @@ def _reduce_expert_grads(module: nn.Module, decoder: MoEDecoder) -> None:
             p.grad = torch.zeros_like(p)
     grads = [p.grad for p in experts if p.grad is not None]
     if any(hasattr(p, "_is_sharded") for p in experts):
-        # FSDP has averaged over the replicas already.
-        divisor: float = layout.world_size / layout.num_replicas
+        divisor = gradient_divisor(EXPERT, layout, is_averaged=True)
         if decoder.moe.moe_normalize_expert_grad == "sqrt_world_size":
             divisor = math.sqrt(divisor)
         torch._foreach_div_(grads, divisor)
         return
-    torch._foreach_div_(grads, layout.world_size)  # before the sum: half-precision sums stay in range
-    if layout.num_replicas > 1:
+    # Before the sum: half-precision sums stay in range.
+    torch._foreach_div_(grads, gradient_divisor(EXPERT, layout, is_averaged=False))
+    if num_copies(EXPERT, layout) > 1:
         for grad in grads:
-            all_reduce_sum(grad, decoder.mesh.replica_group)
+            all_reduce_sum(grad, decoder.mesh.group_of_copies(EXPERT))
 
 
 @seam(
@@ -92,8 +101,10 @@ def clip_grad_norm(stock: Callable[..., Any], self: Any, clip_norm: float) -> Te
         return stock(self, clip_norm)
     num_replicas = 1
     if decoder is not None and decoder.mesh is not None and not self.is_fsdp:
-        num_replicas = decoder.mesh.layout.num_replicas
+        num_replicas = num_copies(EXPERT, decoder.mesh.layout)
     guard, update = getattr(self, "moe_guard", None), self.get_num_updates()
+    for master, parameter in float32_copies(self.optimizer):
+        place([master], placement_of(parameter))  # stock has handed on its own mark alone
     aggregate = GradNorm(num_replicas=num_replicas, dense_is_sharded=self.is_fsdp, guard=guard, update=update)
     try:
         norm = self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)
@@ -154,8 +165,8 @@ class GradNorm:
                 are at different updates.
         """
         with_grad = [p for p in params if p.grad is not None]
-        dense = [p.grad for p in with_grad if not hasattr(p, "expert") and p.grad is not None]
-        experts = [p.grad for p in with_grad if hasattr(p, "expert") and p.grad is not None]
+        dense = [p.grad for p in with_grad if not is_expert(p) and p.grad is not None]
+        experts = [p.grad for p in with_grad if is_expert(p) and p.grad is not None]
         device = params[0].device if params else torch.device("cpu")
         dense_sq = _squared_norm(dense, device)
         expert_sq = _squared_norm(experts, device) / self.num_replicas

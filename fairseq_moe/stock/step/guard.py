@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fairseq_moe.distributed import all_reduce_sum, gather_values, rank, world_size
 from fairseq_moe.errors import NonFiniteError, RanksDisagreeError
 from fairseq_moe.flags.reliability import ReliabilityConfig
+from fairseq_moe.parallel.placement import is_expert
 from fairseq_moe.stock.step.loss_spikes import LossSpikes
 from fairseq_moe.stock.step.signals import Signals
 
@@ -175,7 +176,7 @@ class StepGuard:
                 return 1, f"the gradient of {names[id(p)]} {here} is not finite"
         seen = {id(p) for p, _ in self._before_sum}
         for p in after:
-            is_own = world_size() == 1 or (hasattr(p, "expert") and not hasattr(p, "_is_sharded"))
+            is_own = world_size() == 1 or (is_expert(p) and not hasattr(p, "_is_sharded"))
             if is_own and id(p) not in seen:
                 return 2, f"the gradient of {names[id(p)]} {here} is not finite"
         if after:

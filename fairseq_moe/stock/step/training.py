@@ -18,6 +18,8 @@ from fairseq_moe.faults import fault
 from fairseq_moe.flags.megatron_aliases import argument_warnings
 from fairseq_moe.flags.reliability import ReliabilityConfig
 from fairseq_moe.models.decoder import MoEDecoder
+from fairseq_moe.models.sizes import true_size
+from fairseq_moe.parallel.placement import is_expert
 from fairseq_moe.stock.checkpoint.saving import finish_background_save, note_background_save
 from fairseq_moe.stock.find_experts import moe_decoder
 from fairseq_moe.stock.seam import seam
@@ -78,22 +80,14 @@ def _lock_save_directory(trainer: Any) -> None:
 
 
 def _log_sizes(model: nn.Module) -> None:
-    for label, is_expert in (("non-expert", False), ("expert", True)):
-        sized = [
-            (_true_size(p), p.requires_grad) for p in model.parameters() if hasattr(p, "expert") is is_expert
-        ]
+    for label, of_experts in (("non-expert", False), ("expert", True)):
+        sized = [(true_size(p), p.requires_grad) for p in model.parameters() if is_expert(p) is of_experts]
         logger.info(
             "num. %s model params: %s (num. trained: %s)",
             label,
             f"{sum(size for size, _ in sized):,}",
             f"{sum(size for size, trained in sized if trained):,}",
         )
-
-
-def _true_size(parameter: Tensor) -> int:
-    """Elements of the whole tensor; FSDP keeps them on the shard."""
-    size = getattr(parameter, "_orig_size", None)
-    return parameter.numel() if size is None else int(size.numel())
 
 
 def _warn_once(cfg: Any, decoder: MoEDecoder, criterion: nn.Module) -> None:
