@@ -110,7 +110,7 @@ def save_with_a_failing_copy(rank: int, save_dir: str) -> int:
     run.save()
     run.train(1)
     run.save(fault="save.copy_half@0=enospc")
-    return run.trainer.moe_failed_saves
+    return run.record.num_failed_saves
 
 
 def save_without_agreement(rank: int, save_dir: str) -> None:

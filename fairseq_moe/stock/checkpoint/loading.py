@@ -27,12 +27,14 @@ from fairseq_moe.checkpoint import (
     plain_globals,
     unreadable,
 )
+from fairseq_moe.checkpoint.groups import hyperparameters
 from fairseq_moe.distributed import agree, broadcast_value, gather_values, rank, world_size
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.parallel.experts import ExpertLayout
 from fairseq_moe.stock.checkpoint.mismatch import model_problems, override_new_flags
 from fairseq_moe.stock.checkpoint.named_state import load_optimizer
 from fairseq_moe.stock.find_experts import moe_decoder
+from fairseq_moe.stock.run import run_of
 from fairseq_moe.stock.seam import seam
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class _TrainerRequest:
     num_data_ranks: int = 0
 
 
+# A ContextVar, because stock's loader, through which the trainer reads the file, is told its name alone.
 _REQUEST: ContextVar[_TrainerRequest | None] = ContextVar("loading_trainer", default=None)
 
 
@@ -75,25 +78,36 @@ def trainer_load_checkpoint(
     optimizer_overrides: Any = None,
     reset_meters: bool = False,
 ) -> Any:
-    is_moe = moe_decoder(self.get_model()) is not None
+    run = run_of(self)
     filename = _resolve(filename)
-    if is_moe:
+    if run is not None:
         filename = _find(filename, self.cfg.checkpoint)
     request = _TrainerRequest(self.cfg, self.get_model(), with_optimizer=not reset_optimizer)
     token = _REQUEST.set(request)
     try:
         extra_state = stock(
-            self, filename, reset_optimizer or is_moe, reset_lr_scheduler, optimizer_overrides, reset_meters
+            self,
+            filename,
+            reset_optimizer or run is not None,
+            reset_lr_scheduler,
+            optimizer_overrides,
+            reset_meters,
         )
     finally:
         _REQUEST.reset(token)
+    if run is None:
+        return extra_state
     if request.optimizer is not None:
         load_optimizer(
-            self, request.optimizer, overrides=optimizer_overrides, reset_lr_scheduler=reset_lr_scheduler
+            self,
+            run.state,
+            request.optimizer,
+            overrides=optimizer_overrides,
+            reset_lr_scheduler=reset_lr_scheduler,
         )
         logger.info("Loaded optimizer state (%d updates)", self.get_num_updates())
-    self.moe_run_id = request.run_id
-    if is_moe and extra_state is not None:
+    run.run_id = request.run_id
+    if extra_state is not None:
         _move_position(extra_state["train_iterator"], request.num_data_ranks, self.data_parallel_world_size)
     return extra_state
 
@@ -220,7 +234,7 @@ def load_checkpoint_to_cpu(
     with _agreed(main, together=load_on_all_ranks):
         if checkpoint is not None:
             _read_shards(checkpoint, state, request)
-        else:
+        elif branch is not None:
             _read_branch(branch, state, request)
     return state
 
@@ -294,10 +308,11 @@ def _read_branch(branch: BranchCheckpoint, state: dict[str, Any], request: _Trai
     if not named:
         return
     assert request is not None
-    groups = [
-        {key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]
-    ]
-    request.optimizer = {"named": {**named, **expert_named}, "param_groups": groups}
+    assert saved is not None
+    request.optimizer = {
+        "named": {**named, **expert_named},
+        "param_groups": hyperparameters(saved["param_groups"]),
+    }
     if "loss_scale" in saved:
         request.optimizer["loss_scale"] = saved["loss_scale"]
 

@@ -8,6 +8,7 @@ from fairseq import utils
 from torch import nn
 
 from fairseq_moe.checkpoint import ModelShape
+from fairseq_moe.checkpoint.groups import hyperparameters
 from fairseq_moe.flags.moe import MoEConfig
 
 __all__ = ["main_state", "model_shape"]
@@ -30,11 +31,7 @@ def main_state(trainer: Any) -> dict[str, Any]:
     optimizer = None
     if not trainer.cfg.checkpoint.no_save_optimizer_state:
         stock_form = trainer.optimizer.state_dict()
-        groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in stock_form["param_groups"]
-        ]
-        optimizer = {"param_groups": groups}
+        optimizer = {"param_groups": hyperparameters(stock_form["param_groups"])}
         if "loss_scale" in stock_form:
             optimizer["loss_scale"] = stock_form["loss_scale"]
     trainer._gathered_optim_state = optimizer  # stock puts this into the file in place of its own

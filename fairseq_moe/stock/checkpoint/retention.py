@@ -32,6 +32,7 @@ class Saving:
     commit: Commit | None = None
 
 
+# A ContextVar, because stock copies and removes files by their names, without the trainer whose they are.
 _SAVING: ContextVar[Saving | None] = ContextVar("saving", default=None)
 
 
@@ -43,9 +44,10 @@ def current_save() -> Saving | None:
 @contextmanager
 def saving_together() -> Iterator[Saving]:
     """Inside, all ranks save an MoE model."""
-    token = _SAVING.set(Saving())
+    saving = Saving()
+    token = _SAVING.set(saving)
     try:
-        yield _SAVING.get()
+        yield saving
     finally:
         _SAVING.reset(token)
 

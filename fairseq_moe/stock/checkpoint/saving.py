@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 from fairseq import checkpoint_utils
 
@@ -29,20 +28,16 @@ from fairseq_moe.checkpoint import (
 from fairseq_moe.distributed import broadcast_value, gather_values, rank, world_size
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.faults import fault
-from fairseq_moe.flags.reliability import ReliabilityConfig
-from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.stock.checkpoint.background import BackgroundSave, Commit, ShardOutcome
 from fairseq_moe.stock.checkpoint.main_state import main_state, model_shape
 from fairseq_moe.stock.checkpoint.named_state import snapshot
 from fairseq_moe.stock.checkpoint.retention import current_save, saving_together
-from fairseq_moe.stock.find_experts import moe_decoder
+from fairseq_moe.stock.run import MoERun, run_of
 from fairseq_moe.stock.seam import seam
 
-__all__ = ["end_of_run", "finish_background_save", "note_background_save"]
+__all__ = ["finish_background_save", "note_background_save"]
 
 logger = logging.getLogger(__name__)
-
-_trainers_in_background: "WeakSet[Any]" = WeakSet()
 
 
 class _SaveError(CheckpointError):
@@ -77,18 +72,18 @@ class _Done:
     test="tests/reliability/test_r03_failed_saves.py",
 )
 def save_checkpoint(stock: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
-    decoder = moe_decoder(trainer.get_model())
-    if decoder is None or cfg.no_save:
+    run = run_of(trainer)
+    if run is None or cfg.no_save:
         return stock(cfg, trainer, epoch_itr, val_loss)
-    finish_background_save(trainer)
+    finish_background_save(run)
     fault("save.begin")
     saved = None
     if rank() == 0:
         saved, failure = _lead(stock, cfg, trainer, epoch_itr, val_loss)
     else:
         stock(cfg, trainer, epoch_itr, val_loss)
-        failure = _follow(trainer, decoder)
-    _count_failures(trainer, failure, update=trainer.get_num_updates())
+        failure = _follow(trainer, run)
+    _count_failures(run, failure, update=trainer.get_num_updates())
     fault("save.end")
     return saved
 
@@ -121,12 +116,12 @@ def _forget_score(noted: dict[str, Any]) -> None:
     vars(checkpoint_utils.save_checkpoint).update(noted)
 
 
-def _follow(trainer: Any, decoder: MoEDecoder) -> str | None:
+def _follow(trainer: Any, run: MoERun) -> str | None:
     """The other ranks: take part in each save until rank 0 is done; returns why it failed, if it did."""
     while not isinstance(request := broadcast_value(None), _Done):
-        content = snapshot(trainer, decoder)
+        content = _snapshot(trainer, run)
         if request.in_background:
-            _write_in_background(trainer, content, request, None)
+            _write_in_background(run, content, request, None)
             continue
         try:
             _agree_on_shards(_write(content, request), request)
@@ -136,16 +131,16 @@ def _follow(trainer: Any, decoder: MoEDecoder) -> str | None:
     return request.failure
 
 
-def _count_failures(trainer: Any, failure: str | None, *, update: int) -> None:
+def _count_failures(run: MoERun, failure: str | None, *, update: int) -> None:
     if failure is None:
-        trainer.moe_failed_saves = 0
+        run.num_failed_saves = 0
         return
-    trainer.moe_failed_saves = getattr(trainer, "moe_failed_saves", 0) + 1
-    most = ReliabilityConfig.from_args(trainer.cfg.model).max_failed_saves
+    run.num_failed_saves += 1
+    most = run.guard.config.max_failed_saves
     sentence = f"the save at update {update} failed: {failure}; earlier checkpoints are untouched"
-    if trainer.moe_failed_saves >= most:
+    if run.num_failed_saves >= most:
         raise CheckpointError(
-            f"{sentence}. This was failure {trainer.moe_failed_saves} in a row (--max-failed-saves {most}), so "
+            f"{sentence}. This was failure {run.num_failed_saves} in a row (--max-failed-saves {most}), so "
             "the run ends; make room or mend the file system, then start it again.",
             agreed=True,
         )
@@ -153,7 +148,7 @@ def _count_failures(trainer: Any, failure: str | None, *, update: int) -> None:
         logger.warning(
             "%s. Training goes on (failure %d in a row, --max-failed-saves %d).",
             sentence,
-            trainer.moe_failed_saves,
+            run.num_failed_saves,
             most,
         )
 
@@ -169,8 +164,8 @@ def _count_failures(trainer: Any, failure: str | None, *, update: int) -> None:
 def trainer_save_checkpoint(
     stock: Callable[..., Any], self: Any, filename: str, extra_state: dict[str, Any]
 ) -> str | None:
-    decoder = moe_decoder(self.get_model())
-    if decoder is None:
+    run = run_of(self)
+    if run is None:
         return stock(self, filename, extra_state)
     saving = current_save()
     if saving is None and world_size() > 1:
@@ -179,12 +174,12 @@ def trainer_save_checkpoint(
         return None
     path = Path(filename).absolute()
     logger.info("Saving checkpoint to %s", path)
-    in_background = saving is not None and ReliabilityConfig.from_args(self.cfg.model).save_in_background
-    set_id = SetId.new(run_id=getattr(self, "moe_run_id", None), update=self.get_num_updates())
-    self.moe_run_id = set_id.run_id
+    in_background = saving is not None and run.guard.config.save_in_background
+    set_id = SetId.new(run_id=run.run_id, update=self.get_num_updates())
+    run.run_id = set_id.run_id
     request = _Request(directory=path.parent, set_id=set_id, in_background=in_background)
     broadcast_value(request)
-    content = snapshot(self, decoder)
+    content = _snapshot(self, run)
     state = main_state(self)
     state["extra_state"].update(extra_state)
 
@@ -194,12 +189,19 @@ def trainer_save_checkpoint(
 
     if saving is not None and in_background:
         saving.commit = Commit(main=commit, path=path)
-        _write_in_background(self, content, request, saving.commit)
+        _write_in_background(run, content, request, saving.commit)
         return str(path)
     _commit(path, request, commit, _agree_on_shards(_write(content, request), request))
     if saving is not None:
         saving.written = path
     return str(path)
+
+
+def _snapshot(trainer: Any, run: MoERun) -> ShardContent:
+    """All ranks: this rank's share of the tensors, and of the optimizer state unless the user leaves that out."""
+    return snapshot(
+        run.state, run.mesh.layout, with_optimizer=not trainer.cfg.checkpoint.no_save_optimizer_state
+    )
 
 
 def _write(content: ShardContent, request: _Request) -> ShardOutcome:
@@ -257,37 +259,31 @@ def _raise_if_any(failures: list[str | None], request: _Request | None) -> None:
 
 
 def _write_in_background(
-    trainer: Any, content: ShardContent, request: _Request, commit: Commit | None
+    run: MoERun, content: ShardContent, request: _Request, commit: Commit | None
 ) -> None:
-    """All ranks: begin to write a copy of ``content``."""
-    if trainer.is_fsdp:
-        copy = content  # gathered into memory of its own
-    else:
+    """All ranks: begin to write ``content`` as it is now, whatever training does meanwhile."""
+    if not run.state.owns_memory:
         # The last save is finished, so its copy is free.
-        copy = trainer.moe_copy = content.copied(getattr(trainer, "moe_copy", None))
-    trainer.moe_background = BackgroundSave(
-        request=request, write=lambda: _write(copy, request), commit=commit
-    )
-    _trainers_in_background.add(trainer)
+        content = run.background_copy = content.copied(run.background_copy)
+    run.background = BackgroundSave(request=request, write=lambda: _write(content, request), commit=commit)
     fault("save.background_begun")
 
 
-def note_background_save(trainer: Any) -> None:
+def note_background_save(run: MoERun) -> None:
     """Before an update: tell the other ranks with it whether this rank's shard is written."""
-    background = getattr(trainer, "moe_background", None)
-    trainer.moe_guard.has_background_save = background is not None and background.is_done
+    run.guard.has_background_save = run.background is not None and run.background.is_done
 
 
-def finish_background_save(trainer: Any) -> None:
+def finish_background_save(run: MoERun) -> None:
     """All ranks: wait for the shards of a checkpoint that is being written, if any is, and commit it.
 
     Raises:
         CheckpointError: saves have failed too often in a row.
     """
-    background = getattr(trainer, "moe_background", None)
+    background = run.background
     if background is None:
         return
-    request, trainer.moe_background, failure = background.request, None, None
+    request, run.background, failure = background.request, None, None
     try:
         entries = _agree_on_shards(background.outcome(), request)
         if background.commit is None:
@@ -299,13 +295,7 @@ def finish_background_save(trainer: Any) -> None:
         failure = str(error)
         if background.commit is not None:
             _forget_score(background.commit.noted)
-    _count_failures(trainer, failure, update=request.set_id.update)
-
-
-def end_of_run() -> None:
-    """All ranks, when training has ended: see to it that the last checkpoint is complete."""
-    for trainer in _trainers_in_background:
-        finish_background_save(trainer)
+    _count_failures(run, failure, update=request.set_id.update)
 
 
 def _name_and_prune(commit: Commit | None) -> str | None:
@@ -330,4 +320,4 @@ def _name_and_prune(commit: Commit | None) -> str | None:
     test="tests/distributed/test_checkpoint.py",
 )
 def always_call_state_dict(stock: Callable[..., Any], self: Any) -> bool:
-    return stock(self) and moe_decoder(self.get_model()) is None
+    return stock(self) and run_of(self) is None

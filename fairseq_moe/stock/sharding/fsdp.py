@@ -1,7 +1,7 @@
 """--ddp-backend fully_sharded: fairscale's FSDP on GPUs, on CPUs and in a single process.
 
 Dense parameters are sharded over all ranks. The experts of a layer are wrapped apart, over the ranks that
-hold the same experts (``models.decoder.build_moe_layer``). Checkpoints of MoE models are written and read by
+hold the same experts (``models.decoder_layer.build_moe_layer``). Checkpoints of MoE models are written and read by
 name with ``fsdp_state``; dense models keep stock's functions.
 """
 
@@ -16,24 +16,11 @@ from torch import Tensor, nn
 from fairseq_moe.distributed.sharding import gather_base, is_nccl_group, one_rank_group, reduce_scatter_base
 from fairseq_moe.stock.find_experts import moe_decoder
 from fairseq_moe.stock.proxy import ModuleProxy
+from fairseq_moe.stock.run import run_of
 from fairseq_moe.stock.seam import seam
 
 if has_FSDP:
-    from fairseq_moe.stock.sharding.fsdp_state import (
-        full_model_state,
-        load_full_model_state,
-        named_optimizer_state,
-        sharded_optimizer_state,
-        tensor_bytes,
-    )
-
-__all__ = [
-    "full_model_state",
-    "load_full_model_state",
-    "named_optimizer_state",
-    "sharded_optimizer_state",
-    "tensor_bytes",
-]
+    from fairseq_moe.stock.sharding.fsdp_state import load_full_model_state
 
 _TEST = "tests/distributed/test_fsdp.py"
 
@@ -135,7 +122,7 @@ def fully_sharded_data_parallel(stock: Any) -> Any:
     test=_TEST,
 )
 def consolidate_optimizer(stock: Callable[..., Any], self: Any) -> None:
-    if moe_decoder(self.get_model()) is None:
+    if run_of(self) is None:
         stock(self)
     else:
         self._gathered_optim_state = None

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from fairseq_moe.distributed import (
     PEER_LOST_EXIT_CODE,
@@ -38,6 +38,7 @@ FIRST_UPDATE_TIMEOUTS = (
     3.0  # of --collective-timeout-sec: ranks load data, compile and connect at their own pace
 )
 
+# A ContextVar, because a rank may fail before it has a trainer, and in functions that are handed none.
 _WATCHDOG: ContextVar[Watchdog | None] = ContextVar("watchdog", default=None)
 
 

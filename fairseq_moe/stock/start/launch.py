@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import open_dict
+from torch.multiprocessing.spawn import spawn
 
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.flags.moe import moe_problems
-from fairseq_moe.stock.checkpoint.saving import end_of_run
+from fairseq_moe.stock.run import end_of_run
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.start.ending import failures_told, has_experts, one_sentence_errors
 from fairseq_moe.stock.start.spawned import wait_for
@@ -73,7 +74,7 @@ def _spawn_ranks(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any], *, 
     else:
         # More threads than cores make every rank slower by an order of magnitude; torchrun sets the same.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    ranks = torch.multiprocessing.spawn(run_rank, args=(main, cfg, kwargs), nprocs=num_processes, join=False)
+    ranks = spawn(run_rank, args=(main, cfg, kwargs), nprocs=num_processes, join=False)
     if has_experts(cfg):
         wait_for(ranks)
     else:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fairseq_moe.distributed import all_reduce_sum
 from fairseq_moe.errors import NonFiniteError, RanksDisagreeError
 from fairseq_moe.models.decoder import MoEDecoder
+from fairseq_moe.parallel.experts import ExpertLayout
 from fairseq_moe.parallel.placement import (
     EXPERT,
     gradient_divisor,
@@ -25,6 +26,7 @@ from fairseq_moe.parallel.placement import (
 )
 from fairseq_moe.stock.find_experts import moe_decoder
 from fairseq_moe.stock.optim import float32_copies
+from fairseq_moe.stock.run import run_of
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.step.guard import StepGuard
 
@@ -41,19 +43,18 @@ __all__ = ["GradNorm"]
 )
 def all_reduce_grads(stock: Callable[..., Any], self: Any, module: nn.Module) -> None:
     decoder = moe_decoder(module)
-    guard = getattr(decoder, "moe_guard", None)
-    if guard is not None:
-        guard.see_before_sum(_not_summed(module, decoder))
+    run = run_of(decoder)
+    if run is not None:
+        run.guard.see_before_sum(_not_summed(module, run.mesh.layout))
     stock(self, module)
     if decoder is not None and decoder.mesh is not None and decoder.mesh.layout.world_size > 1:
         _reduce_expert_grads(module, decoder)
 
 
-def _not_summed(module: nn.Module, decoder: MoEDecoder) -> list[Tensor]:
+def _not_summed(module: nn.Module, layout: ExpertLayout) -> list[Tensor]:
     """The parameters whose gradients are this rank's own now and a sum over ranks soon."""
-    layout = None if decoder.mesh is None else decoder.mesh.layout
     parameters = list(module.parameters())
-    if layout is None or layout.world_size == 1 or any(hasattr(p, "_is_sharded") for p in parameters):
+    if layout.world_size == 1 or any(hasattr(p, "_is_sharded") for p in parameters):
         return []
     dense = hasattr(module, "all_reduce_grads")  # legacy_ddp; DistributedDataParallel has summed them already
     experts = num_copies(EXPERT, layout) > 1
@@ -95,14 +96,11 @@ def _reduce_expert_grads(module: nn.Module, decoder: MoEDecoder) -> None:
     test="tests/distributed/test_grad_norm.py",
 )
 def clip_grad_norm(stock: Callable[..., Any], self: Any, clip_norm: float) -> Tensor:
-    model = self.get_model()
-    decoder = moe_decoder(model)
-    if decoder is None and not (self.is_fsdp and not self.cuda):
+    run, update = run_of(self), self.get_num_updates()
+    if run is None and not (self.is_fsdp and not self.cuda):
         return stock(self, clip_norm)
-    num_replicas = 1
-    if decoder is not None and decoder.mesh is not None and not self.is_fsdp:
-        num_replicas = num_copies(EXPERT, decoder.mesh.layout)
-    guard, update = getattr(self, "moe_guard", None), self.get_num_updates()
+    guard = None if run is None else run.guard
+    num_replicas = 1 if run is None or self.is_fsdp else num_copies(EXPERT, run.mesh.layout)
     for master, parameter in float32_copies(self.optimizer):
         place([master], placement_of(parameter))  # stock has handed on its own mark alone
     aggregate = GradNorm(num_replicas=num_replicas, dense_is_sharded=self.is_fsdp, guard=guard, update=update)
@@ -114,7 +112,7 @@ def clip_grad_norm(stock: Callable[..., Any], self: Any, clip_norm: float) -> Te
         # --fp16 at its smallest loss scale; stock would run the model again, to find out where.
         raise NonFiniteError(str(error), agreed=True) from error
     if guard is not None:
-        guard.skip_if_bad(norm, model, update)
+        guard.skip_if_bad(norm, self.get_model(), update)
     return norm
 
 

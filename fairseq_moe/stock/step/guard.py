@@ -75,9 +75,9 @@ class StepGuard:
 
     def see_before_sum(self, parameters: list[Tensor]) -> None:
         """Note the norms of this rank's own gradients, before a sum over ranks hides which rank's was bad."""
-        with_grad = [p for p in parameters if p.grad is not None]
-        norms = torch._foreach_norm([p.grad for p in with_grad], 2) if with_grad else []
-        self._before_sum += zip(with_grad, norms, strict=True)
+        found = [(p, p.grad) for p in parameters if p.grad is not None]
+        norms = torch._foreach_norm([grad for _, grad in found], 2) if found else []
+        self._before_sum += [(p, norm) for (p, _), norm in zip(found, norms, strict=True)]
 
     def values(self, update: int, device: torch.device) -> Tensor:
         """(NUM_VALUES,) float64: this rank's numbers, to be summed over ranks."""

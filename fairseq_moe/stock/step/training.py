@@ -20,8 +20,10 @@ from fairseq_moe.flags.reliability import ReliabilityConfig
 from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.models.sizes import true_size
 from fairseq_moe.parallel.placement import is_expert
+from fairseq_moe.stock.checkpoint.named_state import choose_state
 from fairseq_moe.stock.checkpoint.saving import finish_background_save, note_background_save
 from fairseq_moe.stock.find_experts import moe_decoder
+from fairseq_moe.stock.run import MoERun, begin_run, run_of
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.start.ending import FIRST_UPDATE_TIMEOUTS, current_watchdog
 from fairseq_moe.stock.step.dummy import dummy_batch
@@ -59,11 +61,11 @@ def trainer_init(
     if decoder is not None:
         _lock_save_directory(self)
         _record_load_after_validation(self, task, decoder)
-        # Where the seams of a step find it: on the trainer, on its task and beside the experts.
         guard = StepGuard(ReliabilityConfig.from_args(cfg.model))
-        self.moe_guard = task.moe_guard = decoder.moe_guard = guard
+        run = MoERun(decoder=decoder, guard=guard, state=choose_state(self), at_end=finish_background_save)
+        begin_run(run, self, task)
         guard.signals.listen()
-        _set_timeouts(self, decoder, FIRST_UPDATE_TIMEOUTS)
+        _set_timeouts(self, run, FIRST_UPDATE_TIMEOUTS)
 
 
 def _lock_save_directory(trainer: Any) -> None:
@@ -120,7 +122,7 @@ def prepare_sample(
     stock: Callable[..., Any], self: Any, sample: Any, is_dummy: bool = False
 ) -> tuple[Any, bool]:
     prepared, is_dummy_batch = stock(self, sample, is_dummy)
-    if not is_dummy_batch or moe_decoder(self.get_model()) is None:
+    if not is_dummy_batch or run_of(self) is None:
         return prepared, is_dummy_batch
     marked = {**prepared, "net_input": {**prepared["net_input"], "all_padding": True}}
     return marked, not _task_uses_stock_steps(self.task)
@@ -157,9 +159,9 @@ def train_step(
     )
     if is_dummy:
         loss, sample_size, logged = _without_dummy(loss, sample_size, logged)
-    guard = getattr(self, "moe_guard", None)
-    if guard is not None:
-        guard.see_loss(loss, sample_size)
+    run = run_of(self)
+    if run is not None:
+        run.guard.see_loss(loss, sample_size)
     return loss, sample_size, logged
 
 
@@ -229,36 +231,35 @@ def optimizer_step(
     test="tests/reliability/test_r22_lost_rank.py",
 )
 def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise_oom: bool = False) -> Any:
-    decoder = moe_decoder(self.get_model())
-    if decoder is None:
+    run = run_of(self)
+    if run is None:
         return stock(self, samples, raise_oom)
-    for router in decoder.routers():
+    for router in run.decoder.routers():
         router.begin_update()
-    self.moe_guard.begin_update()
+    run.guard.begin_update()
     watchdog = current_watchdog()
     if watchdog is not None:
         watchdog.update = self.get_num_updates() + 1
-    note_background_save(self)
+    note_background_save(run)
     with _no_crash_checkpoint(self):
         output = stock(self, samples, raise_oom or world_size() > 1)
-    if self.moe_guard.all_have_background_save:
-        finish_background_save(self)
-    if self.moe_guard.is_first_update:
-        self.moe_guard.is_first_update = False
-        _set_timeouts(self, decoder, 1.0)
+    if run.guard.all_have_background_save:
+        finish_background_save(run)
+    if run.guard.is_first_update:
+        run.guard.is_first_update = False
+        _set_timeouts(self, run, 1.0)
     update = self.get_num_updates()
     if output is None or update % self.cfg.common.log_interval != 0 or not self.is_data_parallel_master:
         return output
     meters = metrics.get_meters("train_inner")
     if meters is not None and LOAD_KEY in meters:
-        _write_load(self, decoder, meters[LOAD_KEY].sum, split="train")
+        _write_load(self, run.decoder, meters[LOAD_KEY].sum, split="train")
     return output
 
 
-def _set_timeouts(trainer: Any, decoder: MoEDecoder, factor: float) -> None:
-    groups = [] if decoder.mesh is None else decoder.mesh.groups
-    seconds = factor * trainer.moe_guard.config.collective_timeout_sec
-    set_collective_timeout(seconds, [trainer.data_parallel_process_group, *groups])
+def _set_timeouts(trainer: Any, run: MoERun, factor: float) -> None:
+    seconds = factor * run.guard.config.collective_timeout_sec
+    set_collective_timeout(seconds, [trainer.data_parallel_process_group, *run.mesh.groups])
 
 
 @contextmanager
