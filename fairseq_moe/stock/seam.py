@@ -118,7 +118,7 @@ def _install(entry: Seam, module: Any, path: str) -> None:
     stock = inspect.getattr_static(owner, name, None)
     if stock is None:
         raise StockSeamError(_mismatch(entry, "nothing of that name"))
-    stock_call = stock.fget if isinstance(stock, property) else stock
+    stock_call: Any = stock.fget if isinstance(stock, property) else stock
     if getattr(stock_call, "__fairseq_moe_seam__", None) is not None:
         return
     if entry.signature is not None:
@@ -144,8 +144,8 @@ def _install(entry: Seam, module: Any, path: str) -> None:
 
 def _names_only(function: Callable[..., Any]) -> str:
     parameters = inspect.signature(function).parameters.values()
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return "(" + ", ".join(stars.get(parameter.kind, "") + parameter.name for parameter in parameters) + ")"
+    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+    return "(" + ", ".join(stars.get(entry.kind.name, "") + entry.name for entry in parameters) + ")"
 
 
 def _mismatch(entry: Seam, found: str) -> str:

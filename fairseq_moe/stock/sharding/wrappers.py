@@ -46,7 +46,7 @@ def torch_of_trainer(stock: Any) -> Any:
 
     def tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
         made = torch.tensor(*args, **kwargs)
-        made.cuda = lambda: made  # type: ignore[method-assign]
+        made.cuda = lambda: made  # type: ignore[method-assign,assignment,misc]
         return made
 
     return ModuleProxy(stock, tensor=tensor)
