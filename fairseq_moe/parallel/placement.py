@@ -30,7 +30,7 @@ _ATTRIBUTE = "placement"
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """One entry of the table: which axes cut a parameter, and which hold copies of each part.
+    """Say over which axes a parameter is cut, and over which there are copies of each part.
 
     A rank's part has a copy on every rank that differs from it in the axes of ``copied_over`` alone.
     """
@@ -44,7 +44,7 @@ EXPERT = Placement(cut_over=("expert",), copied_over=("expert_replica",))
 
 
 def marks_of(placement: Placement) -> dict[str, Any]:
-    """Attributes that a parameter of this placement carries: the record itself and, for experts, stock's mark.
+    """List the attributes of a parameter of this placement: the record itself and, for experts, stock's mark.
 
     Stock fairseq knows ``expert`` alone, and looks whether it is there: legacy_ddp leaves such gradients out of its
     sum (distributed/legacy_distributed_data_parallel.py), FP16Optimizer hands the mark on to float32 copies, its own
@@ -61,13 +61,13 @@ def place(parameters: Iterable[Any], placement: Placement) -> None:
 
 
 def placement_of(parameter: Any) -> Placement:
-    """The placement written on a parameter; one without any is dense."""
+    """Read the placement written on a parameter; one without any is dense."""
     placement: Placement = getattr(parameter, _ATTRIBUTE, DENSE)
     return placement
 
 
 def is_expert(parameter: Any) -> bool:
-    """Whether a parameter belongs to the experts of this rank, so that other ranks hold other ones."""
+    """Tell whether a parameter belongs to experts: other ranks of the exchange group hold other ones."""
     return "expert" in placement_of(parameter).cut_over
 
 
@@ -76,13 +76,13 @@ def _axis_sizes(layout: ExpertLayout) -> dict[str, int]:
 
 
 def num_copies(placement: Placement, layout: ExpertLayout) -> int:
-    """Ranks that hold the same part of a parameter, this one included."""
+    """Count the ranks that hold the same part of a parameter, this one included."""
     sizes = _axis_sizes(layout)
     return prod(sizes[axis] for axis in placement.copied_over)
 
 
 def gradient_divisor(placement: Placement, layout: ExpertLayout, *, is_averaged: bool) -> float:
-    """What to divide a gradient by, so that all end up as stock wants them: the sum over copies by data ranks.
+    """Find what to divide a gradient by, so that it becomes what stock wants: the sum over copies by data ranks.
 
     Stock multiplies all gradients by data ranks / sample size afterwards.
 
@@ -91,4 +91,4 @@ def gradient_divisor(placement: Placement, layout: ExpertLayout, *, is_averaged:
         layout: of the ranks.
         is_averaged: the backend has taken the mean over the copies already, in place of the sum.
     """
-    return layout.world_size / (num_copies(placement, layout) if is_averaged else 1)
+    return _axis_sizes(layout)["data"] / (num_copies(placement, layout) if is_averaged else 1)

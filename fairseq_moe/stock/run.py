@@ -26,7 +26,7 @@ _ATTRIBUTE = "moe_run"
 
 @dataclass(kw_only=True, eq=False)
 class MoERun:
-    """One rank's record of a run.
+    """Record what one rank must remember of a run.
 
     Args:
         decoder: the decoder with the experts.
@@ -50,7 +50,7 @@ class MoERun:
 
     @property
     def mesh(self) -> ParallelMesh:
-        """The process groups of the experts."""
+        """Get the process groups of the experts."""
         assert self.decoder.mesh is not None
         return self.decoder.mesh
 
@@ -71,13 +71,13 @@ def begin_run(run: MoERun, trainer: Any, task: Any) -> None:
 
 
 def run_of(owner: Any) -> MoERun | None:
-    """The run that a trainer, a task or a decoder belongs to; None for those of dense models and of evaluation."""
+    """Find the run of a trainer, a task or a decoder; None for those of dense models and of evaluation."""
     run: MoERun | None = getattr(owner, _ATTRIBUTE, None)
     return run
 
 
 def end_of_run() -> None:
-    """All ranks, when training has ended: finish what is left of every run of this process.
+    """Finish what is left of every run of this process when training has ended, on all ranks.
 
     The caller, ``call_main``, has a configuration and a function, but no trainer.
     """

@@ -21,7 +21,7 @@ __all__ = ["SEAMS", "Seam", "install_seams", "seam"]
 
 @dataclass(frozen=True, kw_only=True)
 class Seam:
-    """One change of stock fairseq.
+    """Describe one change of stock fairseq.
 
     Args:
         target: ``module:attribute.path`` of the callable or property that is replaced.
@@ -81,7 +81,7 @@ def install_seams() -> None:
 
 
 def _modules(name: str) -> list[Any]:
-    """The module of that name and, for a command, its twin.
+    """Find the module of that name and, for a command, its twin.
 
     A command's module sets logging up when it is imported, so it is changed only once somebody has imported
     it. Every command calls fairseq's ``import_user_module`` first, which brings us back here in time. Where

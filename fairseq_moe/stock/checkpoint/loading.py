@@ -28,7 +28,14 @@ from fairseq_moe.checkpoint import (
     unreadable,
 )
 from fairseq_moe.checkpoint.groups import hyperparameters
-from fairseq_moe.distributed import agree, broadcast_value, gather_values, rank, world_size
+from fairseq_moe.distributed import (
+    agree,
+    broadcast_value,
+    data_parallel_size,
+    gather_values,
+    rank,
+    world_size,
+)
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.parallel.experts import ExpertLayout
 from fairseq_moe.stock.checkpoint.mismatch import model_problems, override_new_flags
@@ -44,7 +51,7 @@ _MAX_LISTED = 4
 
 @dataclass
 class _TrainerRequest:
-    """What the trainer that is loading needs of the file reader, and what the reader leaves for it."""
+    """Carry what a loading trainer needs of the file reader, and what the reader leaves for it."""
 
     cfg: Any
     model: nn.Module
@@ -113,7 +120,7 @@ def trainer_load_checkpoint(
 
 
 def _move_position(position: dict[str, Any], saved_ranks: int, ranks: int) -> None:
-    """Count in this run's batches per rank: ranks take turns, so each has taken its part of what is done.
+    """Recount the position in the data in this run's batches per rank; ranks take turns, so each has done its part.
 
     Where that is no whole number, the last few batches come again rather than never.
     """
@@ -130,7 +137,7 @@ def _move_position(position: dict[str, Any], saved_ranks: int, ranks: int) -> No
 
 
 def _find(filename: str, cfg: Any) -> str:
-    """All ranks: the file to load; a start that would silently be a fresh one is refused."""
+    """Find the file to load, on all ranks; a start that would silently be a fresh one is refused."""
     path = Path(filename)
     there = gather_values(path.is_file())
     if all(there):
@@ -168,7 +175,7 @@ def _find(filename: str, cfg: Any) -> str:
 
 
 def _with_advice(sentence: str, path: Path, *, together: bool = True) -> CheckpointError:
-    """The error that says which checkpoint beside ``path`` is intact; all ranks look and raise together."""
+    """Make the error that names the newest intact checkpoint beside ``path``; all ranks look and raise together."""
     if together:
         intact = broadcast_value(newest_intact(path.parent) if rank() == 0 else None)
     else:
@@ -240,16 +247,16 @@ def load_checkpoint_to_cpu(
 
 
 def _num_data_ranks(state: dict[str, Any]) -> int:
-    """The ranks among which the run that wrote a file divided its data."""
+    """Count the ranks among which the run that wrote a file divided its data."""
     cfg, args = state.get("cfg"), state.get("args")
     if cfg is not None:
         return int(cfg["distributed_training"]["distributed_world_size"])
-    return int(getattr(args, "distributed_world_size", world_size()))
+    return int(getattr(args, "distributed_world_size", data_parallel_size()))
 
 
 @contextmanager
 def _agreed(main: Path, *, together: bool, advise: bool = False) -> Iterator[None]:
-    """Inside, what is wrong for one rank becomes wrong for all, in the same words.
+    """Turn what is wrong for one rank inside into an error of all ranks, in the same words.
 
     Args:
         main: the main file that is being read.
@@ -296,7 +303,7 @@ def _read_shards(checkpoint: Checkpoint, state: dict[str, Any], request: _Traine
 
 
 def _read_branch(branch: BranchCheckpoint, state: dict[str, Any], request: _TrainerRequest | None) -> None:
-    """The same from files of the moe branch."""
+    """Put the tensors of the moe branch's files into ``state``, as ``_read_shards`` does those of our own."""
     with_optimizer = request is not None and request.with_optimizer
     named = branch.adopt_dense(state, with_optimizer=with_optimizer)
     num_experts = int(state["cfg"]["model"]["moe_expert_count"])

@@ -34,7 +34,7 @@ def keep_all(name: str) -> bool:
 
 
 class NamedState(Protocol):
-    """How one backend's parameters become tensors by name, and back.
+    """Turn one backend's parameters and optimizer state into tensors by name, and back.
 
     Names are those of the model without wrappers. Every method but ``optimizer_form`` is called by all ranks
     together. Each rank has its own experts, (L, ...) each.
@@ -46,18 +46,18 @@ class NamedState(Protocol):
     owns_memory: bool
 
     def tensor_bytes(self) -> tuple[dict[str, int], dict[str, str]]:
-        """Bytes of each tensor that ``model_tensors`` would give, and further names of some (tied weights)."""
+        """Count the bytes of each tensor of ``model_tensors``; also further names of some (tied weights)."""
 
     def model_tensors(self, is_kept: Callable[[str], bool] = keep_all) -> dict[str, Tensor]:
-        """Parameters and buffers that this rank keeps; aliases are asked for under their tensor's name."""
+        """Collect the parameters and buffers that this rank keeps; aliases are asked for under their tensor's name."""
 
     def optimizer_values(self, is_kept: Callable[[str], bool] = keep_all) -> dict[str, dict[str, Any]]:
-        """Optimizer state of the parameters that have any, tensors in the parameter's own shape."""
+        """Collect the optimizer state of the parameters that have any, in the parameter's own shape."""
 
     def optimizer_form(
         self, named: Mapping[str, Mapping[str, Any]], groups: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        """What the optimizer's ``load_state_dict`` takes, from ``optimizer_values`` and saved hyper-parameters."""
+        """Number saved state and hyper-parameters as the optimizer's ``load_state_dict`` takes them."""
 
 
 # One row per way to hold parameters: whether a trainer's configuration asks for it, and its implementation.
@@ -79,7 +79,7 @@ def implements_state(fits: Callable[[Any], bool]) -> Callable[[Any], Any]:
 
 
 def choose_state(trainer: Any) -> NamedState:
-    """The implementation for this trainer: the one that fits its configuration, or whole parameters."""
+    """Choose the implementation that fits a trainer's configuration; if there is none, whole parameters."""
     for fits, implementation in _IMPLEMENTATIONS:
         if fits(trainer.cfg):
             return implementation(trainer)
@@ -87,7 +87,7 @@ def choose_state(trainer: Any) -> NamedState:
 
 
 class WholeState:
-    """Parameters that are whole on each rank, as under legacy_ddp, pytorch_ddp or in a single process.
+    """Name parameters that are whole on each rank, as under legacy_ddp, pytorch_ddp or in a single process.
 
     Args:
         trainer: of stock; its optimizer may be built anew later.
@@ -99,18 +99,18 @@ class WholeState:
         self._trainer = trainer
 
     def tensor_bytes(self) -> tuple[dict[str, int], dict[str, str]]:
-        """Bytes of each tensor, and further names of some of them."""
+        """Count the bytes of each tensor; also further names of some of them."""
         state = self._trainer.get_model().state_dict()
         aliases = find_aliases(state)
         return {name: tensor.nbytes for name, tensor in state.items() if name not in aliases}, aliases
 
     def model_tensors(self, is_kept: Callable[[str], bool] = keep_all) -> dict[str, Tensor]:
-        """The tensors of the model that this rank keeps."""
+        """Collect the tensors of the model that this rank keeps."""
         state = self._trainer.get_model().state_dict()
         return {name: tensor for name, tensor in state.items() if is_kept(name)}
 
     def optimizer_values(self, is_kept: Callable[[str], bool] = keep_all) -> dict[str, dict[str, Any]]:
-        """The state of each parameter that has one; that of float32 copies under the name of the parameter."""
+        """Collect the state of each parameter; that of a float32 copy goes under the name of the parameter."""
         names, state = self._names_in_order(), self._trainer.optimizer.state_dict()["state"]
         named = {names[index]: values for index, values in state.items()}
         return {name: values for name, values in named.items() if is_kept(name)}
@@ -118,7 +118,7 @@ class WholeState:
     def optimizer_form(
         self, named: Mapping[str, Mapping[str, Any]], groups: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        """State and groups under torch's numbers."""
+        """Number state and groups as torch numbers the optimizer's parameters."""
         names = self._names_in_order()
         return {
             "state": {index: named[name] for index, name in enumerate(names) if name in named},
@@ -126,7 +126,7 @@ class WholeState:
         }
 
     def _names_in_order(self) -> list[str]:
-        """Parameter names in the order in which torch numbers the optimizer's parameters."""
+        """List parameter names in the order in which torch numbers the optimizer's parameters."""
         model: nn.Module = self._trainer.get_model()
         optimizer = self._trainer.optimizer
         name_of = {id(p): name for name, p in model.named_parameters()}
@@ -144,7 +144,7 @@ def numbered_groups(groups: list[dict[str, Any]], optimizer: Any) -> list[dict[s
 
 
 def snapshot(state: NamedState, layout: ExpertLayout, *, with_optimizer: bool) -> ShardContent:
-    """All ranks: the tensors and optimizer state that this rank writes into a checkpoint.
+    """Take the tensors and optimizer state that this rank writes into a checkpoint; all ranks together.
 
     Dense tensors are spread over all ranks, experts are written by one replica. Unless the state owns its memory,
     training must wait until they are written, or copied.

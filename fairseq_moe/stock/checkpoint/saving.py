@@ -89,23 +89,27 @@ def save_checkpoint(stock: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr
 
 
 def _lead(stock: Callable[..., Any], cfg: Any, *args: Any) -> tuple[str | None, str | None]:
-    """Rank 0: let stock save; returns what it returns, or why it could not."""
-    noted = dict(vars(checkpoint_utils.save_checkpoint))  # stock keeps the best score on the function itself
+    """Let stock save, on rank 0; returns what stock returns, or why it could not.
+
+    Ranks above 0 wait in ``_follow`` for rank 0's requests, so the last word must come whatever happens here.
+    """
+    # Stock notes the best score on the function itself, before it writes; a save that fails takes that back.
+    noted = dict(vars(checkpoint_utils.save_checkpoint))
     saved = failure = None
     with saving_together() as saving:
         try:
             saved = stock(cfg, *args)
             if saving.commit is not None:
-                saved = None  # not yet: nothing may be done with that file
+                saved = None  # the file comes later: the caller must not upload or copy it now
                 saving.commit.noted.update(noted)
             elif saved is not None:
                 prune_sets(Path(cfg.save_dir), committed=Path(saved))
-        except _SaveError as error:
+        except _SaveError as error:  # agreed on by all ranks; the set is gone
             failure = str(error)
-        except OSError as error:
+        except OSError as error:  # of rank 0 alone: a further name, or the deletion of an old file
             done = f"{saving.written} is written, but then " if saving.written else ""
             failure = f"{done}rank 0 met {error}"
-    if failure is not None and saving.written is None:
+    if failure is not None and saving.written is None:  # a file that was written keeps its score
         _forget_score(noted)
     broadcast_value(_Done(failure=failure))
     return saved, failure
@@ -117,7 +121,7 @@ def _forget_score(noted: dict[str, Any]) -> None:
 
 
 def _follow(trainer: Any, run: MoERun) -> str | None:
-    """The other ranks: take part in each save until rank 0 is done; returns why it failed, if it did."""
+    """Take part in each save until rank 0 is done, on the other ranks; returns why it failed, if it did."""
     while not isinstance(request := broadcast_value(None), _Done):
         content = _snapshot(trainer, run)
         if request.in_background:
@@ -198,7 +202,7 @@ def trainer_save_checkpoint(
 
 
 def _snapshot(trainer: Any, run: MoERun) -> ShardContent:
-    """All ranks: this rank's share of the tensors, and of the optimizer state unless the user leaves that out."""
+    """Take this rank's share of the tensors, and of the optimizer state unless the user leaves that out."""
     return snapshot(
         run.state, run.mesh.layout, with_optimizer=not trainer.cfg.checkpoint.no_save_optimizer_state
     )
@@ -218,7 +222,7 @@ def _write(content: ShardContent, request: _Request) -> ShardOutcome:
 
 
 def _agree_on_shards(outcome: ShardOutcome, request: _Request) -> list[ShardEntry]:
-    """All ranks: the shards of all ranks.
+    """Agree with all ranks that all shards are written, and give their entries.
 
     Raises:
         _SaveError: on every rank, if any could not be written; then the whole set is gone.
@@ -235,7 +239,7 @@ def _commit(
     commit: Callable[[list[ShardEntry]], None],
     entries: list[ShardEntry],
 ) -> None:
-    """Rank 0: write the main file and tell the others how that went."""
+    """Write the main file, on rank 0, and tell the others how that went."""
     failure = None
     try:
         commit(entries)
@@ -245,7 +249,7 @@ def _commit(
 
 
 def _agree_on_commit(failure: str | None, request: _Request | None = None) -> None:
-    """All ranks: whether rank 0 has written the main file."""
+    """Learn on all ranks whether rank 0 has written the main file."""
     _raise_if_any([broadcast_value(failure)], request)
     fault("save.committed")
 
@@ -261,7 +265,7 @@ def _raise_if_any(failures: list[str | None], request: _Request | None) -> None:
 def _write_in_background(
     run: MoERun, content: ShardContent, request: _Request, commit: Commit | None
 ) -> None:
-    """All ranks: begin to write ``content`` as it is now, whatever training does meanwhile."""
+    """Begin to write ``content`` as it is now, on all ranks, whatever training does meanwhile."""
     if not run.state.owns_memory:
         # The last save is finished, so its copy is free.
         content = run.background_copy = content.copied(run.background_copy)
@@ -270,12 +274,12 @@ def _write_in_background(
 
 
 def note_background_save(run: MoERun) -> None:
-    """Before an update: tell the other ranks with it whether this rank's shard is written."""
+    """Tell the other ranks with the next update whether this rank's shard is written."""
     run.guard.has_background_save = run.background is not None and run.background.is_done
 
 
 def finish_background_save(run: MoERun) -> None:
-    """All ranks: wait for the shards of a checkpoint that is being written, if any is, and commit it.
+    """Wait on all ranks for the shards of a checkpoint that is being written, if any is, and commit it.
 
     Raises:
         CheckpointError: saves have failed too often in a row.
@@ -299,7 +303,7 @@ def finish_background_save(run: MoERun) -> None:
 
 
 def _name_and_prune(commit: Commit | None) -> str | None:
-    """Rank 0: give the main file its further names and delete what is old; returns why it could not."""
+    """Give the main file its further names and delete old sets, on rank 0; returns why it could not."""
     if commit is None:
         return None
     try:

@@ -17,7 +17,7 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_fpw_module")
 
 @dataclass(frozen=True, kw_only=True)
 class FlatParameter:
-    """Several tensors end to end, of which this rank holds one part.
+    """Describe several tensors that lie end to end, of which this rank holds one part.
 
     Args:
         owner: the FSDP instance around it.

@@ -41,7 +41,7 @@ def dummy_process_group(stock: Any) -> Any:
 
 
 class _AdaptedFSDP:
-    """What comes before fairseq's wrapper in the order of methods; see the seam below."""
+    """Override methods of fairseq's wrapper, before which it is mixed in; the seam below gives the reasons."""
 
     def __init__(self, module: nn.Module, **config: Any) -> None:
         if config.get("compute_dtype") is torch.float16 and not config.get("mixed_precision"):
@@ -129,7 +129,7 @@ def consolidate_optimizer(stock: Callable[..., Any], self: Any) -> None:
 
 
 class _NoStream:
-    """Stands for every CUDA stream where there is no CUDA: work is done when the call returns."""
+    """Stand for every CUDA stream where there is no CUDA: work is done when the call returns."""
 
     def wait_stream(self, other: "_NoStream") -> None:
         pass
@@ -158,7 +158,7 @@ class _NoCuda:
 
 
 class _CudaIfUsed:
-    """``torch.cuda`` in a process that has CUDA at work, else streams that do nothing."""
+    """Show ``torch.cuda`` in a process that has CUDA at work, else streams that do nothing."""
 
     def __init__(self) -> None:
         self._no_cuda = _NoCuda()

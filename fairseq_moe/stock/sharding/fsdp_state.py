@@ -19,7 +19,7 @@ __all__ = ["FairscaleState", "load_full_model_state"]
 
 @implements_state(lambda cfg: cfg.distributed_training.ddp_backend == "fully_sharded")
 class FairscaleState:
-    """The ``NamedState`` of parameters that are spread over ranks in flat parts.
+    """Name parameters that are spread over ranks in flat parts.
 
     Args:
         trainer: of stock, whose model is the FSDP root.
@@ -31,7 +31,7 @@ class FairscaleState:
         self._trainer = trainer
 
     def tensor_bytes(self) -> tuple[dict[str, int], dict[str, str]]:
-        """Bytes of each gathered tensor, and further names of some of them; needs no communication."""
+        """Count the bytes of each gathered tensor; also further names of some of them; needs no communication."""
         sizes, aliases = {}, {}
         for flat in flat_parameters(self._trainer.model):
             itemsize = flat.parameter.dtype.itemsize
@@ -45,7 +45,7 @@ class FairscaleState:
         return sizes, aliases
 
     def model_tensors(self, is_kept: Callable[[str], bool] = keep_all) -> dict[str, Tensor]:
-        """Parameters and buffers, gathered on CPU in memory of their own; collective."""
+        """Gather parameters and buffers on CPU, in memory of their own; collective."""
         state: dict[str, Tensor] = {}
         for flat in flat_parameters(self._trainer.model):
             state.update(flat.gather(flat.parameter.data, is_kept))
@@ -57,7 +57,7 @@ class FairscaleState:
         return state
 
     def optimizer_values(self, is_kept: Callable[[str], bool] = keep_all) -> dict[str, dict[str, Any]]:
-        """Optimizer state, gathered as the tensors are; scalars are repeated for each name; collective."""
+        """Gather optimizer state as the tensors are; scalars are repeated for each name; collective."""
         optimizer = self._trainer.optimizer
         state, index_of = optimizer.state_dict()["state"], _optimizer_indices(optimizer)
         named: dict[str, dict[str, Any]] = {}
@@ -71,7 +71,7 @@ class FairscaleState:
     def optimizer_form(
         self, named: Mapping[str, Mapping[str, Any]], groups: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        """State and groups under torch's numbers of the flat parameters.
+        """Number state and groups as torch numbers the flat parameters.
 
         Args:
             named: state by name, of all dense parameters and this rank's experts.
@@ -138,7 +138,7 @@ def _flat_value(flat: FlatParameter, key: str, named: Mapping[str, Mapping[str, 
 
 
 def _entry_problems(flat: FlatParameter, named: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What keeps the state of a flat parameter's tensors from being laid end to end."""
+    """List what keeps the state of a flat parameter's tensors from being laid end to end."""
     first = next(named[name] for name in flat.names if name in named)
     for name, shape in zip(flat.names, flat.shapes, strict=True):
         entries = named.get(name, {})
@@ -175,6 +175,6 @@ def _refuse(what: str, problems: list[str]) -> None:
 
 
 def _optimizer_indices(optimizer: Any) -> dict[int, int]:
-    """torch's number of each parameter, by the parameter's id."""
+    """Map each parameter's id to the number that torch gives it."""
     parameters = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
     return {id(p): index for index, p in enumerate(parameters)}

@@ -43,13 +43,13 @@ _WATCHDOG: ContextVar[Watchdog | None] = ContextVar("watchdog", default=None)
 
 
 def has_experts(cfg: Any) -> bool:
-    """Whether a whole fairseq configuration asks for a model with experts."""
+    """Tell whether a whole fairseq configuration asks for a model with experts."""
     model = getattr(cfg, "model", None)
     return model is not None and MoEConfig.from_args(model).enabled
 
 
 def current_watchdog() -> Watchdog | None:
-    """The watchdog of this rank; None for a single process or a dense model."""
+    """Get the watchdog of this rank; None for a single process or a dense model."""
     return _WATCHDOG.get()
 
 

@@ -24,7 +24,7 @@ from fairseq_moe.parallel.placement import (
     place,
     placement_of,
 )
-from fairseq_moe.stock.find_experts import moe_decoder
+from fairseq_moe.stock.find_experts import any_sharded, moe_decoder
 from fairseq_moe.stock.optim import float32_copies
 from fairseq_moe.stock.run import run_of
 from fairseq_moe.stock.seam import seam
@@ -52,9 +52,9 @@ def all_reduce_grads(stock: Callable[..., Any], self: Any, module: nn.Module) ->
 
 
 def _not_summed(module: nn.Module, layout: ExpertLayout) -> list[Tensor]:
-    """The parameters whose gradients are this rank's own now and a sum over ranks soon."""
+    """List the parameters whose gradients are this rank's own now and a sum over ranks soon."""
     parameters = list(module.parameters())
-    if layout.world_size == 1 or any(hasattr(p, "_is_sharded") for p in parameters):
+    if layout.world_size == 1 or any_sharded(parameters):
         return []
     dense = hasattr(module, "all_reduce_grads")  # legacy_ddp; DistributedDataParallel has summed them already
     experts = num_copies(EXPERT, layout) > 1
@@ -71,7 +71,7 @@ def _reduce_expert_grads(module: nn.Module, decoder: MoEDecoder) -> None:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     grads = [p.grad for p in experts if p.grad is not None]
-    if any(hasattr(p, "_is_sharded") for p in experts):
+    if any_sharded(experts):
         divisor = gradient_divisor(EXPERT, layout, is_averaged=True)
         if decoder.moe.moe_normalize_expert_grad == "sqrt_world_size":
             divisor = math.sqrt(divisor)
@@ -133,7 +133,7 @@ def clip_grad_norm_(
 
 
 class GradNorm:
-    """The norm of all gradients of all ranks, from one all-reduce.
+    """Take the norm of all gradients of all ranks, with one all-reduce.
 
     Args:
         num_replicas: ranks that hold the same expert gradients.
@@ -206,7 +206,7 @@ class GradNorm:
 
 
 def _squared_norm(grads: list[Tensor], device: torch.device) -> Tensor:
-    """float64 scalar; each tensor's norm is taken in float32 or wider."""
+    """Sum the squares of all elements: a float64 scalar; each tensor's norm is taken in float32 or wider."""
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=device)
     wide = [grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad for grad in grads]

@@ -60,7 +60,7 @@ def trainer_init(
     stock(self, cfg, task, model, criterion, quantizer)
     if decoder is not None:
         _lock_save_directory(self)
-        _record_load_after_validation(self, task, decoder)
+        _record_expert_load_after_validation(self, task, decoder)
         guard = StepGuard(ReliabilityConfig.from_args(cfg.model))
         run = MoERun(decoder=decoder, guard=guard, state=choose_state(self), at_end=finish_background_save)
         begin_run(run, self, task)
@@ -69,7 +69,7 @@ def trainer_init(
 
 
 def _lock_save_directory(trainer: Any) -> None:
-    """On rank 0; all ranks learn of a refusal. fairseq-train has made the directory by now."""
+    """Lock the save directory on rank 0; all ranks learn of a refusal. fairseq-train has made it by now."""
     cfg, refusal = trainer.cfg.checkpoint, None
     if rank() == 0 and not cfg.no_save and os.path.isdir(cfg.save_dir):
         try:
@@ -253,7 +253,7 @@ def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise
         return output
     meters = metrics.get_meters("train_inner")
     if meters is not None and LOAD_KEY in meters:
-        _write_load(self, run.decoder, meters[LOAD_KEY].sum, split="train")
+        _write_expert_load(self, run.decoder, meters[LOAD_KEY].sum, split="train")
     return output
 
 
@@ -264,7 +264,7 @@ def _set_timeouts(trainer: Any, run: MoERun, factor: float) -> None:
 
 @contextmanager
 def _no_crash_checkpoint(trainer: Any) -> Iterator[None]:
-    """Saving takes all ranks, and the others do not know that this one is in trouble."""
+    """Keep stock from saving crash.pt: that takes all ranks, and the others do not know of the trouble here."""
     trainer.save_checkpoint = lambda filename, extra_state: None  # stock calls it inside for crash.pt only
     try:
         yield
@@ -272,20 +272,20 @@ def _no_crash_checkpoint(trainer: Any) -> Iterator[None]:
         del trainer.save_checkpoint
 
 
-def _record_load_after_validation(trainer: Any, task: Any, decoder: MoEDecoder) -> None:
-    """Stock calls ``task.post_validate`` after each validation subset, if the task has one."""
+def _record_expert_load_after_validation(trainer: Any, task: Any, decoder: MoEDecoder) -> None:
+    """Append the load to moe_load.jsonl in ``task.post_validate``, which stock calls after each validation."""
     earlier = getattr(task, "post_validate", None)
 
     def post_validate(model: nn.Module, stats: dict[str, Any], agg: Any) -> None:
         if earlier is not None:
             earlier(model, stats, agg)
         if LOAD_KEY in agg and trainer.is_data_parallel_master:
-            _write_load(trainer, decoder, agg[LOAD_KEY].sum, split="valid")
+            _write_expert_load(trainer, decoder, agg[LOAD_KEY].sum, split="valid")
 
     task.post_validate = post_validate
 
 
-def _write_load(trainer: Any, decoder: MoEDecoder, load: Tensor, *, split: str) -> None:
+def _write_expert_load(trainer: Any, decoder: MoEDecoder, load: Tensor, *, split: str) -> None:
     if trainer.cfg.checkpoint.no_save:
         return
     update = trainer.get_num_updates()
