@@ -20,15 +20,25 @@ def model_shape(flags: Any) -> ModelShape:
 
     Args:
         flags: of this run, or as a checkpoint holds them.
+
+    Raises:
+        KeyError: a size is missing.
     """
-    moe, get = MoEConfig.from_args(flags), getter(flags)
+    moe = MoEConfig.from_args(flags)
     return ModelShape(
         num_experts=moe.num_experts,
         top_k=moe.top_k,
-        model_dim=get("decoder_embed_dim"),
-        expert_dim=moe.expert_dim or get("decoder_ffn_embed_dim"),
-        num_layers=get("decoder_layers"),
+        model_dim=_size(flags, "decoder_embed_dim"),
+        expert_dim=moe.expert_dim or _size(flags, "decoder_ffn_embed_dim"),
+        num_layers=_size(flags, "decoder_layers"),
     )
+
+
+def _size(flags: Any, name: str) -> int:
+    size = getter(flags)(name)
+    if size is None:
+        raise KeyError(name)
+    return int(size)
 
 
 def main_state(trainer: Any) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 Stock decides on rank 0 which files to write, copies them and deletes old ones. While it does, the other ranks
 wait for its word. When it writes a main file, each rank takes a snapshot of its share (``snapshot``) and
-writes it as one shard (``_write_share``); when all have succeeded, rank 0 commits the main file (``_commit``).
-A save that fails on any rank has failed on all of them: its files are removed, stock deletes nothing, and
-training goes on. With --save-in-background the last two steps come later: see ``background``.
+writes it as one shard (``write_share``); when all have succeeded, rank 0 commits the main file
+(``commit_together``). A save that fails on any rank has failed on all of them: its files are removed, stock deletes
+nothing, and training goes on. With --save-in-background the last two steps come later: see ``background``.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +21,29 @@ from fairseq_moe.checkpoint import (
     commit_main,
     copy_atomically,
     prune_sets,
-    remove_set,
-    write_shard,
 )
-from fairseq_moe.distributed import broadcast_value, gather_values, rank, world_size
+from fairseq_moe.distributed import broadcast_value, rank, world_size
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.faults import fault
-from fairseq_moe.stock.checkpoint.background import BackgroundSave, Commit, ShardOutcome
+from fairseq_moe.stock.checkpoint.background import BackgroundSave, Commit
 from fairseq_moe.stock.checkpoint.main_state import main_state, model_shape
 from fairseq_moe.stock.checkpoint.named_state import snapshot
 from fairseq_moe.stock.checkpoint.retention import current_save, saving_together
+from fairseq_moe.stock.checkpoint.writing import (
+    Done,
+    Request,
+    SaveError,
+    agree_on_commit,
+    agree_on_shards,
+    commit_together,
+    write_share,
+)
 from fairseq_moe.stock.run import MoERun, run_of
 from fairseq_moe.stock.seam import seam
 
 __all__ = ["finish_background_save", "note_background_save"]
 
 logger = logging.getLogger(__name__)
-
-
-class _SaveError(CheckpointError):
-    """All ranks know that this checkpoint could not be written, and why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Request:
-    """Rank 0's word to the others: write a set."""
-
-    directory: Path
-    set_id: SetId
-    in_background: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Done:
-    """Rank 0's last word in a save."""
-
-    failure: str | None
 
 
 @seam(
@@ -104,14 +90,14 @@ def _lead(stock: Callable[..., Any], cfg: Any, *args: Any) -> tuple[str | None, 
                 saving.commit.noted.update(noted)
             elif saved is not None:
                 prune_sets(Path(cfg.save_dir), committed=Path(saved))
-        except _SaveError as error:  # agreed on by all ranks; the set is gone
+        except SaveError as error:  # agreed on by all ranks; the set is gone
             failure = str(error)
         except OSError as error:  # of rank 0 alone: a further name, or the deletion of an old file
             done = f"{saving.written} is written, but then " if saving.written else ""
             failure = f"{done}rank 0 met {error}"
     if failure is not None and saving.written is None:  # a file that was written keeps its score
         _forget_score(noted)
-    broadcast_value(_Done(failure=failure))
+    broadcast_value(Done(failure=failure))
     return saved, failure
 
 
@@ -122,15 +108,15 @@ def _forget_score(noted: dict[str, Any]) -> None:
 
 def _follow(trainer: Any, run: MoERun) -> str | None:
     """Take part in each save until rank 0 is done, on the other ranks; returns why it failed, if it did."""
-    while not isinstance(request := broadcast_value(None), _Done):
+    while not isinstance(request := broadcast_value(None), Done):
         content = _snapshot(trainer, run)
         if request.in_background:
             _write_in_background(run, content, request, None)
             continue
         try:
-            _agree_on_shards(_write(content, request), request)
-            _agree_on_commit(None)
-        except _SaveError:
+            agree_on_shards(write_share(content, request), request)
+            agree_on_commit(None)
+        except SaveError:
             logger.debug("rank 0 has met the same error, and says so when it is done")
     return request.failure
 
@@ -181,7 +167,7 @@ def trainer_save_checkpoint(
     in_background = saving is not None and run.guard.config.save_in_background
     set_id = SetId.new(run_id=run.run_id, update=self.get_num_updates())
     run.run_id = set_id.run_id
-    request = _Request(directory=path.parent, set_id=set_id, in_background=in_background)
+    request = Request(directory=path.parent, set_id=set_id, in_background=in_background)
     broadcast_value(request)
     content = _snapshot(self, run)
     state = main_state(self)
@@ -195,7 +181,7 @@ def trainer_save_checkpoint(
         saving.commit = Commit(main=commit, path=path)
         _write_in_background(run, content, request, saving.commit)
         return str(path)
-    _commit(path, request, commit, _agree_on_shards(_write(content, request), request))
+    commit_together(path, request, commit, agree_on_shards(write_share(content, request), request))
     if saving is not None:
         saving.written = path
     return str(path)
@@ -208,68 +194,14 @@ def _snapshot(trainer: Any, run: MoERun) -> ShardContent:
     )
 
 
-def _write(content: ShardContent, request: _Request) -> ShardOutcome:
-    """Write this rank's shard; returns its entry, or why there is none."""
-    fault("save.after_snapshot")
-    try:
-        entry = write_shard(
-            request.directory, request.set_id, index=rank(), num_shards=world_size(), content=content
-        )
-        fault("save.after_shard")
-    except (OSError, CheckpointError) as error:
-        return None, f"rank {rank()} could not write its shard ({error})"
-    return entry, None
-
-
-def _agree_on_shards(outcome: ShardOutcome, request: _Request) -> list[ShardEntry]:
-    """Agree with all ranks that all shards are written, and give their entries.
-
-    Raises:
-        _SaveError: on every rank, if any could not be written; then the whole set is gone.
-    """
-    written = gather_values(outcome)
-    _raise_if_any([failure for _, failure in written], request)
-    fault("save.agreed")
-    return [entry for entry, _ in written]
-
-
-def _commit(
-    path: Path,
-    request: _Request,
-    commit: Callable[[list[ShardEntry]], None],
-    entries: list[ShardEntry],
-) -> None:
-    """Write the main file, on rank 0, and tell the others how that went."""
-    failure = None
-    try:
-        commit(entries)
-    except OSError as error:
-        failure = f"rank 0 could not write {path} ({error})"
-    _agree_on_commit(failure, request)
-
-
-def _agree_on_commit(failure: str | None, request: _Request | None = None) -> None:
-    """Learn on all ranks whether rank 0 has written the main file."""
-    _raise_if_any([broadcast_value(failure)], request)
-    fault("save.committed")
-
-
-def _raise_if_any(failures: list[str | None], request: _Request | None) -> None:
-    found = [failure for failure in failures if failure is not None]
-    if found:
-        if rank() == 0 and request is not None:
-            remove_set(request.directory, request.set_id)
-        raise _SaveError("; ".join(found), agreed=True)
-
-
-def _write_in_background(
-    run: MoERun, content: ShardContent, request: _Request, commit: Commit | None
-) -> None:
+def _write_in_background(run: MoERun, content: ShardContent, request: Request, commit: Commit | None) -> None:
     """Begin to write ``content`` as it is now, on all ranks, whatever training does meanwhile."""
     if not run.state.owns_memory:
         # The last save is finished, so its copy is free.
         content = run.background_copy = content.copied(run.background_copy)
-    run.background = BackgroundSave(request=request, write=lambda: _write(content, request), commit=commit)
+    run.background = BackgroundSave(
+        request=request, write=lambda: write_share(content, request), commit=commit
+    )
     fault("save.background_begun")
 
 
@@ -289,13 +221,13 @@ def finish_background_save(run: MoERun) -> None:
         return
     request, run.background, failure = background.request, None, None
     try:
-        entries = _agree_on_shards(background.outcome(), request)
+        entries = agree_on_shards(background.outcome(), request)
         if background.commit is None:
-            _agree_on_commit(None)
+            agree_on_commit(None)
         else:
-            _commit(background.commit.path, request, background.commit.main, entries)
+            commit_together(background.commit.path, request, background.commit.main, entries)
         failure = broadcast_value(_name_and_prune(background.commit))
-    except _SaveError as error:
+    except SaveError as error:
         failure = str(error)
         if background.commit is not None:
             _forget_score(background.commit.noted)

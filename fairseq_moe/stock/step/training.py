@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from fairseq.logging import metrics
 from fairseq.tasks.fairseq_task import FairseqTask
-from torch import Tensor, nn
+from torch import nn
 
 from fairseq_moe.criterions import MoECrossEntropyCriterion
 from fairseq_moe.distributed import broadcast_value, rank, set_collective_timeout, world_size
-from fairseq_moe.expert_load.record import LOAD_KEY, LoadRecord, append_record
+from fairseq_moe.expert_load.record import LOAD_KEY
 from fairseq_moe.faults import fault
 from fairseq_moe.flags.megatron_aliases import argument_warnings
 from fairseq_moe.flags.reliability import ReliabilityConfig
@@ -27,6 +27,7 @@ from fairseq_moe.stock.run import MoERun, begin_run, run_of
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.start.ending import FIRST_UPDATE_TIMEOUTS, current_watchdog
 from fairseq_moe.stock.step.dummy import dummy_batch
+from fairseq_moe.stock.step.expert_load import record_expert_load_after_validation, write_expert_load
 from fairseq_moe.stock.step.guard import StepGuard
 from fairseq_moe.stock.step.lock import SaveDirectoryError, lock_save_directory
 
@@ -60,7 +61,7 @@ def trainer_init(
     stock(self, cfg, task, model, criterion, quantizer)
     if decoder is not None:
         _lock_save_directory(self)
-        _record_expert_load_after_validation(self, task, decoder)
+        record_expert_load_after_validation(self, task, decoder)
         guard = StepGuard(ReliabilityConfig.from_args(cfg.model))
         run = MoERun(decoder=decoder, guard=guard, state=choose_state(self), at_end=finish_background_save)
         begin_run(run, self, task)
@@ -253,7 +254,7 @@ def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise
         return output
     meters = metrics.get_meters("train_inner")
     if meters is not None and LOAD_KEY in meters:
-        _write_expert_load(self, run.decoder, meters[LOAD_KEY].sum, split="train")
+        write_expert_load(self, run.decoder, meters[LOAD_KEY].sum, split="train")
     return output
 
 
@@ -270,30 +271,6 @@ def _no_crash_checkpoint(trainer: Any) -> Iterator[None]:
         yield
     finally:
         del trainer.save_checkpoint
-
-
-def _record_expert_load_after_validation(trainer: Any, task: Any, decoder: MoEDecoder) -> None:
-    """Append the load to moe_load.jsonl in ``task.post_validate``, which stock calls after each validation."""
-    earlier = getattr(task, "post_validate", None)
-
-    def post_validate(model: nn.Module, stats: dict[str, Any], agg: Any) -> None:
-        if earlier is not None:
-            earlier(model, stats, agg)
-        if LOAD_KEY in agg and trainer.is_data_parallel_master:
-            _write_expert_load(trainer, decoder, agg[LOAD_KEY].sum, split="valid")
-
-    task.post_validate = post_validate
-
-
-def _write_expert_load(trainer: Any, decoder: MoEDecoder, load: Tensor, *, split: str) -> None:
-    if trainer.cfg.checkpoint.no_save:
-        return
-    update = trainer.get_num_updates()
-    record = LoadRecord.from_load(load, split=split, update=update, layers=decoder.moe_layers)
-    try:
-        append_record(trainer.cfg.checkpoint.save_dir, record)
-    except OSError as error:
-        logger.warning("the load of the experts could not be recorded (%s); training goes on.", error)
 
 
 @seam(
