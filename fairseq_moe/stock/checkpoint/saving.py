@@ -77,7 +77,7 @@ def save_checkpoint(stock: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr
 def _lead(stock: Callable[..., Any], cfg: Any, *args: Any) -> tuple[str | None, str | None]:
     """Let stock save, on rank 0; returns what stock returns, or why it could not.
 
-    Ranks above 0 wait in ``_follow`` for rank 0's requests, so the last word must come whatever happens here.
+    The others wait in ``_follow`` for rank 0's next word, so a failure that training survives ends with one too.
     """
     # Stock notes the best score on the function itself, before it writes; a save that fails takes that back.
     noted = dict(vars(checkpoint_utils.save_checkpoint))
