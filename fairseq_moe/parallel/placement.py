@@ -67,7 +67,7 @@ def placement_of(parameter: Any) -> Placement:
 
 
 def is_expert(parameter: Any) -> bool:
-    """Tell whether a parameter belongs to experts: other ranks of the exchange group hold other ones."""
+    """Tell whether a parameter belongs to experts: other ranks of the expert group hold other ones."""
     return "expert" in placement_of(parameter).cut_over
 
 

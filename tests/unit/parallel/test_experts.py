@@ -8,7 +8,7 @@ from fairseq_moe.parallel.experts import ExpertLayout, layout_problem
 
 def test_more_experts_than_ranks() -> None:
     # ranks    0     1     2     3
-    # experts  0 1   2 3   4 5   6 7        one exchange group of four ranks
+    # experts  0 1   2 3   4 5   6 7        one expert group of four ranks
     layout = ExpertLayout(num_experts=8, world_size=4)
     assert (layout.ep_size, layout.num_replicas, layout.num_local_experts) == (4, 1, 2)
     assert [list(layout.local_ids(rank)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -18,7 +18,7 @@ def test_more_experts_than_ranks() -> None:
 
 
 def test_more_ranks_than_experts() -> None:
-    # expert   0   1        exchange groups {0 1} {2 3} {4 5} {6 7} send tokens to one another,
+    # expert   0   1        expert groups {0 1} {2 3} {4 5} {6 7} send tokens to one another,
     # ranks    0   1        replica groups {0 2 4 6} {1 3 5 7} hold the same expert
     #          2   3
     #          4   5
