@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fairseq_moe.checkpoint import ShardContent
 from fairseq_moe.distributed import ParallelMesh
 from fairseq_moe.models.decoder import MoEDecoder
 
 if TYPE_CHECKING:  # the folders whose objects are kept here import this file
-    from fairseq_moe.checkpoint import ShardContent
     from fairseq_moe.stock.checkpoint.background import BackgroundSave
     from fairseq_moe.stock.checkpoint.named_state import NamedState
     from fairseq_moe.stock.step.guard import StepGuard
@@ -46,7 +46,7 @@ class MoERun:
     run_id: str | None = None
     num_failed_saves: int = 0
     background: "BackgroundSave | None" = None
-    background_copy: "ShardContent | None" = None
+    background_copy: ShardContent | None = None
 
     @property
     def mesh(self) -> ParallelMesh:

@@ -6,7 +6,7 @@ between runs that must read one another's files. Each way to hold parameters has
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -63,15 +63,17 @@ class NamedState(Protocol):
 # One row per way to hold parameters: whether a trainer's configuration asks for it, and its implementation.
 _IMPLEMENTATIONS: list[tuple[Callable[[Any], bool], Callable[[Any], NamedState]]] = []
 
+_Implementation = TypeVar("_Implementation", bound=Callable[[Any], NamedState])
 
-def implements_state(fits: Callable[[Any], bool]) -> Callable[[Any], Any]:
+
+def implements_state(fits: Callable[[Any], bool]) -> Callable[[_Implementation], _Implementation]:
     """Declare the decorated class, which is made from a trainer, as the ``NamedState`` of some configurations.
 
     Args:
         fits: told a trainer's configuration, whether its parameters are held so.
     """
 
-    def declare(implementation: Any) -> Any:
+    def declare(implementation: _Implementation) -> _Implementation:
         _IMPLEMENTATIONS.append((fits, implementation))
         return implementation
 
