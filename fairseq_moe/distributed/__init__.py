@@ -12,7 +12,14 @@ from fairseq_moe.distributed.collectives import (
     gather_values,
     set_collective_timeout,
 )
-from fairseq_moe.distributed.mesh import ParallelMesh, local_experts_only, parallel_mesh, rank, world_size
+from fairseq_moe.distributed.mesh import (
+    ParallelMesh,
+    data_parallel_size,
+    local_experts_only,
+    parallel_mesh,
+    rank,
+    world_size,
+)
 from fairseq_moe.distributed.watchdog import PEER_LOST_EXIT_CODE, Watchdog, is_collective_failure
 
 __all__ = [
@@ -24,6 +31,7 @@ __all__ = [
     "all_reduce_sum",
     "barrier",
     "broadcast_value",
+    "data_parallel_size",
     "gather_values",
     "is_collective_failure",
     "local_experts_only",

@@ -18,9 +18,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fairseq_moe.distributed.all_to_all import GroupExchange
 from fairseq_moe.modules.dispatch.exchange import Exchange, LocalExchange
 from fairseq_moe.parallel.experts import ExpertLayout
+from fairseq_moe.parallel.placement import Placement
 
-__all__ = ["ParallelMesh", "local_experts_only", "parallel_mesh", "rank", "world_size"]
+__all__ = [
+    "ParallelMesh",
+    "data_parallel_size",
+    "local_experts_only",
+    "parallel_mesh",
+    "rank",
+    "world_size",
+]
 
+# A ContextVar, because models are built inside stock's loaders, which pass nothing of ours on to ``parallel_mesh``.
 _LOCAL_ONLY: ContextVar[bool] = ContextVar("local_experts_only", default=False)
 
 
@@ -34,6 +43,11 @@ def world_size() -> int:
 def rank() -> int:
     """Return this process's rank: 0 before torch.distributed is initialised, or within ``local_experts_only``."""
     return 0 if world_size() == 1 else dist.get_rank()
+
+
+def data_parallel_size() -> int:
+    """Count the ranks that take turns with the batches: all of them, while ``data`` is the only dense axis."""
+    return world_size()
 
 
 @contextmanager
@@ -62,14 +76,17 @@ class ParallelMesh:
     dense: DeviceMesh | None
     sparse: DeviceMesh | None
 
-    @property
-    def replica_group(self) -> dist.ProcessGroup | None:
-        """Ranks that hold the same experts; None in a single process."""
-        return None if self.sparse is None else self.sparse.get_group("expert_replica")
+    def group_of_copies(self, placement: Placement) -> dist.ProcessGroup | None:
+        """Give the group of ranks that hold the same part of such a parameter; None in a single process."""
+        (axis,) = placement.copied_over
+        for mesh in (self.dense, self.sparse):
+            if mesh is not None and axis in (mesh.mesh_dim_names or ()):
+                return mesh.get_group(axis)
+        return None
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
-        """Every process group of the two meshes; none in a single process."""
+        """List every process group of the two meshes; none in a single process."""
         meshes = [mesh for mesh in (self.dense, self.sparse) if mesh is not None]
         return [group for mesh in meshes for group in mesh.get_all_groups()]
 

@@ -15,6 +15,7 @@ from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, SharedExp
 from fairseq_moe.modules.dispatch.allgather import AllGatherDispatcher
 from fairseq_moe.modules.dispatch.padded import PaddedDispatcher
 from fairseq_moe.modules.moe_layer import RoutingMemo
+from fairseq_moe.parallel.placement import EXPERT, marks_of, place
 
 __all__ = ["MoEDecoderLayer", "build_moe_layer", "expert_activation"]
 
@@ -161,13 +162,13 @@ def build_moe_layer(
         seed=int(torch.randint(1_000_000, (1,), device="cpu")),
         recompute="experts" in moe.recompute_modules,
         init_std=init_std,
+        marks=marks_of(EXPERT),
     )
     # In a single process the wrapper takes the model's own group, which has one rank.
-    replicas = mesh.replica_group
+    replicas = mesh.group_of_copies(EXPERT)
     groups = {} if replicas is None else {"process_group": replicas, "process_group_reduce_scatter": replicas}
     experts = fsdp_wrap(experts, **groups)
-    for parameter in experts.parameters():  # flattening has lost the mark
-        parameter.expert = True
+    place(experts.parameters(), EXPERT)  # flattening has lost the marks
     shared = None
     if moe.megatron.moe_shared_expert_intermediate_size is not None:
         shared = SharedExperts(

@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["ModelSize", "model_size"]
+from fairseq_moe.parallel.placement import is_expert
+
+__all__ = ["ModelSize", "model_size", "true_size"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class ModelSize:
 
 
 def model_size(decoder: Any) -> ModelSize:
-    """Count.
+    """Count the parameters of a whole model from those of one rank.
 
     Args:
         decoder: a ``MoEDecoder``, before FSDP wraps it as a whole; its layers may be wrapped already.
@@ -45,14 +47,13 @@ def model_size(decoder: Any) -> ModelSize:
     total = active = mtp = 0
     for parameter in decoder.parameters():
         size = true_size(parameter)
-        is_expert = hasattr(parameter, "expert")
-        if is_expert:
+        if is_expert(parameter):
             size = size // num_local * num_experts
         if id(parameter) in of_mtp:
             mtp += size
             continue
         total += size
-        active += size // num_experts * top_k if is_expert else size
+        active += size // num_experts * top_k if is_expert(parameter) else size
     embedding = 0 if decoder.share_input_output_embed else decoder.embed_tokens.weight.numel()
     return ModelSize(total=total, active=active, active_without_embedding=active - embedding, mtp=mtp)
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +20,8 @@ class Experts(nn.Module):
     """L two-layer feed-forward networks: dropout(W2 activation_dropout(act(W1 x + b1)) + b2).
 
     The stacks are the only parameters: ``fc1_weight`` (L, F, D), ``fc1_bias`` (L, F), ``fc2_weight``
-    (L, D, F), ``fc2_bias`` (L, D). Each carries the attribute ``expert``, which tells data-parallel wrappers
-    and the gradient norm that its values belong to this rank. Gated experts (``activation`` is ``swiglu``) have
-    2F rows in ``fc1_weight``, those of the gate first, and no biases.
+    (L, D, F), ``fc2_bias`` (L, D). Gated experts (``activation`` is ``swiglu``) have 2F rows in ``fc1_weight``,
+    those of the gate first, and no biases.
 
     Args:
         num_local_experts: L.
@@ -36,6 +35,8 @@ class Experts(nn.Module):
             over ranks starts from the same weights; no other generator is touched.
         recompute: compute the networks again in the backward pass.
         init_std: weights start normal with this deviation, biases at 0; None: as ``nn.Linear``.
+        marks: attributes that every parameter carries, also after a copy or a conversion; whoever builds the
+            layer says with them that these values are those of this rank alone.
     """
 
     fc1_weight: nn.Parameter
@@ -56,6 +57,7 @@ class Experts(nn.Module):
         seed: int = 0,
         recompute: bool = False,
         init_std: float | None = None,
+        marks: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.num_local_experts = num_local_experts
@@ -73,15 +75,17 @@ class Experts(nn.Module):
         for name, shape in shapes.items():
             stack = None if shape is None else nn.Parameter(torch.empty(num_local_experts, *shape))
             self.register_parameter(name, stack)
+        self.marks = dict(marks or {})
         self.mark_parameters()
         self.reset_parameters(seed=seed, first_expert_id=first_expert_id, std=init_std)
 
     def mark_parameters(self) -> None:
-        """Set ``expert = True`` on every parameter."""
+        """Set the attributes of ``marks`` on every parameter."""
         for parameter in self.parameters():
-            parameter.expert = True  # type: ignore[attr-defined]
+            for name, value in self.marks.items():
+                setattr(parameter, name, value)
 
-    # torch makes new Parameters, without our mark, in the three operations below.
+    # torch makes new Parameters, without our marks, in the three operations below.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copying and unpickling."""

@@ -1,7 +1,10 @@
-"""The adapter: the one place where stock fairseq (and fairscale on CPU) is changed.
+"""Where and why is stock fairseq (and fairscale on CPU) changed? Here alone: this is the adapter.
 
 Each change is a ``seam`` in one of these modules; ``install`` puts them all in place. Dense models keep
 stock's behaviour to the bit: every seam that concerns experts asks first whether the model has any.
+
+Folders import one way: ``run`` (what is remembered of a run) < ``start`` < ``checkpoint`` < ``sharding`` < ``step``
+< ``evaluate``.
 """
 
 from fairseq_moe.distributed import rank

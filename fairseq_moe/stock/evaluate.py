@@ -22,7 +22,7 @@ logger = logging.getLogger("fairseq_cli.eval_lm")  # where users look for these 
 
 
 class _Tally:
-    """What this rank has scored, by the rules of stock's ``eval_lm``.
+    """Count what this rank has scored, by the rules of stock's ``eval_lm``.
 
     Args:
         bos: the token to leave out at the start of each sentence, or None.

@@ -1,15 +1,22 @@
-"""Finding the experts inside whatever fairseq has wrapped around them."""
+"""Finding the experts inside whatever fairseq has wrapped around them, and what a wrapper has done to parameters."""
 
-from torch import nn
+from collections.abc import Iterable
+
+from torch import Tensor, nn
 
 from fairseq_moe.models.decoder import MoEDecoder
 
-__all__ = ["moe_decoder"]
+__all__ = ["any_sharded", "moe_decoder"]
 
 
 def moe_decoder(module: nn.Module) -> MoEDecoder | None:
-    """The decoder with experts inside ``module`` (a model, or one wrapped by DDP or FSDP), or None."""
+    """Find the decoder with experts inside ``module`` (a model, or one wrapped by DDP or FSDP), or None."""
     for child in module.modules():
         if isinstance(child, MoEDecoder):
             return child if child.moe.enabled else None
     return None
+
+
+def any_sharded(parameters: Iterable[Tensor]) -> bool:
+    """Tell whether fairscale's FSDP holds any of these parameters; it then averages their gradients itself."""
+    return any(hasattr(parameter, "_is_sharded") for parameter in parameters)

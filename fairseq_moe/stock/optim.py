@@ -1,15 +1,28 @@
-"""--fp16-adam-stats without NVIDIA apex, and Adam's step on CPU."""
+"""Stock's optimizers: float32 copies of parameters, --fp16-adam-stats without NVIDIA apex, Adam's step on CPU."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from fairseq.optim import FairseqOptimizer
 from fairseq.optim.fused_adam import FusedAdamV1, get_fused_adam_class
+from torch import Tensor
 
 from fairseq_moe.optim import HalfAdam
 from fairseq_moe.optim.blocked_adam import can_step_in_blocks, step_in_blocks
 from fairseq_moe.stock.seam import seam
+
+__all__ = ["float32_copies"]
+
+
+def float32_copies(optimizer: FairseqOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pair each float32 parameter that a half-precision optimizer steps with the model's own; else nothing.
+
+    With flat gradients stock keeps all copies in one tensor; models with experts refuse that.
+    """
+    copies = getattr(optimizer, "fp32_params", None)
+    if copies is not None and not isinstance(copies, (Tensor, dict)):
+        yield from zip(copies, optimizer.fp16_params, strict=True)
 
 
 @seam(

@@ -7,7 +7,7 @@ __all__ = ["ModuleProxy"]
 
 
 class ModuleProxy:
-    """Forwards to ``module`` except for the given names.
+    """Show a module with some of its names replaced, and forward every other name to it.
 
     Used where stock code must find something else under ``np.x`` or ``torch.x`` and nobody else may.
     """

@@ -21,7 +21,7 @@ __all__ = ["SEAMS", "Seam", "install_seams", "seam"]
 
 @dataclass(frozen=True, kw_only=True)
 class Seam:
-    """One change of stock fairseq.
+    """Describe one change of stock fairseq.
 
     Args:
         target: ``module:attribute.path`` of the callable or property that is replaced.
@@ -81,7 +81,7 @@ def install_seams() -> None:
 
 
 def _modules(name: str) -> list[Any]:
-    """The module of that name and, for a command, its twin.
+    """Find the module of that name and, for a command, its twin.
 
     A command's module sets logging up when it is imported, so it is changed only once somebody has imported
     it. Every command calls fairseq's ``import_user_module`` first, which brings us back here in time. Where
@@ -118,7 +118,7 @@ def _install(entry: Seam, module: Any, path: str) -> None:
     stock = inspect.getattr_static(owner, name, None)
     if stock is None:
         raise StockSeamError(_mismatch(entry, "nothing of that name"))
-    stock_call = stock.fget if isinstance(stock, property) else stock
+    stock_call: Any = stock.fget if isinstance(stock, property) else stock
     if getattr(stock_call, "__fairseq_moe_seam__", None) is not None:
         return
     if entry.signature is not None:
@@ -144,8 +144,8 @@ def _install(entry: Seam, module: Any, path: str) -> None:
 
 def _names_only(function: Callable[..., Any]) -> str:
     parameters = inspect.signature(function).parameters.values()
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return "(" + ", ".join(stars.get(parameter.kind, "") + parameter.name for parameter in parameters) + ")"
+    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+    return "(" + ", ".join(stars.get(entry.kind.name, "") + entry.name for entry in parameters) + ")"
 
 
 def _mismatch(entry: Seam, found: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fairseq_moe.parallel.placement import DENSE, EXPERT, placement_of
 from tests.helpers.ranks import run_ranks
 
 
@@ -37,7 +38,8 @@ def _mesh_ranks(rank: int, num_experts: int) -> tuple[list[int], list[int]]:
     assert mesh.sparse is not None
     assert mesh.dense.mesh.flatten().tolist() == mesh.sparse.mesh.flatten().tolist()
     exchange_ranks = dist.get_process_group_ranks(mesh.sparse.get_group("expert"))
-    replica_ranks = dist.get_process_group_ranks(mesh.replica_group)
+    assert dist.get_process_group_ranks(mesh.group_of_copies(DENSE)) == list(range(dist.get_world_size()))
+    replica_ranks = dist.get_process_group_ranks(mesh.group_of_copies(EXPERT))
     assert exchange_ranks == mesh.layout.exchange_ranks(rank)
     assert replica_ranks == mesh.layout.replica_ranks(rank)
     return exchange_ranks, replica_ranks
@@ -140,6 +142,7 @@ def _copy_model(rank: int) -> None:
     batch = make_batch(rank)["net_input"]
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert one is not other
+        assert placement_of(one) == placement_of(other)
         assert hasattr(one, "expert") == hasattr(other, "expert")
     assert twin.decoder.mesh is model.decoder.mesh
     outputs = []

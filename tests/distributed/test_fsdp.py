@@ -49,13 +49,14 @@ def run_updates(trainer: Any, ranks: list[int]) -> list[dict[str, float]]:
 def whole_optimizer_state(trainer: Any) -> dict[str, Tensor]:
     """``name/kind`` -> state of the whole model, experts in their global order."""
     from fairseq_moe.distributed import gather_values
-    from fairseq_moe.stock.checkpoint.named_state import named_optimizer
-    from fairseq_moe.stock.find_experts import moe_decoder
+    from fairseq_moe.stock.run import run_of
 
-    layout = moe_decoder(trainer.get_model()).mesh.layout
+    run = run_of(trainer)
+    assert run is not None
+    layout = run.mesh.layout
     own = {
         f"{name}/{kind}": torch.as_tensor(value)
-        for name, state in named_optimizer(trainer).items()
+        for name, state in run.state.optimizer_values().items()
         for kind, value in state.items()
     }
     by_rank = gather_values(own)
@@ -120,8 +121,9 @@ def test_several_updates_equal_a_single_process(world_size: int, flags: list[str
 
 def save_and_load(rank: int, flags: list[str]) -> None:
     """State taken out is complete, in memory of its own, and puts a fresh trainer where the old one was."""
-    from fairseq_moe.stock.sharding import fsdp
-    from fairseq_moe.stock.step.training import _true_size
+    from fairseq_moe.models.sizes import true_size
+    from fairseq_moe.parallel.placement import is_expert
+    from fairseq_moe.stock.sharding.fsdp_state import FairscaleState
     from tests.helpers.tiny import build_trainer, update
 
     plain = build_trainer([*flags, "--ddp-backend", "legacy_ddp"])
@@ -131,14 +133,13 @@ def save_and_load(rank: int, flags: list[str]) -> None:
     def is_kept(name: str) -> bool:
         return rank == 0 or ".experts." in name
 
-    model = fsdp.full_model_state(trainer.model, is_kept)
-    named = fsdp.named_optimizer_state(trainer.model, trainer.optimizer, is_kept)
+    state_by_name = FairscaleState(trainer)
+    model = state_by_name.model_tensors(is_kept)
+    named = state_by_name.optimizer_values(is_kept)
 
     whole = plain.get_model().state_dict()
-    assert (
-        fsdp.tensor_bytes(trainer.model)[0].keys() | fsdp.tensor_bytes(trainer.model)[1].keys()
-        == whole.keys()
-    )
+    sizes_of, aliases = state_by_name.tensor_bytes()
+    assert sizes_of.keys() | aliases.keys() == whole.keys()
     expected = {name: tensor.shape for name, tensor in whole.items() if is_kept(name)}
     assert {name: tensor.shape for name, tensor in model.items()} == expected
     trained = {name for name, _ in plain.get_model().named_parameters() if name in expected}
@@ -148,9 +149,9 @@ def save_and_load(rank: int, flags: list[str]) -> None:
         assert not torch.equal(state["exp_avg"], state["exp_avg_sq"])
         assert state["exp_avg"].untyped_storage().nbytes() == state["exp_avg"].nbytes, name
         assert model[name].untyped_storage().nbytes() == model[name].nbytes, name
-    for is_expert in (False, True):
+    for of_experts in (False, True):
         sizes = [
-            sum(_true_size(p) for p in made.get_model().parameters() if hasattr(p, "expert") is is_expert)
+            sum(true_size(p) for p in made.get_model().parameters() if is_expert(p) is of_experts)
             for made in (plain, trainer)
         ]
         assert sizes[0] == sizes[1] > 0
@@ -164,7 +165,8 @@ def save_and_load(rank: int, flags: list[str]) -> None:
     other.model.eval()
     other.valid_step(micro_batches(7, rank)[0])
     other.model.load_state_dict(model, strict=True)
-    other.optimizer.load_state_dict(fsdp.sharded_optimizer_state(other.model, other.optimizer, named))
+    groups = other.optimizer.optimizer.param_groups
+    other.optimizer.load_state_dict(FairscaleState(other).optimizer_form(named, groups))
     other.set_num_updates(trainer.get_num_updates())
     next_batches = micro_batches(NUM_UPDATES, rank, may_be_missing=False)
     logged = [update(made, next_batches) for made in (other, trainer)]
@@ -177,7 +179,7 @@ def save_and_load(rank: int, flags: list[str]) -> None:
 
 def check_refusals(trainer: Any, model: dict[str, Tensor], named: dict[str, dict[str, Any]]) -> None:
     from fairseq_moe.errors import CheckpointError
-    from fairseq_moe.stock.sharding import fsdp
+    from fairseq_moe.stock.sharding.fsdp_state import FairscaleState, load_full_model_state
 
     name = "decoder.layers.1.moe_layer.experts.fc1_bias"
     short = model[name][:, 1:]
@@ -187,7 +189,7 @@ def check_refusals(trainer: Any, model: dict[str, Tensor], named: dict[str, dict
         ({**model, name: short}, f"{name} is {tuple(short.shape)} instead of {tuple(model[name].shape)}"),
     ):
         with pytest.raises(CheckpointError) as error:
-            fsdp.load_full_model_state(trainer.model, wrong)
+            load_full_model_state(trainer.model, wrong)
         assert said in str(error.value)
     state = named[name]
     for wrong, said in (
@@ -197,7 +199,7 @@ def check_refusals(trainer: Any, model: dict[str, Tensor], named: dict[str, dict
         ({**named, name: {**state, "step": state["step"] + 1}}, f"step of {name} is {NUM_UPDATES + 1}"),
     ):
         with pytest.raises(CheckpointError) as error:
-            fsdp.sharded_optimizer_state(trainer.model, trainer.optimizer, wrong)
+            FairscaleState(trainer).optimizer_form(wrong, trainer.optimizer.optimizer.param_groups)
         assert said in str(error.value)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fairseq_moe.parallel.placement import EXPERT, is_expert, place
 from tests.helpers.ranks import run_ranks
 
 BAD_UPDATE = 2  # the third
@@ -21,7 +22,7 @@ def _parameter(gradient: list[float], *, expert: bool = False) -> Tensor:
     parameter = torch.nn.Parameter(torch.zeros(len(gradient)))
     parameter.grad = torch.tensor(gradient)
     if expert:
-        parameter.expert = True  # type: ignore[attr-defined]
+        place([parameter], EXPERT)
     return parameter
 
 
@@ -66,7 +67,7 @@ def _spoil_gradient(trainer: Any, value: float, *, expert: bool) -> None:
     from fairseq_moe.distributed import rank
 
     reduce = trainer.optimizer.all_reduce_grads
-    own = [p for p in trainer.get_model().parameters() if hasattr(p, "expert") is expert]
+    own = [p for p in trainer.get_model().parameters() if is_expert(p) is expert]
 
     def reduce_spoilt(module: Any) -> None:
         if trainer.get_num_updates() == BAD_UPDATE and rank() == BAD_RANK % trainer.data_parallel_world_size:

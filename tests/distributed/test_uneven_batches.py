@@ -60,6 +60,7 @@ def _run(layer: Any, x_TD: Tensor, padding_T: Tensor | None = None) -> tuple[Ten
 
 def _assert_equals_local_layer(num_experts: int, top_k: int, x_TD: Tensor, padding_T: Tensor | None) -> None:
     from fairseq_moe.distributed import all_reduce_sum, parallel_mesh, rank
+    from fairseq_moe.parallel.placement import EXPERT
 
     mesh = parallel_mesh(num_experts)
     layer, local = _layer(num_experts, top_k=top_k, mesh=mesh), _local_layer(num_experts, top_k=top_k)
@@ -74,7 +75,7 @@ def _assert_equals_local_layer(num_experts: int, top_k: int, x_TD: Tensor, paddi
     for own, whole in zip(layer.experts.parameters(), local.experts.parameters(), strict=True):
         everyones = all_reduce_sum(whole.grad.clone())
         torch.testing.assert_close(
-            all_reduce_sum(own.grad.clone(), mesh.replica_group), everyones[ids.start : ids.stop]
+            all_reduce_sum(own.grad.clone(), mesh.group_of_copies(EXPERT)), everyones[ids.start : ids.stop]
         )
 
 

@@ -9,6 +9,7 @@ from fairseq import checkpoint_utils
 
 from fairseq_moe.distributed import rank
 from fairseq_moe.faults import VARIABLE
+from fairseq_moe.stock.run import MoERun, run_of
 from tests.helpers.tiny import build_trainer, make_batch, update
 
 __all__ = ["ADAM", "TinyRun"]
@@ -28,6 +29,13 @@ class TinyRun:
         self.trainer = build_trainer([*ADAM, "--save-dir", save_dir, *flags])
         self.checkpoint_cfg = self.trainer.cfg.checkpoint
         self._end_of_epoch = False
+
+    @property
+    def record(self) -> MoERun:
+        """What the adapter remembers of this run."""
+        run = run_of(self.trainer)
+        assert run is not None
+        return run
 
     @property
     def num_updates(self) -> int:

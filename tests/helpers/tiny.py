@@ -154,9 +154,9 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
 def _local_state(trainer: Trainer) -> dict[str, Tensor]:
     model = trainer.get_model()
     if trainer.is_fsdp:
-        from fairseq_moe.stock.sharding.fsdp_state import full_model_state
+        from fairseq_moe.stock.sharding.fsdp_state import FairscaleState
 
-        return full_model_state(model)
+        return FairscaleState(trainer).model_tensors()
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 

@@ -20,7 +20,7 @@ NEW = ["checkpoint_1_2.pt", "checkpoint_last.pt"]
 
 def save_and_go_on(rank: int, save_dir: str, flags: list[str], fault: str | None) -> list[list[str]]:
     """Save after two of four updates; returns the main files that are there then and later."""
-    from fairseq_moe.stock.checkpoint.saving import end_of_run
+    from fairseq_moe.stock.run import end_of_run
     from tests.helpers.saves import TinyRun
 
     run = TinyRun(Path(save_dir), *flags)
@@ -78,7 +78,7 @@ def train_until_saved(rank: int, save_dir: str) -> int:
     run.train(1)
     run.save()
     deadline = time.monotonic() + 60
-    while getattr(run.trainer, "moe_background", None) is not None and time.monotonic() < deadline:
+    while run.record.background is not None and time.monotonic() < deadline:
         run.train(1)
     assert (Path(save_dir) / "checkpoint_last.pt").exists() or rank > 0
     return run.num_updates
@@ -93,7 +93,7 @@ def test_it_is_committed_by_an_update_once_all_ranks_have_written(tmp_path: Path
 def fail_in_background(rank: int, save_dir: str) -> tuple[int, float | None]:
     from fairseq import checkpoint_utils
 
-    from fairseq_moe.stock.checkpoint.saving import end_of_run
+    from fairseq_moe.stock.run import end_of_run
     from tests.helpers.saves import TinyRun
 
     run = TinyRun(Path(save_dir), *BACKGROUND)
@@ -104,7 +104,7 @@ def fail_in_background(rank: int, save_dir: str) -> tuple[int, float | None]:
     run.train(1)
     run.save(val_loss=2.0)
     end_of_run()
-    return run.trainer.moe_failed_saves, getattr(checkpoint_utils.save_checkpoint, "best", None)
+    return run.record.num_failed_saves, getattr(checkpoint_utils.save_checkpoint, "best", None)
 
 
 def test_a_failure_is_agreed_counted_and_leaves_the_old_set(tmp_path: Path) -> None:

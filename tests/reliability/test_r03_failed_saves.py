@@ -110,15 +110,15 @@ def save_with_a_failing_copy(rank: int, save_dir: str) -> int:
     run.save()
     run.train(1)
     run.save(fault="save.copy_half@0=enospc")
-    return run.trainer.moe_failed_saves
+    return run.record.num_failed_saves
 
 
 def save_without_agreement(rank: int, save_dir: str) -> None:
     """As stock would: whoever fails is alone with it."""
-    from fairseq_moe.stock.checkpoint import saving
+    from fairseq_moe.stock.checkpoint import writing
     from tests.helpers.saves import TinyRun
 
-    saving._raise_if_any = lambda failures, request: None
+    writing._raise_if_any = lambda failures, request: None
     run = TinyRun(Path(save_dir), *FLAGS)
     run.train(1)
     run.save(fault="save.shard_half@1=enospc")

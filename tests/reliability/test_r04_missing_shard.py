@@ -49,7 +49,7 @@ def load_alone(rank: int, save_dir: str) -> str:
     """Without the guard: each rank looks at its own part and decides for itself."""
     from fairseq_moe.distributed import barrier
     from fairseq_moe.errors import CheckpointError
-    from fairseq_moe.stock.checkpoint import loading
+    from fairseq_moe.stock.checkpoint import reading
     from tests.helpers.saves import TinyRun
 
     run = TinyRun(Path(save_dir))
@@ -60,8 +60,8 @@ def load_alone(rank: int, save_dir: str) -> str:
         (shard,) = Path(save_dir).glob("shards/*/shard-1-of-2.safetensors")
         shard.write_bytes(shard.read_bytes()[:-4] + b"1234")
     barrier()
-    loading.agree = lambda failure: [] if failure is None else [failure]
-    loading._with_advice = lambda sentence, path, together: CheckpointError(sentence)
+    reading.agree = lambda failure: [] if failure is None else [failure]
+    reading.with_advice = lambda sentence, path, together: CheckpointError(sentence)
     try:
         run.load()
     except CheckpointError:

@@ -64,7 +64,7 @@ def run_forgetting_moments(
     """As ``run``, but a start does not take up the optimizer's state."""
     from fairseq_moe.stock.checkpoint import loading
 
-    loading.load_optimizer = lambda trainer, saved, **kwargs: trainer.set_num_updates(3)
+    loading.load_optimizer = lambda trainer, state, saved, **kwargs: trainer.set_num_updates(3)
     return run(rank, data, save_dir, world_size, flags, counts)
 
 

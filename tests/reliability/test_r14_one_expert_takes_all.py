@@ -199,7 +199,7 @@ def _train_collapsed(rank: int, collapsed: bool, validate: bool) -> list[str]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("fairseq_moe.stock.step.load_warning").addHandler(handler)
+    logging.getLogger("fairseq_moe.stock.step.expert_load").addHandler(handler)
     trainer = build_trainer(["--moe-top1-expert", "--lr", 0])
     decoder = moe_decoder(trainer.get_model())
     assert decoder is not None

@@ -55,9 +55,8 @@ UNCLEAR_YET = {
     "modules/experts",
     "modules/moe_layer",
     "modules/routing",
-    "stock",
 }
-NO_QUESTION_YET = {"checkpoint", "convert", "models", "modules", "stock"}
+NO_QUESTION_YET = {"checkpoint", "convert", "models", "modules"}
 NO_LEGEND_YET = {"modules/dispatch", "modules/routing"}
 
 

@@ -24,7 +24,7 @@ ShardOutcome = tuple[ShardEntry | None, str | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """What rank 0 does when all shards are written.
+    """Say what rank 0 does when all shards are written.
 
     Args:
         main: writes the main file from all entries.
@@ -39,7 +39,7 @@ class Commit:
 
 
 class BackgroundSave:
-    """One rank's part in a checkpoint that is being written; the writing begins at once.
+    """Write one rank's shard of a checkpoint in a thread, which begins at once.
 
     Args:
         request: what rank 0 has asked for.
@@ -63,11 +63,11 @@ class BackgroundSave:
 
     @property
     def is_done(self) -> bool:
-        """Whether ``outcome`` needs no waiting."""
+        """Tell whether the shard is written, or has failed, so that ``outcome`` needs no waiting."""
         return not self._thread.is_alive()
 
     def outcome(self) -> ShardOutcome:
-        """Wait for the shard."""
+        """Wait for the shard and give its entry, or why there is none."""
         self._thread.join()
         if isinstance(self._outcome, Exception):
             raise self._outcome

@@ -8,33 +8,45 @@ from fairseq import utils
 from torch import nn
 
 from fairseq_moe.checkpoint import ModelShape
+from fairseq_moe.checkpoint.groups import hyperparameters
 from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.flags.records import getter
 
 __all__ = ["main_state", "model_shape"]
 
 
-def model_shape(model_cfg: Any) -> ModelShape:
-    """The sizes of a configured model that its checkpoints name."""
-    moe = MoEConfig.from_args(model_cfg)
+def model_shape(flags: Any) -> ModelShape:
+    """Read off a model's flags the sizes that its checkpoints name.
+
+    Args:
+        flags: of this run, or as a checkpoint holds them.
+
+    Raises:
+        KeyError: a size is missing.
+    """
+    moe = MoEConfig.from_args(flags)
     return ModelShape(
         num_experts=moe.num_experts,
         top_k=moe.top_k,
-        model_dim=model_cfg.decoder_embed_dim,
-        expert_dim=moe.expert_dim or model_cfg.decoder_ffn_embed_dim,
-        num_layers=model_cfg.decoder_layers,
+        model_dim=_size(flags, "decoder_embed_dim"),
+        expert_dim=moe.expert_dim or _size(flags, "decoder_ffn_embed_dim"),
+        num_layers=_size(flags, "decoder_layers"),
     )
 
 
+def _size(flags: Any, name: str) -> int:
+    size = getter(flags)(name)
+    if size is None:
+        raise KeyError(name)
+    return int(size)
+
+
 def main_state(trainer: Any) -> dict[str, Any]:
-    """Stock's state dictionary, without tensors."""
+    """Make what the main file says of a trainer: stock's state dictionary, without tensors."""
     optimizer = None
     if not trainer.cfg.checkpoint.no_save_optimizer_state:
         stock_form = trainer.optimizer.state_dict()
-        groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in stock_form["param_groups"]
-        ]
-        optimizer = {"param_groups": groups}
+        optimizer = {"param_groups": hyperparameters(stock_form["param_groups"])}
         if "loss_scale" in stock_form:
             optimizer["loss_scale"] = stock_form["loss_scale"]
     trainer._gathered_optim_state = optimizer  # stock puts this into the file in place of its own

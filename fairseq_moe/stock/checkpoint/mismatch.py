@@ -8,6 +8,7 @@ from omegaconf import open_dict
 from torch import nn
 
 from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.stock.find_experts import any_sharded
 
 __all__ = ["model_problems", "override_new_flags"]
 
@@ -25,7 +26,7 @@ _MAX_LISTED = 3
 def model_problems(
     saved: Mapping[str, Any], wanted: Any, shapes: Mapping[str, tuple[int, ...]], model: nn.Module
 ) -> list[str]:
-    """One phrase per difference that keeps the tensors from loading.
+    """List the differences that keep a checkpoint's tensors from loading, one phrase each.
 
     Args:
         saved: the checkpoint's model configuration.
@@ -74,7 +75,7 @@ def _differs(name: str, saved: Any, wanted: Any) -> str:
 
 
 def _shape_problems(saved: Mapping[str, tuple[int, ...]], model: nn.Module) -> list[str]:
-    if any(hasattr(p, "_is_sharded") for p in model.parameters()):
+    if any_sharded(model.parameters()):
         return []
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     problems = [
@@ -86,7 +87,7 @@ def _shape_problems(saved: Mapping[str, tuple[int, ...]], model: nn.Module) -> l
 
 
 def override_new_flags(model_cfg: Any, overrides: dict[str, Any]) -> None:
-    """Stock overrides what the file names; a file of the branch or of an older version lacks newer flags."""
+    """Override flags that the file lacks, as those of the branch or of an older version do; stock does the others."""
     with open_dict(model_cfg):
         for flag in fields(MoEConfig):
             if flag.name in overrides:

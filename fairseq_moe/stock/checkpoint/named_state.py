@@ -1,27 +1,157 @@
-"""A trainer's state under parameter names, whatever wrapper is around the model."""
+"""*State by name*: a trainer's tensors and optimizer state under parameter names, whatever wrapper is around the model.
 
-from collections.abc import Callable
-from typing import Any
+Checkpoints hold nothing else: torch's numbers of parameters, and the way in which a backend shards them, differ
+between runs that must read one another's files. Each way to hold parameters has one implementation of
+``NamedState``; ``choose_state`` picks a run's once. Here is the one for whole parameters.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from fairseq_moe.checkpoint import ShardContent, find_aliases, has_expert_rows, share_of
 from fairseq_moe.distributed import rank
 from fairseq_moe.errors import CheckpointError
-from fairseq_moe.models.decoder import MoEDecoder
+from fairseq_moe.parallel.experts import ExpertLayout
+from fairseq_moe.stock.optim import float32_copies
 
-__all__ = ["load_optimizer", "named_optimizer", "snapshot"]
+__all__ = [
+    "NamedState",
+    "WholeState",
+    "choose_state",
+    "implements_state",
+    "keep_all",
+    "load_optimizer",
+    "numbered_groups",
+    "snapshot",
+]
 
 
-def snapshot(trainer: Any, decoder: MoEDecoder) -> ShardContent:
-    """All ranks: the tensors and optimizer state that this rank writes into a checkpoint.
+def keep_all(name: str) -> bool:
+    """Keep the tensor of any name."""
+    return True
 
-    Dense tensors are spread over all ranks, experts are written by one replica. On a CPU, tensors that are
-    not sharded are those of the model itself: training must wait until they are written.
+
+class NamedState(Protocol):
+    """Turn one backend's parameters and optimizer state into tensors by name, and back.
+
+    Names are those of the model without wrappers. Every method but ``optimizer_form`` is called by all ranks
+    together. Each rank has its own experts, (L, ...) each.
+
+    Attributes:
+        owns_memory: what is given shares no memory with the model, so training may go on while it is written.
     """
-    assert decoder.mesh is not None
-    layout = decoder.mesh.layout
-    sizes, aliases = _tensor_bytes(trainer)
+
+    owns_memory: bool
+
+    def tensor_bytes(self) -> tuple[dict[str, int], dict[str, str]]:
+        """Count the bytes of each tensor of ``model_tensors``; also further names of some (tied weights)."""
+
+    def model_tensors(self, is_kept: Callable[[str], bool] = keep_all) -> dict[str, Tensor]:
+        """Collect the parameters and buffers that this rank keeps; aliases are asked for under their tensor's name."""
+
+    def optimizer_values(self, is_kept: Callable[[str], bool] = keep_all) -> dict[str, dict[str, Any]]:
+        """Collect the optimizer state of the parameters that have any, in the parameter's own shape."""
+
+    def optimizer_form(
+        self, named: Mapping[str, Mapping[str, Any]], groups: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Number saved state and hyper-parameters as the optimizer's ``load_state_dict`` takes them."""
+
+
+# One row per way to hold parameters: whether a trainer's configuration asks for it, and its implementation.
+_IMPLEMENTATIONS: list[tuple[Callable[[Any], bool], Callable[[Any], NamedState]]] = []
+
+_Implementation = TypeVar("_Implementation", bound=Callable[[Any], NamedState])
+
+
+def implements_state(fits: Callable[[Any], bool]) -> Callable[[_Implementation], _Implementation]:
+    """Declare the decorated class, which is made from a trainer, as the ``NamedState`` of some configurations.
+
+    Args:
+        fits: told a trainer's configuration, whether its parameters are held so.
+    """
+
+    def declare(implementation: _Implementation) -> _Implementation:
+        _IMPLEMENTATIONS.append((fits, implementation))
+        return implementation
+
+    return declare
+
+
+def choose_state(trainer: Any) -> NamedState:
+    """Choose the implementation that fits a trainer's configuration; if there is none, whole parameters."""
+    for fits, implementation in _IMPLEMENTATIONS:
+        if fits(trainer.cfg):
+            return implementation(trainer)
+    return WholeState(trainer)
+
+
+class WholeState:
+    """Name parameters that are whole on each rank, as under legacy_ddp, pytorch_ddp or in a single process.
+
+    Args:
+        trainer: of stock; its optimizer may be built anew later.
+    """
+
+    owns_memory = False  # on a CPU, what is given are the tensors of the model itself
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def tensor_bytes(self) -> tuple[dict[str, int], dict[str, str]]:
+        """Count the bytes of each tensor; also further names of some of them."""
+        state = self._trainer.get_model().state_dict()
+        aliases = find_aliases(state)
+        return {name: tensor.nbytes for name, tensor in state.items() if name not in aliases}, aliases
+
+    def model_tensors(self, is_kept: Callable[[str], bool] = keep_all) -> dict[str, Tensor]:
+        """Collect the tensors of the model that this rank keeps."""
+        state = self._trainer.get_model().state_dict()
+        return {name: tensor for name, tensor in state.items() if is_kept(name)}
+
+    def optimizer_values(self, is_kept: Callable[[str], bool] = keep_all) -> dict[str, dict[str, Any]]:
+        """Collect the state of each parameter; that of a float32 copy goes under the name of the parameter."""
+        names, state = self._names_in_order(), self._trainer.optimizer.state_dict()["state"]
+        named = {names[index]: values for index, values in state.items()}
+        return {name: values for name, values in named.items() if is_kept(name)}
+
+    def optimizer_form(
+        self, named: Mapping[str, Mapping[str, Any]], groups: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Number state and groups as torch numbers the optimizer's parameters."""
+        names = self._names_in_order()
+        return {
+            "state": {index: named[name] for index, name in enumerate(names) if name in named},
+            "param_groups": numbered_groups(groups, self._trainer.optimizer),
+        }
+
+    def _names_in_order(self) -> list[str]:
+        """List parameter names in the order in which torch numbers the optimizer's parameters."""
+        model: nn.Module = self._trainer.get_model()
+        optimizer = self._trainer.optimizer
+        name_of = {id(p): name for name, p in model.named_parameters()}
+        name_of.update({id(copy): name_of[id(p)] for copy, p in float32_copies(optimizer)})
+        return [name_of[id(p)] for group in optimizer.optimizer.param_groups for p in group["params"]]
+
+
+def numbered_groups(groups: list[dict[str, Any]], optimizer: Any) -> list[dict[str, Any]]:
+    """Give saved hyper-parameters the numbers that torch gives the parameters of each of the optimizer's groups."""
+    first, numbered = 0, []
+    for group, own in zip(groups, optimizer.optimizer.param_groups, strict=True):
+        numbered.append({**group, "params": list(range(first, first + len(own["params"])))})
+        first += len(own["params"])
+    return numbered
+
+
+def snapshot(state: NamedState, layout: ExpertLayout, *, with_optimizer: bool) -> ShardContent:
+    """Take the tensors and optimizer state that this rank writes into a checkpoint; all ranks together.
+
+    Dense tensors are spread over all ranks, experts are written by one replica. Unless the state owns its memory,
+    training must wait until they are written, or copied.
+    """
+    sizes, aliases = state.tensor_bytes()
     experts = sum(size for name, size in sizes.items() if has_expert_rows(name))
     is_written = share_of(
         rank(),
@@ -29,55 +159,23 @@ def snapshot(trainer: Any, decoder: MoEDecoder) -> ShardContent:
         dense_bytes={name: size for name, size in sizes.items() if not has_expert_rows(name)},
         aliases=aliases,
     )
-    model = _model_state(trainer, is_written)
+    model = state.model_tensors(is_written)
     return ShardContent(
         expert_ids=list(layout.local_ids(rank())) if layout.is_owner(rank()) else [],
         model={name: tensor for name, tensor in model.items() if name not in aliases},
-        optimizer=named_optimizer(trainer, is_written),
+        optimizer=state.optimizer_values(is_written) if with_optimizer else {},
         aliases={alias: name for alias, name in aliases.items() if is_written(name)},
     )
 
 
-def _tensor_bytes(trainer: Any) -> tuple[dict[str, int], dict[str, str]]:
-    """Bytes of each tensor of this rank's model, and further names of some of them, on every rank alike."""
-    if trainer.is_fsdp:
-        from fairseq_moe.stock.sharding.fsdp import tensor_bytes
-
-        return tensor_bytes(trainer.model)
-    state = trainer.get_model().state_dict()
-    aliases = find_aliases(state)
-    return {name: tensor.nbytes for name, tensor in state.items() if name not in aliases}, aliases
-
-
-def _model_state(trainer: Any, is_written: Callable[[str], bool]) -> dict[str, Tensor]:
-    if trainer.is_fsdp:
-        from fairseq_moe.stock.sharding.fsdp import full_model_state
-
-        return full_model_state(trainer.model, is_written)
-    return {name: tensor for name, tensor in trainer.get_model().state_dict().items() if is_written(name)}
-
-
-def _keep_all(name: str) -> bool:
-    return True
-
-
-def named_optimizer(trainer: Any, is_written: Callable[[str], bool] = _keep_all) -> dict[str, dict[str, Any]]:
-    """All ranks: optimizer state by canonical parameter name; empty with --no-save-optimizer-state."""
-    if trainer.cfg.checkpoint.no_save_optimizer_state:
-        return {}
-    if trainer.is_fsdp:
-        from fairseq_moe.stock.sharding.fsdp import named_optimizer_state as sharded_named_optimizer_state
-
-        return sharded_named_optimizer_state(trainer.model, trainer.optimizer, is_written)
-    named = _named_optimizer_state(trainer.get_model(), trainer.optimizer)
-    return {name: values for name, values in named.items() if is_written(name)}
-
-
-def load_optimizer(trainer: Any, saved: dict[str, Any], *, overrides: Any, reset_lr_scheduler: bool) -> None:
+def load_optimizer(
+    trainer: Any, state: NamedState, saved: dict[str, Any], *, overrides: Any, reset_lr_scheduler: bool
+) -> None:
     """Continue from saved optimizer state, learning-rate schedule and update count.
 
     Args:
         trainer: its model is loaded already.
+        state: the trainer's.
         saved: ``named`` state, ``param_groups`` and maybe ``loss_scale``.
         overrides: optimizer hyper-parameters that replace the saved ones.
         reset_lr_scheduler: leave the schedule as it is.
@@ -98,63 +196,8 @@ def load_optimizer(trainer: Any, saved: dict[str, Any], *, overrides: Any, reset
             )
     if not reset_lr_scheduler:
         trainer.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
-    if trainer.is_fsdp:
-        from fairseq_moe.stock.sharding.fsdp import sharded_optimizer_state
-
-        state = sharded_optimizer_state(
-            trainer.model, trainer.optimizer, saved["named"], saved["param_groups"]
-        )
-    else:
-        state = _indexed_optimizer_state(
-            trainer.get_model(), trainer.optimizer, saved["named"], saved["param_groups"]
-        )
+    form = state.optimizer_form(saved["named"], saved["param_groups"])
     if "loss_scale" in saved:
-        state["loss_scale"] = saved["loss_scale"]
-    trainer.optimizer.load_state_dict(state, overrides)
+        form["loss_scale"] = saved["loss_scale"]
+    trainer.optimizer.load_state_dict(form, overrides)
     trainer.set_num_updates(last["num_updates"])
-
-
-def _named_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, dict[str, Any]]:
-    """The state of each parameter that has one.
-
-    Args:
-        model: the unwrapped model, whose parameters (or float32 masters of them) the optimizer holds.
-        optimizer: a fairseq optimizer.
-    """
-    names = _names_in_order(model, optimizer)
-    state = optimizer.state_dict()["state"]
-    return {names[index]: values for index, values in state.items()}
-
-
-def _indexed_optimizer_state(
-    model: nn.Module, optimizer: Any, named: dict[str, dict[str, Any]], groups: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The inverse: what torch's ``load_state_dict`` takes.
-
-    Args:
-        model: as above.
-        optimizer: as above.
-        named: state by parameter name.
-        groups: saved hyper-parameters of each parameter group.
-    """
-    names = _names_in_order(model, optimizer)
-    sizes = [len(group["params"]) for group in optimizer.optimizer.param_groups]
-    first = 0
-    numbered = []
-    for group, size in zip(groups, sizes, strict=True):
-        numbered.append({**group, "params": list(range(first, first + size))})
-        first += size
-    return {
-        "state": {index: named[name] for index, name in enumerate(names) if name in named},
-        "param_groups": numbered,
-    }
-
-
-def _names_in_order(model: nn.Module, optimizer: Any) -> list[str]:
-    """Parameter names in the order in which torch numbers the optimizer's parameters."""
-    name_of = {id(p): name for name, p in model.named_parameters()}
-    masters = getattr(optimizer, "fp32_params", None)
-    if masters is not None and not isinstance(masters, (Tensor, dict)):
-        pairs = zip(masters, optimizer.fp16_params, strict=True)
-        name_of.update({id(master): name_of[id(p)] for master, p in pairs})
-    return [name_of[id(p)] for group in optimizer.optimizer.param_groups for p in group["params"]]

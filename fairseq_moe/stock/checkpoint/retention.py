@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Saving:
-    """A save of all ranks that is under way, on rank 0.
+    """Note how far a save of all ranks has come, on rank 0.
 
     Args:
         written: the main file, once it is complete.
@@ -32,20 +32,22 @@ class Saving:
     commit: Commit | None = None
 
 
+# A ContextVar, because stock copies and removes files by their names, without the trainer whose they are.
 _SAVING: ContextVar[Saving | None] = ContextVar("saving", default=None)
 
 
 def current_save() -> Saving | None:
-    """The save of an MoE model that is under way, if any."""
+    """Get the save of an MoE model that is under way, if any."""
     return _SAVING.get()
 
 
 @contextmanager
 def saving_together() -> Iterator[Saving]:
-    """Inside, all ranks save an MoE model."""
-    token = _SAVING.set(Saving())
+    """Mark what stock does inside as part of a save of an MoE model by all ranks."""
+    saving = Saving()
+    token = _SAVING.set(saving)
     try:
-        yield _SAVING.get()
+        yield saving
     finally:
         _SAVING.reset(token)
 

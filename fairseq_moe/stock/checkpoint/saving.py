@@ -2,17 +2,15 @@
 
 Stock decides on rank 0 which files to write, copies them and deletes old ones. While it does, the other ranks
 wait for its word. When it writes a main file, each rank takes a snapshot of its share (``snapshot``) and
-writes it as one shard (``_write_share``); when all have succeeded, rank 0 commits the main file (``_commit``).
-A save that fails on any rank has failed on all of them: its files are removed, stock deletes nothing, and
-training goes on. With --save-in-background the last two steps come later: see ``background``.
+writes it as one shard (``write_share``); when all have succeeded, rank 0 commits the main file
+(``commit_together``). A save that fails on any rank has failed on all of them: its files are removed, stock deletes
+nothing, and training goes on. With --save-in-background the last two steps come later: see ``background``.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 from fairseq import checkpoint_utils
 
@@ -23,46 +21,29 @@ from fairseq_moe.checkpoint import (
     commit_main,
     copy_atomically,
     prune_sets,
-    remove_set,
-    write_shard,
 )
-from fairseq_moe.distributed import broadcast_value, gather_values, rank, world_size
+from fairseq_moe.distributed import broadcast_value, rank, world_size
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.faults import fault
-from fairseq_moe.flags.reliability import ReliabilityConfig
-from fairseq_moe.models.decoder import MoEDecoder
-from fairseq_moe.stock.checkpoint.background import BackgroundSave, Commit, ShardOutcome
+from fairseq_moe.stock.checkpoint.background import BackgroundSave, Commit
 from fairseq_moe.stock.checkpoint.main_state import main_state, model_shape
 from fairseq_moe.stock.checkpoint.named_state import snapshot
 from fairseq_moe.stock.checkpoint.retention import current_save, saving_together
-from fairseq_moe.stock.find_experts import moe_decoder
+from fairseq_moe.stock.checkpoint.writing import (
+    Done,
+    Request,
+    SaveError,
+    agree_on_commit,
+    agree_on_shards,
+    commit_together,
+    write_share,
+)
+from fairseq_moe.stock.run import MoERun, run_of
 from fairseq_moe.stock.seam import seam
 
-__all__ = ["end_of_run", "finish_background_save", "note_background_save"]
+__all__ = ["finish_background_save", "note_background_save"]
 
 logger = logging.getLogger(__name__)
-
-_trainers_in_background: "WeakSet[Any]" = WeakSet()
-
-
-class _SaveError(CheckpointError):
-    """All ranks know that this checkpoint could not be written, and why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Request:
-    """Rank 0's word to the others: write a set."""
-
-    directory: Path
-    set_id: SetId
-    in_background: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Done:
-    """Rank 0's last word in a save."""
-
-    failure: str | None
 
 
 @seam(
@@ -77,42 +58,46 @@ class _Done:
     test="tests/reliability/test_r03_failed_saves.py",
 )
 def save_checkpoint(stock: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
-    decoder = moe_decoder(trainer.get_model())
-    if decoder is None or cfg.no_save:
+    run = run_of(trainer)
+    if run is None or cfg.no_save:
         return stock(cfg, trainer, epoch_itr, val_loss)
-    finish_background_save(trainer)
+    finish_background_save(run)
     fault("save.begin")
     saved = None
     if rank() == 0:
         saved, failure = _lead(stock, cfg, trainer, epoch_itr, val_loss)
     else:
         stock(cfg, trainer, epoch_itr, val_loss)
-        failure = _follow(trainer, decoder)
-    _count_failures(trainer, failure, update=trainer.get_num_updates())
+        failure = _follow(trainer, run)
+    _count_failures(run, failure, update=trainer.get_num_updates())
     fault("save.end")
     return saved
 
 
 def _lead(stock: Callable[..., Any], cfg: Any, *args: Any) -> tuple[str | None, str | None]:
-    """Rank 0: let stock save; returns what it returns, or why it could not."""
-    noted = dict(vars(checkpoint_utils.save_checkpoint))  # stock keeps the best score on the function itself
+    """Let stock save, on rank 0; returns what stock returns, or why it could not.
+
+    The others wait in ``_follow`` for rank 0's next word, so a failure that training survives ends with one too.
+    """
+    # Stock notes the best score on the function itself, before it writes; a save that fails takes that back.
+    noted = dict(vars(checkpoint_utils.save_checkpoint))
     saved = failure = None
     with saving_together() as saving:
         try:
             saved = stock(cfg, *args)
             if saving.commit is not None:
-                saved = None  # not yet: nothing may be done with that file
+                saved = None  # the file comes later: the caller must not upload or copy it now
                 saving.commit.noted.update(noted)
             elif saved is not None:
                 prune_sets(Path(cfg.save_dir), committed=Path(saved))
-        except _SaveError as error:
+        except SaveError as error:  # agreed on by all ranks; the set is gone
             failure = str(error)
-        except OSError as error:
+        except OSError as error:  # of rank 0 alone: a further name, or the deletion of an old file
             done = f"{saving.written} is written, but then " if saving.written else ""
             failure = f"{done}rank 0 met {error}"
-    if failure is not None and saving.written is None:
+    if failure is not None and saving.written is None:  # a file that was written keeps its score
         _forget_score(noted)
-    broadcast_value(_Done(failure=failure))
+    broadcast_value(Done(failure=failure))
     return saved, failure
 
 
@@ -121,31 +106,31 @@ def _forget_score(noted: dict[str, Any]) -> None:
     vars(checkpoint_utils.save_checkpoint).update(noted)
 
 
-def _follow(trainer: Any, decoder: MoEDecoder) -> str | None:
-    """The other ranks: take part in each save until rank 0 is done; returns why it failed, if it did."""
-    while not isinstance(request := broadcast_value(None), _Done):
-        content = snapshot(trainer, decoder)
+def _follow(trainer: Any, run: MoERun) -> str | None:
+    """Take part in each save until rank 0 is done, on the other ranks; returns why it failed, if it did."""
+    while not isinstance(request := broadcast_value(None), Done):
+        content = _snapshot(trainer, run)
         if request.in_background:
-            _write_in_background(trainer, content, request, None)
+            _write_in_background(run, content, request, None)
             continue
         try:
-            _agree_on_shards(_write(content, request), request)
-            _agree_on_commit(None)
-        except _SaveError:
+            agree_on_shards(write_share(content, request), request)
+            agree_on_commit(None)
+        except SaveError:
             logger.debug("rank 0 has met the same error, and says so when it is done")
     return request.failure
 
 
-def _count_failures(trainer: Any, failure: str | None, *, update: int) -> None:
+def _count_failures(run: MoERun, failure: str | None, *, update: int) -> None:
     if failure is None:
-        trainer.moe_failed_saves = 0
+        run.num_failed_saves = 0
         return
-    trainer.moe_failed_saves = getattr(trainer, "moe_failed_saves", 0) + 1
-    most = ReliabilityConfig.from_args(trainer.cfg.model).max_failed_saves
+    run.num_failed_saves += 1
+    most = run.guard.config.max_failed_saves
     sentence = f"the save at update {update} failed: {failure}; earlier checkpoints are untouched"
-    if trainer.moe_failed_saves >= most:
+    if run.num_failed_saves >= most:
         raise CheckpointError(
-            f"{sentence}. This was failure {trainer.moe_failed_saves} in a row (--max-failed-saves {most}), so "
+            f"{sentence}. This was failure {run.num_failed_saves} in a row (--max-failed-saves {most}), so "
             "the run ends; make room or mend the file system, then start it again.",
             agreed=True,
         )
@@ -153,7 +138,7 @@ def _count_failures(trainer: Any, failure: str | None, *, update: int) -> None:
         logger.warning(
             "%s. Training goes on (failure %d in a row, --max-failed-saves %d).",
             sentence,
-            trainer.moe_failed_saves,
+            run.num_failed_saves,
             most,
         )
 
@@ -169,8 +154,8 @@ def _count_failures(trainer: Any, failure: str | None, *, update: int) -> None:
 def trainer_save_checkpoint(
     stock: Callable[..., Any], self: Any, filename: str, extra_state: dict[str, Any]
 ) -> str | None:
-    decoder = moe_decoder(self.get_model())
-    if decoder is None:
+    run = run_of(self)
+    if run is None:
         return stock(self, filename, extra_state)
     saving = current_save()
     if saving is None and world_size() > 1:
@@ -179,12 +164,12 @@ def trainer_save_checkpoint(
         return None
     path = Path(filename).absolute()
     logger.info("Saving checkpoint to %s", path)
-    in_background = saving is not None and ReliabilityConfig.from_args(self.cfg.model).save_in_background
-    set_id = SetId.new(run_id=getattr(self, "moe_run_id", None), update=self.get_num_updates())
-    self.moe_run_id = set_id.run_id
-    request = _Request(directory=path.parent, set_id=set_id, in_background=in_background)
+    in_background = saving is not None and run.guard.config.save_in_background
+    set_id = SetId.new(run_id=run.run_id, update=self.get_num_updates())
+    run.run_id = set_id.run_id
+    request = Request(directory=path.parent, set_id=set_id, in_background=in_background)
     broadcast_value(request)
-    content = snapshot(self, decoder)
+    content = _snapshot(self, run)
     state = main_state(self)
     state["extra_state"].update(extra_state)
 
@@ -194,122 +179,63 @@ def trainer_save_checkpoint(
 
     if saving is not None and in_background:
         saving.commit = Commit(main=commit, path=path)
-        _write_in_background(self, content, request, saving.commit)
+        _write_in_background(run, content, request, saving.commit)
         return str(path)
-    _commit(path, request, commit, _agree_on_shards(_write(content, request), request))
+    commit_together(path, request, commit, agree_on_shards(write_share(content, request), request))
     if saving is not None:
         saving.written = path
     return str(path)
 
 
-def _write(content: ShardContent, request: _Request) -> ShardOutcome:
-    """Write this rank's shard; returns its entry, or why there is none."""
-    fault("save.after_snapshot")
-    try:
-        entry = write_shard(
-            request.directory, request.set_id, index=rank(), num_shards=world_size(), content=content
-        )
-        fault("save.after_shard")
-    except (OSError, CheckpointError) as error:
-        return None, f"rank {rank()} could not write its shard ({error})"
-    return entry, None
-
-
-def _agree_on_shards(outcome: ShardOutcome, request: _Request) -> list[ShardEntry]:
-    """All ranks: the shards of all ranks.
-
-    Raises:
-        _SaveError: on every rank, if any could not be written; then the whole set is gone.
-    """
-    written = gather_values(outcome)
-    _raise_if_any([failure for _, failure in written], request)
-    fault("save.agreed")
-    return [entry for entry, _ in written]
-
-
-def _commit(
-    path: Path,
-    request: _Request,
-    commit: Callable[[list[ShardEntry]], None],
-    entries: list[ShardEntry],
-) -> None:
-    """Rank 0: write the main file and tell the others how that went."""
-    failure = None
-    try:
-        commit(entries)
-    except OSError as error:
-        failure = f"rank 0 could not write {path} ({error})"
-    _agree_on_commit(failure, request)
-
-
-def _agree_on_commit(failure: str | None, request: _Request | None = None) -> None:
-    """All ranks: whether rank 0 has written the main file."""
-    _raise_if_any([broadcast_value(failure)], request)
-    fault("save.committed")
-
-
-def _raise_if_any(failures: list[str | None], request: _Request | None) -> None:
-    found = [failure for failure in failures if failure is not None]
-    if found:
-        if rank() == 0 and request is not None:
-            remove_set(request.directory, request.set_id)
-        raise _SaveError("; ".join(found), agreed=True)
-
-
-def _write_in_background(
-    trainer: Any, content: ShardContent, request: _Request, commit: Commit | None
-) -> None:
-    """All ranks: begin to write a copy of ``content``."""
-    if trainer.is_fsdp:
-        copy = content  # gathered into memory of its own
-    else:
-        # The last save is finished, so its copy is free.
-        copy = trainer.moe_copy = content.copied(getattr(trainer, "moe_copy", None))
-    trainer.moe_background = BackgroundSave(
-        request=request, write=lambda: _write(copy, request), commit=commit
+def _snapshot(trainer: Any, run: MoERun) -> ShardContent:
+    """Take this rank's share of the tensors, and of the optimizer state unless the user leaves that out."""
+    return snapshot(
+        run.state, run.mesh.layout, with_optimizer=not trainer.cfg.checkpoint.no_save_optimizer_state
     )
-    _trainers_in_background.add(trainer)
+
+
+def _write_in_background(run: MoERun, content: ShardContent, request: Request, commit: Commit | None) -> None:
+    """Begin to write ``content`` as it is now, on all ranks, whatever training does meanwhile."""
+    if not run.state.owns_memory:
+        # The last save is finished, so its copy is free.
+        content = run.background_copy = content.copied(run.background_copy)
+    run.background = BackgroundSave(
+        request=request, write=lambda: write_share(content, request), commit=commit
+    )
     fault("save.background_begun")
 
 
-def note_background_save(trainer: Any) -> None:
-    """Before an update: tell the other ranks with it whether this rank's shard is written."""
-    background = getattr(trainer, "moe_background", None)
-    trainer.moe_guard.has_background_save = background is not None and background.is_done
+def note_background_save(run: MoERun) -> None:
+    """Tell the other ranks with the next update whether this rank's shard is written."""
+    run.guard.has_background_save = run.background is not None and run.background.is_done
 
 
-def finish_background_save(trainer: Any) -> None:
-    """All ranks: wait for the shards of a checkpoint that is being written, if any is, and commit it.
+def finish_background_save(run: MoERun) -> None:
+    """Wait on all ranks for the shards of a checkpoint that is being written, if any is, and commit it.
 
     Raises:
         CheckpointError: saves have failed too often in a row.
     """
-    background = getattr(trainer, "moe_background", None)
+    background = run.background
     if background is None:
         return
-    request, trainer.moe_background, failure = background.request, None, None
+    request, run.background, failure = background.request, None, None
     try:
-        entries = _agree_on_shards(background.outcome(), request)
+        entries = agree_on_shards(background.outcome(), request)
         if background.commit is None:
-            _agree_on_commit(None)
+            agree_on_commit(None)
         else:
-            _commit(background.commit.path, request, background.commit.main, entries)
+            commit_together(background.commit.path, request, background.commit.main, entries)
         failure = broadcast_value(_name_and_prune(background.commit))
-    except _SaveError as error:
+    except SaveError as error:
         failure = str(error)
         if background.commit is not None:
             _forget_score(background.commit.noted)
-    _count_failures(trainer, failure, update=request.set_id.update)
-
-
-def end_of_run() -> None:
-    """All ranks, when training has ended: see to it that the last checkpoint is complete."""
-    for trainer in _trainers_in_background:
-        finish_background_save(trainer)
+    _count_failures(run, failure, update=request.set_id.update)
 
 
 def _name_and_prune(commit: Commit | None) -> str | None:
-    """Rank 0: give the main file its further names and delete what is old; returns why it could not."""
+    """Give the main file its further names and delete old sets, on rank 0; returns why it could not."""
     if commit is None:
         return None
     try:
@@ -330,4 +256,4 @@ def _name_and_prune(commit: Commit | None) -> str | None:
     test="tests/distributed/test_checkpoint.py",
 )
 def always_call_state_dict(stock: Callable[..., Any], self: Any) -> bool:
-    return stock(self) and moe_decoder(self.get_model()) is None
+    return stock(self) and run_of(self) is None

@@ -84,7 +84,7 @@ def _plain(cfg: Any) -> Any:
 
 
 def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Every string in a configuration, with the name of its flag."""
+    """List every string in a configuration, with the name of its flag."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, Mapping | Namespace):

@@ -1,7 +1,7 @@
 """--ddp-backend fully_sharded: fairscale's FSDP on GPUs, on CPUs and in a single process.
 
 Dense parameters are sharded over all ranks. The experts of a layer are wrapped apart, over the ranks that
-hold the same experts (``models.decoder.build_moe_layer``). Checkpoints of MoE models are written and read by
+hold the same experts (``models.decoder_layer.build_moe_layer``). Checkpoints of MoE models are written and read by
 name with ``fsdp_state``; dense models keep stock's functions.
 """
 
@@ -16,24 +16,11 @@ from torch import Tensor, nn
 from fairseq_moe.distributed.sharding import gather_base, is_nccl_group, one_rank_group, reduce_scatter_base
 from fairseq_moe.stock.find_experts import moe_decoder
 from fairseq_moe.stock.proxy import ModuleProxy
+from fairseq_moe.stock.run import run_of
 from fairseq_moe.stock.seam import seam
 
 if has_FSDP:
-    from fairseq_moe.stock.sharding.fsdp_state import (
-        full_model_state,
-        load_full_model_state,
-        named_optimizer_state,
-        sharded_optimizer_state,
-        tensor_bytes,
-    )
-
-__all__ = [
-    "full_model_state",
-    "load_full_model_state",
-    "named_optimizer_state",
-    "sharded_optimizer_state",
-    "tensor_bytes",
-]
+    from fairseq_moe.stock.sharding.fsdp_state import load_full_model_state
 
 _TEST = "tests/distributed/test_fsdp.py"
 
@@ -54,7 +41,7 @@ def dummy_process_group(stock: Any) -> Any:
 
 
 class _AdaptedFSDP:
-    """What comes before fairseq's wrapper in the order of methods; see the seam below."""
+    """Override methods of fairseq's wrapper, before which it is mixed in; the seam below gives the reasons."""
 
     def __init__(self, module: nn.Module, **config: Any) -> None:
         if config.get("compute_dtype") is torch.float16 and not config.get("mixed_precision"):
@@ -135,14 +122,14 @@ def fully_sharded_data_parallel(stock: Any) -> Any:
     test=_TEST,
 )
 def consolidate_optimizer(stock: Callable[..., Any], self: Any) -> None:
-    if moe_decoder(self.get_model()) is None:
+    if run_of(self) is None:
         stock(self)
     else:
         self._gathered_optim_state = None
 
 
 class _NoStream:
-    """Stands for every CUDA stream where there is no CUDA: work is done when the call returns."""
+    """Stand for every CUDA stream where there is no CUDA: work is done when the call returns."""
 
     def wait_stream(self, other: "_NoStream") -> None:
         pass
@@ -171,7 +158,7 @@ class _NoCuda:
 
 
 class _CudaIfUsed:
-    """``torch.cuda`` in a process that has CUDA at work, else streams that do nothing."""
+    """Show ``torch.cuda`` in a process that has CUDA at work, else streams that do nothing."""
 
     def __init__(self) -> None:
         self._no_cuda = _NoCuda()

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fairseq_moe.parallel.placement import is_expert
 from fairseq_moe.stock.find_experts import moe_decoder
+from fairseq_moe.stock.proxy import ModuleProxy
 from fairseq_moe.stock.seam import seam
 
 
@@ -23,7 +25,7 @@ def distributed_data_parallel(stock: Any) -> Any:
         if all(p.device.type == "cpu" for p in module.parameters()):
             device_ids = output_device = None
         if moe_decoder(module) is not None:
-            names = [name for name, p in module.named_parameters() if hasattr(p, "expert")]
+            names = [name for name, p in module.named_parameters() if is_expert(p)]
             stock._set_params_and_buffers_to_ignore_for_model(module, names)
         return stock(module=module, device_ids=device_ids, output_device=output_device, **kwargs)
 
@@ -41,11 +43,10 @@ def distributed_data_parallel(stock: Any) -> Any:
 def torch_of_trainer(stock: Any) -> Any:
     if torch.cuda.is_available():
         return stock
-    from fairseq_moe.stock.proxy import ModuleProxy
 
     def tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
         made = torch.tensor(*args, **kwargs)
-        made.cuda = lambda: made  # type: ignore[method-assign]
+        made.cuda = lambda: made  # type: ignore[method-assign,assignment,misc]
         return made
 
     return ModuleProxy(stock, tensor=tensor)

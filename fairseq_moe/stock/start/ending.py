@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from fairseq_moe.distributed import (
     PEER_LOST_EXIT_CODE,
@@ -38,17 +38,18 @@ FIRST_UPDATE_TIMEOUTS = (
     3.0  # of --collective-timeout-sec: ranks load data, compile and connect at their own pace
 )
 
+# A ContextVar, because a rank may fail before it has a trainer, and in functions that are handed none.
 _WATCHDOG: ContextVar[Watchdog | None] = ContextVar("watchdog", default=None)
 
 
 def has_experts(cfg: Any) -> bool:
-    """Whether a whole fairseq configuration asks for a model with experts."""
+    """Tell whether a whole fairseq configuration asks for a model with experts."""
     model = getattr(cfg, "model", None)
     return model is not None and MoEConfig.from_args(model).enabled
 
 
 def current_watchdog() -> Watchdog | None:
-    """The watchdog of this rank; None for a single process or a dense model."""
+    """Get the watchdog of this rank; None for a single process or a dense model."""
     return _WATCHDOG.get()
 
 

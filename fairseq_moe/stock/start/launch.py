@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import open_dict
+from torch.multiprocessing.spawn import spawn
 
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.flags.moe import moe_problems
-from fairseq_moe.stock.checkpoint.saving import end_of_run
+from fairseq_moe.stock.run import end_of_run
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.start.ending import failures_told, has_experts, one_sentence_errors
 from fairseq_moe.stock.start.spawned import wait_for
@@ -73,7 +74,7 @@ def _spawn_ranks(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any], *, 
     else:
         # More threads than cores make every rank slower by an order of magnitude; torchrun sets the same.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    ranks = torch.multiprocessing.spawn(run_rank, args=(main, cfg, kwargs), nprocs=num_processes, join=False)
+    ranks = spawn(run_rank, args=(main, cfg, kwargs), nprocs=num_processes, join=False)
     if has_experts(cfg):
         wait_for(ranks)
     else:
@@ -82,7 +83,7 @@ def _spawn_ranks(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any], *, 
 
 
 def run_rank(index: int, main: Callable[..., Any], cfg: Any, kwargs: dict[str, Any]) -> None:
-    """Entry point of a spawned rank; importing this module has put the adapter in place."""
+    """Run a command in a spawned rank; importing this module has put the adapter in place."""
     try:
         with one_sentence_errors(), failures_told():
             distributed_utils.distributed_main(index, main, cfg, kwargs)
@@ -126,7 +127,7 @@ def _infer(cfg: Any, *, on_cpu: bool, stock: Callable[..., Any], force_distribut
 
 
 def _from_torchrun(cfg: Any) -> bool:
-    """One rank per process of torchrun; True if this process is one of several."""
+    """Take rank and world size from torchrun's environment; True if this process is one of several."""
     env = os.environ
     if not all(key in env for key in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")):
         return False
@@ -154,7 +155,7 @@ def _check_world_size(cfg: Any, started: int, *, found: str) -> None:
 
 
 def _from_slurm(cfg: Any) -> bool:
-    """One rank per task of an srun step; True if this process is one of several tasks."""
+    """Take rank and world size from an srun step; True if this process is one of several tasks."""
     env = os.environ
     num_tasks = _tasks_of_slurm_step()
     if num_tasks == 1:
@@ -174,7 +175,7 @@ def _from_slurm(cfg: Any) -> bool:
 
 
 def _tasks_of_slurm_step() -> int:
-    """Tasks started together with this process; 1 for a command that a batch script runs without srun.
+    """Count the tasks started together with this process; 1 for a command that a batch script runs without srun.
 
     srun describes its step. Where only the job is described (launchers that set stock's variables), a process
     of a batch script is told by ENVIRONMENT=BATCH: it has a SLURM_PROCID too, but nobody else was started.
@@ -189,7 +190,7 @@ def _tasks_of_slurm_step() -> int:
 
 
 def _one_task_per_gpu_node(cfg: Any, nodes: str, num_nodes: int, num_gpus: int) -> bool:
-    """Each task spawns a rank per GPU of its node, as stock does."""
+    """Let each task spawn a rank per GPU of its node, as stock does."""
     cfg.distributed_init_method = _slurm_address(cfg, nodes)
     cfg.distributed_rank = int(os.environ["SLURM_NODEID"]) * num_gpus
     cfg.distributed_world_size = num_nodes * num_gpus

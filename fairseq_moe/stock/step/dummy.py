@@ -8,8 +8,7 @@ __all__ = ["dummy_batch"]
 
 
 def dummy_batch(dictionary: Any, *, add_bos_token: bool) -> dict[str, Any]:
-    """One token that keeps a rank in step with the others; it takes no place at any expert and scores
-    nothing.
+    """Make a batch of one token that takes no capacity at any expert and scores nothing.
 
     Args:
         dictionary: of the targets.

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from fairseq_moe.distributed import all_reduce_sum
 from fairseq_moe.errors import NonFiniteError, RanksDisagreeError
 from fairseq_moe.models.decoder import MoEDecoder
-from fairseq_moe.stock.find_experts import moe_decoder
+from fairseq_moe.parallel.experts import ExpertLayout
+from fairseq_moe.parallel.placement import (
+    EXPERT,
+    gradient_divisor,
+    is_expert,
+    num_copies,
+    place,
+    placement_of,
+)
+from fairseq_moe.stock.find_experts import any_sharded, moe_decoder
+from fairseq_moe.stock.optim import float32_copies
+from fairseq_moe.stock.run import run_of
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.step.guard import StepGuard
 
@@ -32,46 +43,45 @@ __all__ = ["GradNorm"]
 )
 def all_reduce_grads(stock: Callable[..., Any], self: Any, module: nn.Module) -> None:
     decoder = moe_decoder(module)
-    guard = getattr(decoder, "moe_guard", None)
-    if guard is not None:
-        guard.see_before_sum(_not_summed(module, decoder))
+    run = run_of(decoder)
+    if run is not None:
+        run.guard.see_before_sum(_not_summed(module, run.mesh.layout))
     stock(self, module)
     if decoder is not None and decoder.mesh is not None and decoder.mesh.layout.world_size > 1:
         _reduce_expert_grads(module, decoder)
 
 
-def _not_summed(module: nn.Module, decoder: MoEDecoder) -> list[Tensor]:
-    """The parameters whose gradients are this rank's own now and a sum over ranks soon."""
-    layout = None if decoder.mesh is None else decoder.mesh.layout
+def _not_summed(module: nn.Module, layout: ExpertLayout) -> list[Tensor]:
+    """List the parameters whose gradients are this rank's own now and a sum over ranks soon."""
     parameters = list(module.parameters())
-    if layout is None or layout.world_size == 1 or any(hasattr(p, "_is_sharded") for p in parameters):
+    if layout.world_size == 1 or any_sharded(parameters):
         return []
     dense = hasattr(module, "all_reduce_grads")  # legacy_ddp; DistributedDataParallel has summed them already
-    experts = layout.num_replicas > 1
-    return [p for p in parameters if (experts if hasattr(p, "expert") else dense)]
+    experts = num_copies(EXPERT, layout) > 1
+    return [p for p in parameters if (experts if is_expert(p) else dense)]
 
 
 def _reduce_expert_grads(module: nn.Module, decoder: MoEDecoder) -> None:
     assert decoder.mesh is not None
     layout = decoder.mesh.layout
-    experts = [p for p in module.parameters() if hasattr(p, "expert") and p.requires_grad]
+    experts = [p for p in module.parameters() if is_expert(p) and p.requires_grad]
     if not experts:  # frozen, on all ranks
         return
     for p in experts:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     grads = [p.grad for p in experts if p.grad is not None]
-    if any(hasattr(p, "_is_sharded") for p in experts):
-        # FSDP has averaged over the replicas already.
-        divisor: float = layout.world_size / layout.num_replicas
+    if any_sharded(experts):
+        divisor = gradient_divisor(EXPERT, layout, is_averaged=True)
         if decoder.moe.moe_normalize_expert_grad == "sqrt_world_size":
             divisor = math.sqrt(divisor)
         torch._foreach_div_(grads, divisor)
         return
-    torch._foreach_div_(grads, layout.world_size)  # before the sum: half-precision sums stay in range
-    if layout.num_replicas > 1:
+    # Before the sum: half-precision sums stay in range.
+    torch._foreach_div_(grads, gradient_divisor(EXPERT, layout, is_averaged=False))
+    if num_copies(EXPERT, layout) > 1:
         for grad in grads:
-            all_reduce_sum(grad, decoder.mesh.replica_group)
+            all_reduce_sum(grad, decoder.mesh.group_of_copies(EXPERT))
 
 
 @seam(
@@ -86,14 +96,13 @@ def _reduce_expert_grads(module: nn.Module, decoder: MoEDecoder) -> None:
     test="tests/distributed/test_grad_norm.py",
 )
 def clip_grad_norm(stock: Callable[..., Any], self: Any, clip_norm: float) -> Tensor:
-    model = self.get_model()
-    decoder = moe_decoder(model)
-    if decoder is None and not (self.is_fsdp and not self.cuda):
+    run, update = run_of(self), self.get_num_updates()
+    if run is None and not (self.is_fsdp and not self.cuda):
         return stock(self, clip_norm)
-    num_replicas = 1
-    if decoder is not None and decoder.mesh is not None and not self.is_fsdp:
-        num_replicas = decoder.mesh.layout.num_replicas
-    guard, update = getattr(self, "moe_guard", None), self.get_num_updates()
+    guard = None if run is None else run.guard
+    num_replicas = 1 if run is None or self.is_fsdp else num_copies(EXPERT, run.mesh.layout)
+    for master, parameter in float32_copies(self.optimizer):
+        place([master], placement_of(parameter))  # stock has handed on its own mark alone
     aggregate = GradNorm(num_replicas=num_replicas, dense_is_sharded=self.is_fsdp, guard=guard, update=update)
     try:
         norm = self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)
@@ -103,7 +112,7 @@ def clip_grad_norm(stock: Callable[..., Any], self: Any, clip_norm: float) -> Te
         # --fp16 at its smallest loss scale; stock would run the model again, to find out where.
         raise NonFiniteError(str(error), agreed=True) from error
     if guard is not None:
-        guard.skip_if_bad(norm, model, update)
+        guard.skip_if_bad(norm, self.get_model(), update)
     return norm
 
 
@@ -124,7 +133,7 @@ def clip_grad_norm_(
 
 
 class GradNorm:
-    """The norm of all gradients of all ranks, from one all-reduce.
+    """Take the norm of all gradients of all ranks, with one all-reduce.
 
     Args:
         num_replicas: ranks that hold the same expert gradients.
@@ -154,8 +163,8 @@ class GradNorm:
                 are at different updates.
         """
         with_grad = [p for p in params if p.grad is not None]
-        dense = [p.grad for p in with_grad if not hasattr(p, "expert") and p.grad is not None]
-        experts = [p.grad for p in with_grad if hasattr(p, "expert") and p.grad is not None]
+        dense = [p.grad for p in with_grad if not is_expert(p) and p.grad is not None]
+        experts = [p.grad for p in with_grad if is_expert(p) and p.grad is not None]
         device = params[0].device if params else torch.device("cpu")
         dense_sq = _squared_norm(dense, device)
         expert_sq = _squared_norm(experts, device) / self.num_replicas
@@ -197,7 +206,7 @@ class GradNorm:
 
 
 def _squared_norm(grads: list[Tensor], device: torch.device) -> Tensor:
-    """float64 scalar; each tensor's norm is taken in float32 or wider."""
+    """Sum the squares of all elements: a float64 scalar; each tensor's norm is taken in float32 or wider."""
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=device)
     wide = [grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad for grad in grads]

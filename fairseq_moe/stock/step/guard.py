@@ -1,6 +1,6 @@
 """What the ranks agree on at every update, on the all-reduce that the gradient norm needs anyway.
 
-Each rank adds a row of small numbers to that sum: whether its loss is finite, which update it is at, and what
+Each rank adds a vector of small numbers to that sum: whether its loss is finite, which update it is at, and what
 it has been asked for by signals. All ranks read the same sum and so decide the same. An update whose loss or
 gradients are not finite is skipped by all of them as stock skips an overflow under --fp16: parameters and
 optimizer state stay as they are, the update is not counted, the learning rate does not move, and the next
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from fairseq_moe.distributed import all_reduce_sum, gather_values, rank, world_size
 from fairseq_moe.errors import NonFiniteError, RanksDisagreeError
 from fairseq_moe.flags.reliability import ReliabilityConfig
+from fairseq_moe.parallel.placement import is_expert
+from fairseq_moe.stock.find_experts import any_sharded
 from fairseq_moe.stock.step.loss_spikes import LossSpikes
 from fairseq_moe.stock.step.signals import Signals
 
@@ -28,7 +30,7 @@ _COUNTER_RANGE = 1 << 16  # sums of squares of what is smaller are exact in floa
 
 
 class StepGuard:
-    """One rank's part in the agreement, and what came out of it.
+    """Take one rank's part in the agreement, and keep what came out of it.
 
     Args:
         config: when to give up.
@@ -74,23 +76,23 @@ class StepGuard:
 
     def see_before_sum(self, parameters: list[Tensor]) -> None:
         """Note the norms of this rank's own gradients, before a sum over ranks hides which rank's was bad."""
-        with_grad = [p for p in parameters if p.grad is not None]
-        norms = torch._foreach_norm([p.grad for p in with_grad], 2) if with_grad else []
-        self._before_sum += zip(with_grad, norms, strict=True)
+        found = [(p, p.grad) for p in parameters if p.grad is not None]
+        norms = torch._foreach_norm([grad for _, grad in found], 2) if found else []
+        self._before_sum += [(p, norm) for (p, _), norm in zip(found, norms, strict=True)]
 
     def values(self, update: int, device: torch.device) -> Tensor:
-        """(NUM_VALUES,) float64: this rank's numbers, to be summed over ranks."""
+        """Collect this rank's numbers, to be summed over ranks: (NUM_VALUES,) float64."""
         count = float(update % _COUNTER_RANGE)
         flags = [self.signals.stop, self.signals.take_save(), self.has_background_save]
-        row = torch.tensor(
+        vector = torch.tensor(
             [0.0, count, count**2, *map(float, flags), 0.0, 0.0], dtype=torch.float64, device=device
         )
         if self._loss_is_bad is not None:
-            row[0] = self._loss_is_bad
+            vector[0] = self._loss_is_bad
         for loss, size in self._loss_and_size:
-            row[6] += loss
-            row[7] += size
-        return row
+            vector[6] += loss
+            vector[7] += size
+        return vector
 
     def judge(self, sums: list[float], *, num_ranks: int, update: int) -> bool:
         """Draw this update's conclusions, the same on every rank.
@@ -163,7 +165,7 @@ class StepGuard:
         raise OverflowError("all ranks skip this update")
 
     def _finding(self, model: nn.Module) -> tuple[int, str]:
-        """What is bad on this rank, and before it how far that is from the cause; the nearest is told."""
+        """Find what is bad on this rank: how far that is from the cause (the nearest is told), and a phrase."""
         here = f"on rank {rank()}"
         names = {id(p): name for name, p in model.named_parameters()}
         after = [p for p in model.parameters() if p.grad is not None and not _is_finite(p.grad)]
@@ -175,7 +177,7 @@ class StepGuard:
                 return 1, f"the gradient of {names[id(p)]} {here} is not finite"
         seen = {id(p) for p, _ in self._before_sum}
         for p in after:
-            is_own = world_size() == 1 or (hasattr(p, "expert") and not hasattr(p, "_is_sharded"))
+            is_own = world_size() == 1 or (is_expert(p) and not any_sharded([p]))
             if is_own and id(p) not in seen:
                 return 2, f"the gradient of {names[id(p)]} {here} is not finite"
         if after:
@@ -184,7 +186,7 @@ class StepGuard:
 
 
 def _nothing_to_save() -> None:
-    """Before the first update."""
+    """Save nothing, before the first update."""
 
 
 def _is_finite(tensor: Tensor) -> bool:

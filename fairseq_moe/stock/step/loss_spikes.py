@@ -12,7 +12,7 @@ _SIGMAS_PER_MAD = 1.4826  # standard deviation of a normal distribution by its m
 
 
 class LossSpikes:
-    """The last losses, and how far above them a new one is.
+    """Remember the last losses, and tell when a new one is far above them.
 
     The limit is the median plus ``factor`` robust standard deviations: neither spikes of the past nor losses
     that are not finite, which are left out, move it much.
@@ -26,7 +26,7 @@ class LossSpikes:
         self._losses: deque[float] = deque(maxlen=_WINDOW)
 
     def problem(self, loss: float) -> str | None:
-        """Why ``loss`` is a spike; None if it is not. Either way it is remembered."""
+        """Say why ``loss`` is a spike; None if it is not. Either way it is remembered."""
         limit = self._limit()
         if math.isfinite(loss):
             self._losses.append(loss)

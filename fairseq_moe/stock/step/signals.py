@@ -17,7 +17,7 @@ _SAME_SIGNAL_SEC = 1.0
 
 
 class Signals:
-    """What this process has been asked for.
+    """Remember what this process has been asked for.
 
     SIGTERM: save and stop. SIGUSR1: save and go on. Another SIGTERM more than a second after the first ends
     the process at once, with exit code 128 + 15.
@@ -35,7 +35,7 @@ class Signals:
             signal.signal(signal.SIGUSR1, self._on_save)
 
     def take_save(self) -> bool:
-        """Whether SIGUSR1 has come since the last call."""
+        """Tell whether SIGUSR1 has come since the last call."""
         save, self._save = self._save, False
         return save
 

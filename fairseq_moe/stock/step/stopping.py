@@ -9,6 +9,7 @@ from fairseq import checkpoint_utils
 from fairseq.logging import metrics
 
 from fairseq_moe.distributed import world_size
+from fairseq_moe.stock.run import run_of
 from fairseq_moe.stock.seam import seam
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,10 @@ def validate_and_save(
     valid_subsets: list[str],
     end_of_epoch: bool,
 ) -> tuple[list[float | None], bool]:
-    guard = getattr(trainer, "moe_guard", None)
-    if guard is None:
+    run = run_of(trainer)
+    if run is None:
         return stock(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
+    guard = run.guard
 
     def save() -> None:
         guard.save = False
@@ -98,10 +100,11 @@ def _kept_aggregators() -> Iterator[None]:
     we_do="on several ranks that error ends the rank; all ranks agree about signals before each step",
     test=_TEST,
 )
-def valid_step(stock: Callable[..., Any], self: Any, sample: Any, raise_oom: bool = False) -> Any:
-    guard = getattr(self, "moe_guard", None)
-    if guard is None:
+def trainer_valid_step(stock: Callable[..., Any], self: Any, sample: Any, raise_oom: bool = False) -> Any:
+    run = run_of(self)
+    if run is None:
         return stock(self, sample, raise_oom)
+    guard = run.guard
     guard.agree_on_signals(self.device)
     if guard.stop:
         raise _ValidationLeft

@@ -9,20 +9,25 @@ from typing import Any
 import torch
 from fairseq.logging import metrics
 from fairseq.tasks.fairseq_task import FairseqTask
-from torch import Tensor, nn
+from torch import nn
 
 from fairseq_moe.criterions import MoECrossEntropyCriterion
 from fairseq_moe.distributed import broadcast_value, rank, set_collective_timeout, world_size
-from fairseq_moe.expert_load.record import LOAD_KEY, LoadRecord, append_record
+from fairseq_moe.expert_load.record import LOAD_KEY
 from fairseq_moe.faults import fault
 from fairseq_moe.flags.megatron_aliases import argument_warnings
 from fairseq_moe.flags.reliability import ReliabilityConfig
 from fairseq_moe.models.decoder import MoEDecoder
+from fairseq_moe.models.sizes import true_size
+from fairseq_moe.parallel.placement import is_expert
+from fairseq_moe.stock.checkpoint.named_state import choose_state
 from fairseq_moe.stock.checkpoint.saving import finish_background_save, note_background_save
 from fairseq_moe.stock.find_experts import moe_decoder
+from fairseq_moe.stock.run import MoERun, begin_run, run_of
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.start.ending import FIRST_UPDATE_TIMEOUTS, current_watchdog
 from fairseq_moe.stock.step.dummy import dummy_batch
+from fairseq_moe.stock.step.expert_load import record_expert_load_after_validation, write_expert_load
 from fairseq_moe.stock.step.guard import StepGuard
 from fairseq_moe.stock.step.lock import SaveDirectoryError, lock_save_directory
 
@@ -56,16 +61,16 @@ def trainer_init(
     stock(self, cfg, task, model, criterion, quantizer)
     if decoder is not None:
         _lock_save_directory(self)
-        _record_load_after_validation(self, task, decoder)
-        # Where the seams of a step find it: on the trainer, on its task and beside the experts.
+        record_expert_load_after_validation(self, task, decoder)
         guard = StepGuard(ReliabilityConfig.from_args(cfg.model))
-        self.moe_guard = task.moe_guard = decoder.moe_guard = guard
+        run = MoERun(decoder=decoder, guard=guard, state=choose_state(self), at_end=finish_background_save)
+        begin_run(run, self, task)
         guard.signals.listen()
-        _set_timeouts(self, decoder, FIRST_UPDATE_TIMEOUTS)
+        _set_timeouts(self, run, FIRST_UPDATE_TIMEOUTS)
 
 
 def _lock_save_directory(trainer: Any) -> None:
-    """On rank 0; all ranks learn of a refusal. fairseq-train has made the directory by now."""
+    """Lock the save directory on rank 0; all ranks learn of a refusal. fairseq-train has made it by now."""
     cfg, refusal = trainer.cfg.checkpoint, None
     if rank() == 0 and not cfg.no_save and os.path.isdir(cfg.save_dir):
         try:
@@ -78,22 +83,14 @@ def _lock_save_directory(trainer: Any) -> None:
 
 
 def _log_sizes(model: nn.Module) -> None:
-    for label, is_expert in (("non-expert", False), ("expert", True)):
-        sized = [
-            (_true_size(p), p.requires_grad) for p in model.parameters() if hasattr(p, "expert") is is_expert
-        ]
+    for label, of_experts in (("non-expert", False), ("expert", True)):
+        sized = [(true_size(p), p.requires_grad) for p in model.parameters() if is_expert(p) is of_experts]
         logger.info(
             "num. %s model params: %s (num. trained: %s)",
             label,
             f"{sum(size for size, _ in sized):,}",
             f"{sum(size for size, trained in sized if trained):,}",
         )
-
-
-def _true_size(parameter: Tensor) -> int:
-    """Elements of the whole tensor; FSDP keeps them on the shard."""
-    size = getattr(parameter, "_orig_size", None)
-    return parameter.numel() if size is None else int(size.numel())
 
 
 def _warn_once(cfg: Any, decoder: MoEDecoder, criterion: nn.Module) -> None:
@@ -126,7 +123,7 @@ def prepare_sample(
     stock: Callable[..., Any], self: Any, sample: Any, is_dummy: bool = False
 ) -> tuple[Any, bool]:
     prepared, is_dummy_batch = stock(self, sample, is_dummy)
-    if not is_dummy_batch or moe_decoder(self.get_model()) is None:
+    if not is_dummy_batch or run_of(self) is None:
         return prepared, is_dummy_batch
     marked = {**prepared, "net_input": {**prepared["net_input"], "all_padding": True}}
     return marked, not _task_uses_stock_steps(self.task)
@@ -163,9 +160,9 @@ def train_step(
     )
     if is_dummy:
         loss, sample_size, logged = _without_dummy(loss, sample_size, logged)
-    guard = getattr(self, "moe_guard", None)
-    if guard is not None:
-        guard.see_loss(loss, sample_size)
+    run = run_of(self)
+    if run is not None:
+        run.guard.see_loss(loss, sample_size)
     return loss, sample_size, logged
 
 
@@ -235,70 +232,45 @@ def optimizer_step(
     test="tests/reliability/test_r22_lost_rank.py",
 )
 def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise_oom: bool = False) -> Any:
-    decoder = moe_decoder(self.get_model())
-    if decoder is None:
+    run = run_of(self)
+    if run is None:
         return stock(self, samples, raise_oom)
-    for router in decoder.routers():
+    for router in run.decoder.routers():
         router.begin_update()
-    self.moe_guard.begin_update()
+    run.guard.begin_update()
     watchdog = current_watchdog()
     if watchdog is not None:
         watchdog.update = self.get_num_updates() + 1
-    note_background_save(self)
+    note_background_save(run)
     with _no_crash_checkpoint(self):
         output = stock(self, samples, raise_oom or world_size() > 1)
-    if self.moe_guard.all_have_background_save:
-        finish_background_save(self)
-    if self.moe_guard.is_first_update:
-        self.moe_guard.is_first_update = False
-        _set_timeouts(self, decoder, 1.0)
+    if run.guard.all_have_background_save:
+        finish_background_save(run)
+    if run.guard.is_first_update:
+        run.guard.is_first_update = False
+        _set_timeouts(self, run, 1.0)
     update = self.get_num_updates()
     if output is None or update % self.cfg.common.log_interval != 0 or not self.is_data_parallel_master:
         return output
     meters = metrics.get_meters("train_inner")
     if meters is not None and LOAD_KEY in meters:
-        _write_load(self, decoder, meters[LOAD_KEY].sum, split="train")
+        write_expert_load(self, run.decoder, meters[LOAD_KEY].sum, split="train")
     return output
 
 
-def _set_timeouts(trainer: Any, decoder: MoEDecoder, factor: float) -> None:
-    groups = [] if decoder.mesh is None else decoder.mesh.groups
-    seconds = factor * trainer.moe_guard.config.collective_timeout_sec
-    set_collective_timeout(seconds, [trainer.data_parallel_process_group, *groups])
+def _set_timeouts(trainer: Any, run: MoERun, factor: float) -> None:
+    seconds = factor * run.guard.config.collective_timeout_sec
+    set_collective_timeout(seconds, [trainer.data_parallel_process_group, *run.mesh.groups])
 
 
 @contextmanager
 def _no_crash_checkpoint(trainer: Any) -> Iterator[None]:
-    """Saving takes all ranks, and the others do not know that this one is in trouble."""
+    """Keep stock from saving crash.pt: that takes all ranks, and the others do not know of the trouble here."""
     trainer.save_checkpoint = lambda filename, extra_state: None  # stock calls it inside for crash.pt only
     try:
         yield
     finally:
         del trainer.save_checkpoint
-
-
-def _record_load_after_validation(trainer: Any, task: Any, decoder: MoEDecoder) -> None:
-    """Stock calls ``task.post_validate`` after each validation subset, if the task has one."""
-    earlier = getattr(task, "post_validate", None)
-
-    def post_validate(model: nn.Module, stats: dict[str, Any], agg: Any) -> None:
-        if earlier is not None:
-            earlier(model, stats, agg)
-        if LOAD_KEY in agg and trainer.is_data_parallel_master:
-            _write_load(trainer, decoder, agg[LOAD_KEY].sum, split="valid")
-
-    task.post_validate = post_validate
-
-
-def _write_load(trainer: Any, decoder: MoEDecoder, load: Tensor, *, split: str) -> None:
-    if trainer.cfg.checkpoint.no_save:
-        return
-    update = trainer.get_num_updates()
-    record = LoadRecord.from_load(load, split=split, update=update, layers=decoder.moe_layers)
-    try:
-        append_record(trainer.cfg.checkpoint.save_dir, record)
-    except OSError as error:
-        logger.warning("the load of the experts could not be recorded (%s); training goes on.", error)
 
 
 @seam(

@@ -8,6 +8,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_moe.distributed import ParallelMesh
 from fairseq_moe.models import decoder
 from fairseq_moe.parallel.experts import ExpertLayout
+from fairseq_moe.parallel.placement import is_expert
 
 COMMON = (
     "--ddp-backend fully_sharded --memory-efficient-fp16 --checkpoint-activations --task dummy_lm "
@@ -51,5 +52,6 @@ def test_readme_models(
         model = task.build_model(cfg.model)
     sizes = {True: 0, False: 0}
     for parameter in model.parameters():
-        sizes[hasattr(parameter, "expert")] += parameter.numel()
+        assert is_expert(parameter) == hasattr(parameter, "expert")
+        sizes[is_expert(parameter)] += parameter.numel()
     assert sizes == {False: num_shared, True: num_expert}

@@ -1,4 +1,4 @@
-"""Stacked experts: initialisation, gradients of experts without rows, and the mark that survives copies."""
+"""Stacked experts: initialisation, gradients of experts without rows, and marks that survive copies."""
 
 import copy
 import pickle
@@ -22,6 +22,7 @@ def make(num_local: int = 3, first: int = 0, seed: int = 5, **kwargs: float) -> 
         hidden_dim=8,
         activation=F.gelu,
         seed=seed,
+        marks={"expert": True},
         **kwargs,
     )
 

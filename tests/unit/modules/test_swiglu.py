@@ -135,6 +135,7 @@ def make(num_local: int = 3, first: int = 0, *, std: float | None = 0.02) -> Exp
         hidden_dim=96,
         activation=swiglu,
         seed=5,
+        marks={"expert": True},
         init_std=std,
     )
 

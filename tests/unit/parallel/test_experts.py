@@ -8,7 +8,7 @@ from fairseq_moe.parallel.experts import ExpertLayout, layout_problem
 
 def test_more_experts_than_ranks() -> None:
     # ranks    0     1     2     3
-    # experts  0 1   2 3   4 5   6 7        one row of four ranks that exchange tokens
+    # experts  0 1   2 3   4 5   6 7        one expert group of four ranks
     layout = ExpertLayout(num_experts=8, world_size=4)
     assert (layout.ep_size, layout.num_replicas, layout.num_local_experts) == (4, 1, 2)
     assert [list(layout.local_ids(rank)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -18,8 +18,8 @@ def test_more_experts_than_ranks() -> None:
 
 
 def test_more_ranks_than_experts() -> None:
-    # expert   0   1        two columns; rows {0 1} {2 3} {4 5} {6 7} exchange tokens,
-    # ranks    0   1        columns {0 2 4 6} {1 3 5 7} hold the same expert
+    # expert   0   1        expert groups {0 1} {2 3} {4 5} {6 7} send tokens to one another,
+    # ranks    0   1        replica groups {0 2 4 6} {1 3 5 7} hold the same expert
     #          2   3
     #          4   5
     #          6   7
@@ -40,11 +40,11 @@ def test_every_expert_is_somewhere_and_groups_are_partitions(num_experts: int, w
     owned = [expert for rank in ranks if layout.is_owner(rank) for expert in layout.local_ids(rank)]
     assert owned == list(range(num_experts))
     for rank in ranks:
-        row, column = layout.exchange_ranks(rank), layout.replica_ranks(rank)
-        assert set(row) & set(column) == {rank}
-        assert all(layout.exchange_ranks(other) == row for other in row)
-        assert all(layout.local_ids(other) == layout.local_ids(rank) for other in column)
-        assert [expert for other in row for expert in layout.local_ids(other)] == list(range(num_experts))
+        group, replicas = layout.exchange_ranks(rank), layout.replica_ranks(rank)
+        assert set(group) & set(replicas) == {rank}
+        assert all(layout.exchange_ranks(other) == group for other in group)
+        assert all(layout.local_ids(other) == layout.local_ids(rank) for other in replicas)
+        assert [expert for other in group for expert in layout.local_ids(other)] == list(range(num_experts))
 
 
 @pytest.mark.parametrize(("num_experts", "world_size"), [(6, 4), (4, 6), (3, 2)])
