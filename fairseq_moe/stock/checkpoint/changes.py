@@ -72,9 +72,7 @@ RESUME_RULES = (
         text="where the optimizer keeps its state otherwise (fp16 and bf16 share a form, so do the two "
         "memory-efficient ones)",
     ),
-    _refused(
-        "--fp16-adam-stats", Until.OPTIMIZER, "its state is of another kind", group="optimizer"
-    ),
+    ResumeRule(flag="--fp16-adam-stats", text="honoured: the moments are converted"),
     ResumeRule(
         flag="--adam-betas, --adam-eps, --weight-decay, ...",
         until=Until.OPTIMIZER,

@@ -1,0 +1,187 @@
+"""What changed between two starts of a run: honoured, or refused with both values and the flag that allows it.
+
+Run with ``pytest tests/reliability/test_resume_changes.py``. One row per rule of ``stock.checkpoint.changes``;
+a command shows that a refusal is one sentence and exit code 2.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.ranks import run_ranks
+from tests.helpers.real_runs import RealRun, train
+
+IN_THIS_RUN = "in the checkpoint and {} in this run"
+MEMORY_EFFICIENT = ["--fp16", "--memory-efficient-fp16"]
+
+# Flags of the second start -> what it says. All are seen three updates into an epoch.
+REFUSED: dict[str, tuple[list[Any], list[str]]] = {
+    "optimizer": (
+        ["--optimizer", "adam_of_the_test"],
+        ["--optimizer is adam in the checkpoint and adam_of_the_test in this run", "--reset-optimizer"],
+    ),
+    "precision": (
+        MEMORY_EFFICIENT,
+        ["fp32 in the checkpoint and --memory-efficient-fp16 in this run", "--reset-optimizer"],
+    ),
+    "moments' decay": (
+        ["--adam-betas", "(0.8,0.9)"],
+        ["betas is (0.9, 0.98) in the checkpoint and (0.8, 0.9) in this run", "--optimizer-overrides"],
+    ),
+    "weight decay": (
+        ["--weight-decay", "0.1"],
+        ["weight_decay is 0.0 in the checkpoint and 0.1 in this run", "--optimizer-overrides \"{'weight_decay': 0.1}\""],
+    ),
+    "schedule": (
+        ["--lr-scheduler", "fixed"],
+        ["--lr-scheduler is inverse_sqrt in the checkpoint and fixed in this run", "--reset-lr-scheduler"],
+    ),
+    "criterion": (
+        ["--criterion", "cross_entropy"],
+        ["MoECrossEntropyCriterion", "CrossEntropyCriterion", "--reset-optimizer"],
+    ),
+    "task": (
+        ["--task", "language_modeling_of_the_test"],
+        ["--task is language_modeling in the checkpoint", "--reset-dataloader"],
+    ),
+    "batch size": (
+        ["--batch-size", 4],
+        ["--batch-size is 2 in the checkpoint and 4 in this run", "--reset-dataloader"],
+    ),
+    "tokens": (
+        ["--max-tokens", 64],
+        ["--max-tokens is None in the checkpoint and 64 in this run", "--reset-dataloader"],
+    ),
+    "multiple": (
+        ["--required-batch-size-multiple", 2],
+        ["--required-batch-size-multiple is 1 in the checkpoint and 2 in this run", "--reset-dataloader"],
+    ),
+    "block size": (
+        ["--tokens-per-sample", 16, "--max-target-positions", 32],
+        ["--tokens-per-sample is 32 in the checkpoint and 16 in this run", "--reset-dataloader"],
+    ),
+    "breaks": (
+        ["--sample-break-mode", "eos"],
+        ["--sample-break-mode is none in the checkpoint and eos in this run", "--reset-dataloader"],
+    ),
+    "subset": (
+        ["--train-subset", "valid"],
+        ["--train-subset is train in the checkpoint and valid in this run", "--reset-dataloader"],
+    ),
+    "seed": (["--seed", 4], ["--seed is 3 in the checkpoint and 4 in this run", "--reset-dataloader"]),
+    "width": (
+        ["--decoder-ffn-embed-dim", 64],
+        ["--decoder-ffn-embed-dim is 32 in the checkpoint and 64 in this run"],
+    ),
+}
+ALLOWED: dict[str, list[Any]] = {
+    "optimizer": ["--optimizer", "adam_of_the_test", "--reset-optimizer"],
+    "precision": [*MEMORY_EFFICIENT, "--reset-optimizer"],
+    "half-precision moments": ["--fp16-adam-stats"],
+    "weight decay": ["--weight-decay", 0.1, "--optimizer-overrides", "{'weight_decay': 0.1}"],
+    "schedule": ["--lr-scheduler", "fixed", "--reset-lr-scheduler"],
+    "criterion": ["--criterion", "cross_entropy", "--reset-optimizer"],
+    "batch size": ["--batch-size", 4, "--reset-dataloader"],
+    "block size": ["--tokens-per-sample", 16, "--max-target-positions", 32, "--reset-dataloader"],
+    "seed": ["--seed", 4, "--reset-dataloader"],
+    "several": ["--batch-size", 4, "--lr-scheduler", "fixed", "--reset-dataloader", "--reset-lr-scheduler"],
+    "learning rate": ["--lr", 0.5],
+    "accumulation": ["--update-freq", 2],
+    "clipping": ["--clip-norm", 0.1],
+    "backend": ["--ddp-backend", "pytorch_ddp"],
+    "dropout": ["--dropout", 0.3],
+    "first weights": ["--lr-scheduler", "fixed", "--batch-size", 4, "--finetune-from-model"],
+}
+
+
+def _register() -> None:
+    """Another task and another optimizer by name, which take the same flags."""
+    from fairseq.optim import register_optimizer
+    from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
+    from fairseq.tasks import register_task
+    from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+
+    @register_task("language_modeling_of_the_test", dataclass=LanguageModelingConfig)
+    class AnotherTask(LanguageModelingTask):  # type: ignore[misc]
+        pass
+
+    @register_optimizer("adam_of_the_test", dataclass=FairseqAdamConfig)
+    class AnotherOptimizer(FairseqAdam):  # type: ignore[misc]
+        pass
+
+
+def start_again(
+    rank: int, data: str, saved: str, folder: str, cases: dict[str, list[Any]]
+) -> dict[str, tuple[str, int]]:
+    """For each set of flags what loading says, and the number of updates after one more."""
+    from fairseq_moe.errors import CheckpointError
+
+    _register()
+    found = {}
+    for index, (name, flags) in enumerate(cases.items()):
+        save_dir = Path(folder) / str(index)
+        if "--finetune-from-model" in flags:
+            flags = [*flags, Path(saved) / "checkpoint_last.pt"]
+            save_dir.mkdir()
+        else:
+            shutil.copytree(saved, save_dir)
+        said, updates = "", -1
+        try:
+            run = RealRun(data, str(save_dir), 1, *flags)
+            run.train(1)
+            updates = run.trainer.get_num_updates()
+        except CheckpointError as error:
+            said = str(error)
+        except Exception as error:
+            said = f"a stack trace: {error!r}"
+        found[name] = (said, updates)
+    return found
+
+
+def first_start(rank: int, data: str, save_dir: str, *flags: Any) -> None:
+    """Three updates and a save, in the middle of an epoch."""
+    run = RealRun(data, save_dir, 1, *flags)
+    run.train(3)
+    run.save()
+
+
+@pytest.fixture(scope="module")
+def saved(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    run_ranks(first_start, 1, str(text_data), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def refused(saved: Path, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, int]]:
+    flags = {name: flags for name, (flags, _) in REFUSED.items()}
+    folder = str(tmp_path_factory.mktemp("refused"))
+    (found,) = run_ranks(start_again, 1, str(text_data), str(saved), folder, flags, timeout=100.0)
+    return found
+
+
+@pytest.fixture(scope="module")
+def allowed(saved: Path, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, int]]:
+    folder = str(tmp_path_factory.mktemp("allowed"))
+    (found,) = run_ranks(start_again, 1, str(text_data), str(saved), folder, ALLOWED, timeout=100.0)
+    return found
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_both_values_and_the_flag_that_allows_the_change_are_named(
+    case: str, refused: dict[str, tuple[str, int]]
+) -> None:
+    said, updates = refused[case]
+    for words in REFUSED[case][1]:
+        assert words in said
+    assert updates == -1
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_a_change_that_is_harmless_or_allowed_is_honoured(
+    case: str, allowed: dict[str, tuple[str, int]]
+) -> None:
+    begins_afresh = "--reset-optimizer" in ALLOWED[case] or "--finetune-from-model" in ALLOWED[case]
+    assert allowed[case] == ("", 1 if begins_afresh else 4)
