@@ -32,7 +32,10 @@ REFUSED: dict[str, tuple[list[Any], list[str]]] = {
     ),
     "weight decay": (
         ["--weight-decay", "0.1"],
-        ["weight_decay is 0.0 in the checkpoint and 0.1 in this run", "--optimizer-overrides \"{'weight_decay': 0.1}\""],
+        [
+            "weight_decay is 0.0 in the checkpoint and 0.1 in this run",
+            "--optimizer-overrides \"{'weight_decay': 0.1}\"",
+        ],
     ),
     "schedule": (
         ["--lr-scheduler", "fixed"],
@@ -155,7 +158,9 @@ def saved(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def refused(saved: Path, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, int]]:
+def refused(
+    saved: Path, text_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[str, int]]:
     flags = {name: flags for name, (flags, _) in REFUSED.items()}
     folder = str(tmp_path_factory.mktemp("refused"))
     (found,) = run_ranks(start_again, 1, str(text_data), str(saved), folder, flags, timeout=100.0)
@@ -163,7 +168,9 @@ def refused(saved: Path, text_data: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def allowed(saved: Path, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, int]]:
+def allowed(
+    saved: Path, text_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[str, int]]:
     folder = str(tmp_path_factory.mktemp("allowed"))
     (found,) = run_ranks(start_again, 1, str(text_data), str(saved), folder, ALLOWED, timeout=100.0)
     return found

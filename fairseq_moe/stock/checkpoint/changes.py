@@ -62,10 +62,14 @@ def _refused(flag: str, until: Until, text: str, *, group: str, field: str = "")
     return ResumeRule(flag=flag, group=group, field=name, until=until, text=text)
 
 
-_PLACE = "in the middle of an epoch: the place in the data would be another; between epochs the change is honoured"
+_PLACE = (
+    "in the middle of an epoch: the place in the data would be another; between epochs the change is honoured"
+)
 
 RESUME_RULES = (
-    _refused("--optimizer", Until.OPTIMIZER, "its state is of another kind", group="optimizer", field="_name"),
+    _refused(
+        "--optimizer", Until.OPTIMIZER, "its state is of another kind", group="optimizer", field="_name"
+    ),
     ResumeRule(
         flag="--fp16, --memory-efficient-fp16, --bf16, --memory-efficient-bf16",
         until=Until.OPTIMIZER,
@@ -78,7 +82,9 @@ RESUME_RULES = (
         until=Until.OPTIMIZER,
         text="stock keeps the checkpoint's values in silence; --optimizer-overrides names the new ones",
     ),
-    ResumeRule(flag="--lr, --warmup-updates, ...", text="honoured: the schedule is computed from this run's flags"),
+    ResumeRule(
+        flag="--lr, --warmup-updates, ...", text="honoured: the schedule is computed from this run's flags"
+    ),
     _refused(
         "--lr-scheduler", Until.SCHEDULER, "its state is of another kind", group="lr_scheduler", field="_name"
     ),
@@ -248,4 +254,6 @@ def dictionary_problem(saved: Any, dictionary: Any) -> str | None:
     else:
         difference = f"has other words in the checkpoint (sha256 {saved['sha256'][:12]}...) than in this run "
         difference += f"({own['sha256'][:12]}...)"
-    return f"the dictionary {difference}, so token ids would mean other words: give the data it was trained with"
+    return (
+        f"the dictionary {difference}, so token ids would mean other words: give the data it was trained with"
+    )
