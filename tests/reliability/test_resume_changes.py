@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.commands import json_lines
 from tests.helpers.ranks import run_ranks
 from tests.helpers.real_runs import RealRun, train
 
-IN_THIS_RUN = "in the checkpoint and {} in this run"
 MEMORY_EFFICIENT = ["--fp16", "--memory-efficient-fp16"]
 
 # Flags of the second start -> what it says. All are seen three updates into an epoch.
@@ -24,7 +24,10 @@ REFUSED: dict[str, tuple[list[Any], list[str]]] = {
     ),
     "precision": (
         MEMORY_EFFICIENT,
-        ["fp32 in the checkpoint and --memory-efficient-fp16 in this run", "--reset-optimizer"],
+        [
+            "precision is fp32 (FairseqAdam) in the checkpoint and --memory-efficient-fp16",
+            "--reset-optimizer",
+        ],
     ),
     "moments' decay": (
         ["--adam-betas", "(0.8,0.9)"],
@@ -192,3 +195,49 @@ def test_a_change_that_is_harmless_or_allowed_is_honoured(
 ) -> None:
     begins_afresh = "--reset-optimizer" in ALLOWED[case] or "--finetune-from-model" in ALLOWED[case]
     assert allowed[case] == ("", 1 if begins_afresh else 4)
+
+
+def test_the_command_says_it_in_one_sentence_and_exits_with_2(text_data: Path, tmp_path: Path) -> None:
+    first = train(text_data, tmp_path, "--max-update", 2, "--lr-scheduler", "fixed", world_size=1)
+    assert first.exit_code == 0, first.output
+    again = train(text_data, tmp_path, "--max-update", 4, world_size=1)  # inverse_sqrt: stock met a KeyError
+    assert again.exit_code == 2
+    (sentence,) = [line for line in again.output.splitlines() if line.startswith("fairseq_moe: error:")]
+    assert "--lr-scheduler is fixed in the checkpoint and inverse_sqrt in this run" in sentence
+    assert "--reset-lr-scheduler" in sentence
+    assert "Traceback" not in again.output
+
+
+def test_without_optimizer_state_schedule_and_update_count_go_on(text_data: Path, tmp_path: Path) -> None:
+    flags = ["--no-save-optimizer-state", "--max-update"]
+    assert train(text_data, tmp_path, *flags, 3, world_size=1).exit_code == 0
+    again = train(text_data, tmp_path, *flags, 5, world_size=1)
+    assert again.exit_code == 0, again.output
+    assert "holds no optimizer state: training goes on from update 3" in again.output
+    updates = json_lines(again, "train_inner")
+    assert [line["num_updates"] for line in updates] == ["4", "5"]
+    # inverse_sqrt with 4 updates of warm-up to 0.01: the rate that the next update takes is logged
+    assert [float(line["lr"]) for line in updates] == pytest.approx([0.01, 0.01 * (4 / 5) ** 0.5], rel=1e-3)
+
+
+def test_a_model_flag_that_differs_is_named_once_in_the_log(text_data: Path, tmp_path: Path) -> None:
+    assert train(text_data, tmp_path, "--max-update", 1, world_size=1).exit_code == 0
+    again = train(text_data, tmp_path, "--max-update", 2, "--dropout", 0.3, world_size=1)
+    assert again.exit_code == 0, again.output
+    assert (
+        again.output.count("Flags of the model that differ from the checkpoint's: --dropout 0.1 -> 0.3") == 1
+    )
+
+
+@pytest.mark.parametrize("change", ["other words", "fewer words"])
+def test_another_dictionary_is_refused(change: str, text_data: Path, tmp_path: Path) -> None:
+    assert train(text_data, tmp_path / "run", "--max-update", 1, world_size=1).exit_code == 0
+    other = tmp_path / "data"
+    shutil.copytree(text_data, other)
+    lines = (text_data / "dict.txt").read_text().splitlines(keepends=True)
+    changed = [lines[1], lines[0], *lines[2:]] if change == "other words" else lines[:-1]
+    (other / "dict.txt").write_text("".join(changed))
+    again = train(other, tmp_path / "run", "--max-update", 2, world_size=1)
+    assert again.exit_code == 2
+    assert "token ids would mean other words" in again.output
+    assert "Traceback" not in again.output

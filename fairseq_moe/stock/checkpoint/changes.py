@@ -6,17 +6,20 @@ names both values and the flag that allows the change. ``docs/reliability.md`` p
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum, StrEnum
 from typing import Any
 
 from fairseq_moe.flags.records import getter
+from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModelConfig
 
 __all__ = [
+    "DICTIONARY_KEY",
     "RESUME_RULES",
     "Resets",
     "ResumeRule",
     "Until",
+    "class_changes",
     "data_changes",
     "dictionary_problem",
     "dictionary_record",
@@ -25,7 +28,13 @@ __all__ = [
     "state_changes",
 ]
 
+DICTIONARY_KEY = "moe_dictionary"  # in the main file's extra_state
 _ABSENT = object()
+# Stock repeats flags of other groups among those of its model.
+_NOT_OF_THE_MODEL = {
+    "add_bos_token", "batch_size", "ddp_backend", "distributed_rank", "fp16", "fp16_no_flatten_grads",
+    "max_target_positions", "memory_efficient_fp16", "num_workers_valid", "tokens_per_sample", "tpu", "world_size",
+}  # fmt: skip
 
 
 class Until(StrEnum):
@@ -142,17 +151,18 @@ class Resets:
     data: bool = False
 
 
-def state_changes(saved: Any, wanted: Any, *, resets: Resets) -> list[str]:
+def state_changes(saved: Any, wanted: Any, *, resets: Resets, has_optimizer: bool = True) -> list[str]:
     """List changes of optimizer and schedule that the checkpoint's state does not survive, a phrase each.
 
     Args:
         saved: the checkpoint's whole configuration, a mapping or a namespace; of older files parts are missing.
         wanted: this run's.
         resets: what is left behind anyway.
+        has_optimizer: the checkpoint holds optimizer state.
     """
     if resets.optimizer:
         return []
-    found = list(_changes(saved, wanted, Until.OPTIMIZER))
+    found = list(_changes(saved, wanted, Until.OPTIMIZER)) if has_optimizer else []
     return found if resets.scheduler else [*found, *_changes(saved, wanted, Until.SCHEDULER)]
 
 
@@ -191,6 +201,39 @@ def _value(cfg: Any, group: str, field: str) -> Any:
     return str(value.value if isinstance(value, Enum) else value)
 
 
+def class_changes(last: Mapping[str, Any], trainer: Any, saved_cfg: Any) -> list[str]:
+    """List what kind of criterion or optimizer the state was written by, where this trainer has another.
+
+    Args:
+        last: the checkpoint's last entry of stock's optimizer history.
+        trainer: its optimizer is built.
+        saved_cfg: the checkpoint's whole configuration.
+    """
+    found, allowed = [], f"(pass {Until.OPTIMIZER} to change it)"
+    criterion = type(trainer.get_criterion()).__name__
+    if last["criterion_name"] != criterion:
+        found.append(
+            f"--criterion is {last['criterion_name']} in the checkpoint and {criterion} in this run {allowed}"
+        )
+    optimizer = type(trainer.optimizer).__name__
+    if last["optimizer_name"] != optimizer:
+        old = f"{precision_of(saved_cfg)} ({last['optimizer_name']})"
+        new = f"{precision_of(trainer.cfg)} ({optimizer})"
+        found.append(f"precision is {old} in the checkpoint and {new} in this run {allowed}")
+    return found
+
+
+_PRECISIONS = ("memory_efficient_fp16", "memory_efficient_bf16", "fp16", "bf16")
+
+
+def precision_of(cfg: Any) -> str:
+    """Name the precision that a configuration trains in, as typed; fp32 has no flag."""
+    given = [name for name in _PRECISIONS if _value(cfg, "common", name) == "True"]
+    backend = _value(cfg, "distributed_training", "ddp_backend")
+    named = "--" + given[0].replace("_", "-") if given else "fp32"
+    return f"{named} under {backend}" if backend == "fully_sharded" else named
+
+
 def group_changes(saved: list[dict[str, Any]], own: list[dict[str, Any]], overrides: Any) -> list[str]:
     """List hyper-parameters of the optimizer that differ and that stock would take from the checkpoint in silence.
 
@@ -215,16 +258,17 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
-def model_changes(saved: Any, wanted: Any, *, names: list[str]) -> list[str]:
+def model_changes(saved: Any, wanted: Any) -> list[str]:
     """List flags of the model that differ, ``--dropout 0.1 -> 0.0``; none of them keeps a model from loading.
 
     Args:
         saved: the checkpoint's model configuration.
         wanted: this run's.
-        names: the flags to compare.
     """
     found = []
-    for name in names:
+    for name in (field.name for field in fields(MoETransformerLanguageModelConfig)):
+        if name in _NOT_OF_THE_MODEL:
+            continue
         old, new = (_value({"model": cfg}, "model", name) for cfg in (saved, wanted))
         if old is not _ABSENT and new is not _ABSENT and old != new:
             found.append(f"--{name.replace('_', '-')} {old} -> {new}")
