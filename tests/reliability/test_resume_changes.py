@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.commands import json_lines
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import USER_DIR, run_cli, run_ranks
 from tests.helpers.real_runs import RealRun, train
 
 MEMORY_EFFICIENT = ["--fp16", "--memory-efficient-fp16"]
@@ -241,3 +241,56 @@ def test_another_dictionary_is_refused(change: str, text_data: Path, tmp_path: P
     assert again.exit_code == 2
     assert "token ids would mean other words" in again.output
     assert "Traceback" not in again.output
+
+
+@pytest.fixture(scope="module")
+def other_data(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The text under dictionaries that are not the checkpoint's."""
+    found = {}
+    lines = (text_data / "dict.txt").read_text().splitlines(keepends=True)
+    for name, changed in {"other words": [lines[1], lines[0], *lines[2:]], "fewer words": lines[:-1]}.items():
+        found[name] = tmp_path_factory.mktemp("data") / "data"
+        shutil.copytree(text_data, found[name])
+        (found[name] / "dict.txt").write_text("".join(changed))
+    return found
+
+
+COMMANDS = {
+    "fairseq_cli.eval_lm": ["--gen-subset", "valid", "--batch-size", 2, "--tokens-per-sample", 32],
+    "fairseq_cli.validate": ["--valid-subset", "valid", "--batch-size", 2],
+    "fairseq_cli.generate": ["--gen-subset", "valid", "--batch-size", 2, "--max-len-b", 4],
+    "fairseq_cli.interactive": ["--input", "prompts"],
+}
+
+
+@pytest.mark.parametrize("change", ["other words", "fewer words"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_another_dictionary(
+    command: str, change: str, saved: Path, other_data: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts").write_text("the value of the\n")
+    argv = [other_data[change], "--user-dir", USER_DIR, "--cpu", "--task", "language_modeling"]
+    argv += ["--path", saved / "checkpoint_last.pt", *COMMANDS[command]]
+    result = run_cli(command, argv, cwd=tmp_path)
+    assert result.exit_code == 2, result.output[-2000:]
+    assert "token ids would mean other words" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"decoder_ffn_embed_dim": 64}, "has shape (32, 16) in the checkpoint and (64, 16) in this run"),
+        ({"decoder_layers": 3}, "Missing key(s) in state_dict"),
+    ],
+)
+def test_overrides_that_make_another_model_are_refused(
+    overrides: dict[str, int], words: str, saved: Path, text_data: Path
+) -> None:
+    argv = [text_data, "--user-dir", USER_DIR, "--cpu", "--task", "language_modeling"]
+    argv += ["--path", saved / "checkpoint_last.pt", *COMMANDS["fairseq_cli.eval_lm"]]
+    result = run_cli("fairseq_cli.eval_lm", [*argv, "--model-overrides", repr(overrides)])
+    assert result.exit_code == 2, result.output[-2000:]
+    assert "does not fit this model" in result.output
+    assert words in result.output
+    assert "Traceback" not in result.output

@@ -4,7 +4,6 @@ A flag that a user changes on resume either acts as stock documents it, or the r
 names both values and the flag that allows the change. ``docs/reliability.md`` prints ``RESUME_RULES`` as a table.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum, StrEnum
@@ -14,21 +13,17 @@ from fairseq_moe.flags.records import getter
 from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModelConfig
 
 __all__ = [
-    "DICTIONARY_KEY",
     "RESUME_RULES",
     "Resets",
     "ResumeRule",
     "Until",
     "class_changes",
     "data_changes",
-    "dictionary_problem",
-    "dictionary_record",
     "group_changes",
     "model_changes",
     "state_changes",
 ]
 
-DICTIONARY_KEY = "moe_dictionary"  # in the main file's extra_state
 _ABSENT = object()
 # Stock repeats flags of other groups among those of its model.
 _NOT_OF_THE_MODEL = {
@@ -273,31 +268,3 @@ def model_changes(saved: Any, wanted: Any) -> list[str]:
         if old is not _ABSENT and new is not _ABSENT and old != new:
             found.append(f"--{name.replace('_', '-')} {old} -> {new}")
     return found
-
-
-def dictionary_record(dictionary: Any) -> dict[str, Any]:
-    """Describe a dictionary for the checkpoint: its number of words, and a digest of them in order."""
-    digest = hashlib.sha256("\n".join(dictionary.symbols).encode())
-    return {"num_words": len(dictionary), "sha256": digest.hexdigest()}
-
-
-def dictionary_problem(saved: Any, dictionary: Any) -> str | None:
-    """Say in one phrase that a dictionary is not the checkpoint's; None if it is, or the file does not tell.
-
-    Args:
-        saved: what ``dictionary_record`` has described, or None in an older file.
-        dictionary: of this run's task.
-    """
-    if not saved or dictionary is None:
-        return None
-    own = dictionary_record(dictionary)
-    if own == dict(saved):
-        return None
-    if own["num_words"] != saved["num_words"]:
-        difference = f"has {saved['num_words']} words in the checkpoint and {own['num_words']} in this run"
-    else:
-        difference = f"has other words in the checkpoint (sha256 {saved['sha256'][:12]}...) than in this run "
-        difference += f"({own['sha256'][:12]}...)"
-    return (
-        f"the dictionary {difference}, so token ids would mean other words: give the data it was trained with"
-    )

@@ -9,9 +9,9 @@ from torch import nn
 
 from fairseq_moe.checkpoint import ModelShape
 from fairseq_moe.checkpoint.groups import hyperparameters
+from fairseq_moe.data.dictionary_record import DICTIONARY_KEY, dictionary_record
 from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.flags.records import getter
-from fairseq_moe.stock.checkpoint.changes import DICTIONARY_KEY, dictionary_record
 from fairseq_moe.stock.run import run_of
 
 __all__ = ["main_state", "model_shape"]

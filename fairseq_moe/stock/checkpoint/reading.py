@@ -28,14 +28,14 @@ from fairseq_moe.checkpoint import (
     unreadable,
 )
 from fairseq_moe.checkpoint.groups import hyperparameters
+from fairseq_moe.data.dictionary_record import DICTIONARY_KEY, dictionary_problem
 from fairseq_moe.distributed import agree, broadcast_value, data_parallel_size, rank, world_size
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.models.fitting import LoadedTensors
 from fairseq_moe.parallel.experts import ExpertLayout
 from fairseq_moe.stock.checkpoint.changes import (
-    DICTIONARY_KEY,
     Resets,
     data_changes,
-    dictionary_problem,
     model_changes,
     state_changes,
 )
@@ -195,7 +195,9 @@ def _read_shards(checkpoint: Checkpoint, state: dict[str, Any], request: Trainer
     """Put this rank's tensors into ``state``, and optimizer state by name into the request."""
     with_optimizer = request is not None and not request.resets.optimizer
     ids = _local_ids(checkpoint.manifest.shape.num_experts, request)
-    state["model"], named = checkpoint.load(expert_ids=ids, with_optimizer=with_optimizer)
+    tensors, named = checkpoint.load(expert_ids=ids, with_optimizer=with_optimizer)
+    recorded = state.get("extra_state", {}).get(DICTIONARY_KEY)
+    state["model"] = LoadedTensors(tensors, source=str(checkpoint.path), dictionary=recorded)
     groups, state["last_optimizer_state"] = state["last_optimizer_state"], None
     if with_optimizer:
         assert request is not None
@@ -251,7 +253,11 @@ def _check_fits(
         ids = _local_ids(checkpoint.manifest.shape.num_experts, request)
         tensors = checkpoint.content(expert_ids=ids, with_optimizer=False).model
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = model_problems(saved, request.cfg.model, shapes, request.model)
+    decoder = moe_decoder(request.model)
+    recorded = state.get("extra_state", {}).get(DICTIONARY_KEY)
+    other = None if decoder is None else dictionary_problem(recorded, decoder.dictionary)
+    # With another dictionary, shapes differ for that reason.
+    problems = [other] if other else model_problems(saved, request.cfg.model, shapes, request.model)
     if problems:
         raise CheckpointError(f"{main} does not fit this model: {'; '.join(problems)}.")
 
@@ -272,8 +278,6 @@ def _check_changes(main: Path, state: dict[str, Any], request: TrainerRequest) -
             resets=request.resets,
         ),
     ]
-    other = dictionary_problem(extra.get(DICTIONARY_KEY), decoder.dictionary)
-    problems += [] if other is None else [other]
     if problems:
         raise CheckpointError(f"{main} cannot be continued with these flags: {'; '.join(problems)}.")
     changed = model_changes(saved["model"], request.cfg.model)
