@@ -17,8 +17,9 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerL
 from hydra.core.config_store import ConfigStore
 from omegaconf import II
 
+from fairseq_moe.data.dictionary_record import dictionary_problem
 from fairseq_moe.distributed import gather_values
-from fairseq_moe.errors import ConfigError
+from fairseq_moe.errors import CheckpointError, ConfigError
 from fairseq_moe.flags.agreement import disagreements
 from fairseq_moe.flags.blocks import BlocksConfig
 from fairseq_moe.flags.freezing import frozen_modules
@@ -28,6 +29,7 @@ from fairseq_moe.models.attention import fuse_attention
 from fairseq_moe.models.blocks_flags import BlocksFlags
 from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.models.embedding import build_word_embedding
+from fairseq_moe.models.fitting import shape_problems
 from fairseq_moe.models.megatron_flags import MegatronFlags, add_list_arguments
 from fairseq_moe.models.presets import register_presets
 from fairseq_moe.models.reliability_flags import ReliabilityFlags
@@ -152,6 +154,26 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
         if moe.fused_attention:
             fuse_attention(model)
         return model
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint's tensors as stock does, unless they are those of another model or dictionary.
+
+        Raises:
+            CheckpointError: a shape differs, a tensor is missing, or the ids of the tokens mean other words.
+        """
+        source = getattr(state_dict, "source", "the checkpoint")
+        recorded = getattr(state_dict, "dictionary", None)
+        other = dictionary_problem(recorded, getattr(self.decoder, "dictionary", None))
+        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        problems = [other] if other else shape_problems(shapes, self)
+        if problems:
+            raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}.")
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:  # torch lists the names that are missing or too many
+            raise CheckpointError(
+                f"{source} does not fit this model: {' '.join(str(error).split())}"
+            ) from error
 
 
 def _check_agreement(args: Any) -> None:

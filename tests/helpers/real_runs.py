@@ -73,7 +73,8 @@ class RealRun:
         if self._batches is None:
             self._batches = iter(iterators.GroupedIterator(self.epoch_itr.next_epoch_itr(), update_freq))
         found = [update(self.trainer, next(self._batches)) for _ in range(num_updates)]
-        return [{name: logged[name] for name in ("loss", "moe_gate_loss", "gnorm")} for logged in found]
+        names = ("loss", "moe_gate_loss", "gnorm")  # another criterion has no gate loss
+        return [{name: logged[name] for name in names if name in logged} for logged in found]
 
     def save(self) -> None:
         """Save as stock does."""

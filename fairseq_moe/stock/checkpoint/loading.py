@@ -8,7 +8,8 @@ from typing import Any
 from fairseq_moe.checkpoint import newest_intact
 from fairseq_moe.distributed import broadcast_value, gather_values, rank
 from fairseq_moe.errors import CheckpointError
-from fairseq_moe.stock.checkpoint.named_state import load_optimizer
+from fairseq_moe.stock.checkpoint.changes import Resets
+from fairseq_moe.stock.checkpoint.named_state import load_optimizer, restore_progress
 from fairseq_moe.stock.checkpoint.reading import TrainerRequest, reading_for, resolve_branch, with_advice
 from fairseq_moe.stock.run import run_of
 from fairseq_moe.stock.seam import seam
@@ -42,7 +43,12 @@ def trainer_load_checkpoint(
     filename = resolve_branch(filename)
     if run is not None:
         filename = _find(filename, self.cfg.checkpoint)
-    request = TrainerRequest(self.cfg, self.get_model(), with_optimizer=not reset_optimizer)
+    resets = Resets(
+        optimizer=reset_optimizer,
+        scheduler=reset_lr_scheduler,
+        data=self.cfg.checkpoint.reset_dataloader or filename == self.cfg.checkpoint.finetune_from_model,
+    )
+    request = TrainerRequest(self.cfg, self.get_model(), resets)
     with reading_for(request):
         extra_state = stock(
             self,
@@ -60,13 +66,28 @@ def trainer_load_checkpoint(
             run.state,
             request.optimizer,
             overrides=optimizer_overrides,
-            reset_lr_scheduler=reset_lr_scheduler,
+            resets=resets,
+            saved_cfg=request.saved_cfg,
         )
         logger.info("Loaded optimizer state (%d updates)", self.get_num_updates())
+    elif extra_state is not None and not reset_optimizer:
+        _continue_without_optimizer(self, filename, resets)
     run.run_id = request.run_id
     if extra_state is not None:
         _move_position(extra_state["train_iterator"], request.num_data_ranks, self.data_parallel_world_size)
     return extra_state
+
+
+def _continue_without_optimizer(trainer: Any, filename: str, resets: Resets) -> None:
+    """Take up update count and schedule, which are no optimizer state, from a file without one."""
+    restore_progress(trainer, resets)
+    if trainer.get_num_updates() > 0:
+        logger.warning(
+            "%s holds no optimizer state: training goes on from update %d and the optimizer's moments begin afresh "
+            "(train without --no-save-optimizer-state to keep them)",
+            filename,
+            trainer.get_num_updates(),
+        )
 
 
 def _move_position(position: dict[str, Any], saved_ranks: int, ranks: int) -> None:

@@ -9,8 +9,10 @@ from torch import nn
 
 from fairseq_moe.checkpoint import ModelShape
 from fairseq_moe.checkpoint.groups import hyperparameters
+from fairseq_moe.data.dictionary_record import DICTIONARY_KEY, dictionary_record
 from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.flags.records import getter
+from fairseq_moe.stock.run import run_of
 
 __all__ = ["main_state", "model_shape"]
 
@@ -55,6 +57,9 @@ def main_state(trainer: Any) -> dict[str, Any]:
     state.pop("fsdp_metadata", None)
     if optimizer is None:
         state["last_optimizer_state"] = None
+    run = run_of(trainer)
+    if run is not None:
+        state["extra_state"][DICTIONARY_KEY] = dictionary_record(run.decoder.dictionary)
     return utils.move_to_cpu(state)
 
 

@@ -8,6 +8,7 @@ from omegaconf import open_dict
 from torch import nn
 
 from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.models.fitting import shape_problems
 from fairseq_moe.stock.find_experts import any_sharded
 
 __all__ = ["model_problems", "override_new_flags"]
@@ -20,7 +21,6 @@ _SHAPE_FLAGS = (
     "decoder_learned_pos",
     "share_decoder_input_output_embed",
 )
-_MAX_LISTED = 3
 
 
 def model_problems(
@@ -62,7 +62,7 @@ def model_problems(
     new_width = new.expert_dim or wanted.decoder_ffn_embed_dim
     if new.enabled and old.enabled and old_width != new_width:
         problems.append(_differs("moe_expert_ffn_dim", old_width, new_width))
-    return problems or _shape_problems(shapes, model)
+    return problems or ([] if any_sharded(model.parameters()) else shape_problems(shapes, model))
 
 
 def _expert_flag(config: MoEConfig) -> str:
@@ -72,18 +72,6 @@ def _expert_flag(config: MoEConfig) -> str:
 def _differs(name: str, saved: Any, wanted: Any) -> str:
     flag = "--" + name.replace("_", "-")
     return f"{flag} is {saved} in the checkpoint and {wanted} in this run"
-
-
-def _shape_problems(saved: Mapping[str, tuple[int, ...]], model: nn.Module) -> list[str]:
-    if any_sharded(model.parameters()):
-        return []
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    problems = [
-        f"{name} has shape {saved[name]} in the checkpoint and {shape} in this run"
-        for name, shape in shapes.items()
-        if name in saved and saved[name] != shape
-    ]
-    return problems[:_MAX_LISTED]
 
 
 def override_new_flags(model_cfg: Any, overrides: dict[str, Any]) -> None:

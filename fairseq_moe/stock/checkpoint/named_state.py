@@ -14,6 +14,7 @@ from fairseq_moe.checkpoint import ShardContent, find_aliases, has_expert_rows, 
 from fairseq_moe.distributed import rank
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.parallel.experts import ExpertLayout
+from fairseq_moe.stock.checkpoint.changes import Resets, class_changes, group_changes
 from fairseq_moe.stock.optim import float32_copies
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "keep_all",
     "load_optimizer",
     "numbered_groups",
+    "restore_progress",
     "snapshot",
 ]
 
@@ -169,7 +171,7 @@ def snapshot(state: NamedState, layout: ExpertLayout, *, with_optimizer: bool) -
 
 
 def load_optimizer(
-    trainer: Any, state: NamedState, saved: dict[str, Any], *, overrides: Any, reset_lr_scheduler: bool
+    trainer: Any, state: NamedState, saved: dict[str, Any], *, overrides: Any, resets: Resets, saved_cfg: Any
 ) -> None:
     """Continue from saved optimizer state, learning-rate schedule and update count.
 
@@ -178,26 +180,33 @@ def load_optimizer(
         state: the trainer's.
         saved: ``named`` state, ``param_groups`` and maybe ``loss_scale``.
         overrides: optimizer hyper-parameters that replace the saved ones.
-        reset_lr_scheduler: leave the schedule as it is.
+        resets: whether to leave the schedule as it is.
+        saved_cfg: the checkpoint's whole configuration, to say what differs.
 
     Raises:
-        CheckpointError: the state was written by another criterion or optimizer.
+        CheckpointError: the state was written by another criterion or optimizer, or with hyper-parameters that
+            would silently win over this run's flags.
     """
     trainer._build_optimizer()  # half-precision optimizers copy the parameters that were just loaded
     last = trainer._optim_history[-1]
-    for what, found, flag in (
-        ("criterion_name", type(trainer.get_criterion()).__name__, "--criterion"),
-        ("optimizer_name", type(trainer.optimizer).__name__, "--optimizer"),
-    ):
-        if last[what] != found:
-            raise CheckpointError(
-                f"the checkpoint was trained with {last[what]} and this run has {found}; give the same "
-                f"{flag} and precision, or pass --reset-optimizer."
-            )
-    if not reset_lr_scheduler:
-        trainer.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
+    problems = [
+        *class_changes(last, trainer, saved_cfg),
+        *group_changes(saved["param_groups"], trainer.optimizer.param_groups, overrides),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint's optimizer state cannot be continued: {'; '.join(problems)}.", agreed=True
+        )
     form = state.optimizer_form(saved["named"], saved["param_groups"])
     if "loss_scale" in saved:
         form["loss_scale"] = saved["loss_scale"]
     trainer.optimizer.load_state_dict(form, overrides)
+    restore_progress(trainer, resets)
+
+
+def restore_progress(trainer: Any, resets: Resets) -> None:
+    """Continue the learning-rate schedule and the update count of the checkpoint that was read last."""
+    last = trainer._optim_history[-1]
+    if not resets.scheduler:
+        trainer.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
     trainer.set_num_updates(last["num_updates"])

@@ -5,6 +5,7 @@ wrong for one rank is wrong for all: they raise the same sentence, which names t
 intact.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,14 +28,24 @@ from fairseq_moe.checkpoint import (
     unreadable,
 )
 from fairseq_moe.checkpoint.groups import hyperparameters
+from fairseq_moe.data.dictionary_record import DICTIONARY_KEY, dictionary_problem
 from fairseq_moe.distributed import agree, broadcast_value, data_parallel_size, rank, world_size
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.models.fitting import LoadedTensors
 from fairseq_moe.parallel.experts import ExpertLayout
+from fairseq_moe.stock.checkpoint.changes import (
+    Resets,
+    data_changes,
+    model_changes,
+    state_changes,
+)
 from fairseq_moe.stock.checkpoint.mismatch import model_problems, override_new_flags
 from fairseq_moe.stock.find_experts import moe_decoder
 from fairseq_moe.stock.seam import seam
 
 __all__ = ["TrainerRequest", "reading_for", "resolve_branch", "with_advice"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,8 +54,9 @@ class TrainerRequest:
 
     cfg: Any
     model: nn.Module
-    with_optimizer: bool
+    resets: Resets
     optimizer: dict[str, Any] | None = None
+    saved_cfg: Any = None
     run_id: str | None = None
     num_data_ranks: int = 0
 
@@ -123,7 +135,7 @@ def load_checkpoint_to_cpu(
     if request is not None:
         with _agreed(main, together=load_on_all_ranks):
             _check_fits(main, state, checkpoint, request, is_branch=branch is not None)
-    if request is not None:
+            _check_changes(main, state, request)
         request.num_data_ranks = _num_data_ranks(state)
     if checkpoint is None and branch is None:
         return state
@@ -181,9 +193,11 @@ def _read_main(
 
 def _read_shards(checkpoint: Checkpoint, state: dict[str, Any], request: TrainerRequest | None) -> None:
     """Put this rank's tensors into ``state``, and optimizer state by name into the request."""
-    with_optimizer = request is not None and request.with_optimizer
+    with_optimizer = request is not None and not request.resets.optimizer
     ids = _local_ids(checkpoint.manifest.shape.num_experts, request)
-    state["model"], named = checkpoint.load(expert_ids=ids, with_optimizer=with_optimizer)
+    tensors, named = checkpoint.load(expert_ids=ids, with_optimizer=with_optimizer)
+    recorded = state.get("extra_state", {}).get(DICTIONARY_KEY)
+    state["model"] = LoadedTensors(tensors, source=str(checkpoint.path), dictionary=recorded)
     groups, state["last_optimizer_state"] = state["last_optimizer_state"], None
     if with_optimizer:
         assert request is not None
@@ -194,7 +208,7 @@ def _read_shards(checkpoint: Checkpoint, state: dict[str, Any], request: Trainer
 
 def _read_branch(branch: BranchCheckpoint, state: dict[str, Any], request: TrainerRequest | None) -> None:
     """Put the tensors of the moe branch's files into ``state``, as ``_read_shards`` does those of our own."""
-    with_optimizer = request is not None and request.with_optimizer
+    with_optimizer = request is not None and not request.resets.optimizer
     named = branch.adopt_dense(state, with_optimizer=with_optimizer)
     num_experts = int(state["cfg"]["model"]["moe_expert_count"])
     model, expert_named = branch.experts(
@@ -239,6 +253,33 @@ def _check_fits(
         ids = _local_ids(checkpoint.manifest.shape.num_experts, request)
         tensors = checkpoint.content(expert_ids=ids, with_optimizer=False).model
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = model_problems(saved, request.cfg.model, shapes, request.model)
+    decoder = moe_decoder(request.model)
+    recorded = state.get("extra_state", {}).get(DICTIONARY_KEY)
+    other = None if decoder is None else dictionary_problem(recorded, decoder.dictionary)
+    # With another dictionary, shapes differ for that reason.
+    problems = [other] if other else model_problems(saved, request.cfg.model, shapes, request.model)
     if problems:
         raise CheckpointError(f"{main} does not fit this model: {'; '.join(problems)}.")
+
+
+def _check_changes(main: Path, state: dict[str, Any], request: TrainerRequest) -> None:
+    """Refuse flags that have changed since the checkpoint and would be ignored, or move the place in the data."""
+    decoder, saved = moe_decoder(request.model), state.get("cfg")
+    if decoder is None or saved is None:
+        return
+    request.saved_cfg, extra = saved, state.get("extra_state", {})
+    has_optimizer = state.get("last_optimizer_state") is not None
+    problems = [
+        *state_changes(saved, request.cfg, resets=request.resets, has_optimizer=has_optimizer),
+        *data_changes(
+            saved,
+            request.cfg,
+            batches_done=extra.get("train_iterator", {}).get("iterations_in_epoch", 0),
+            resets=request.resets,
+        ),
+    ]
+    if problems:
+        raise CheckpointError(f"{main} cannot be continued with these flags: {'; '.join(problems)}.")
+    changed = model_changes(saved["model"], request.cfg.model)
+    if changed:
+        logger.info("Flags of the model that differ from the checkpoint's: %s", ", ".join(changed))

@@ -1,0 +1,42 @@
+"""Say why a checkpoint's tensors do not fit a model, before anything of it is loaded."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+__all__ = ["LoadedTensors", "shape_problems"]
+
+_MAX_LISTED = 3
+
+
+class LoadedTensors(dict[str, Tensor]):
+    """Hold a checkpoint's tensors by name, and what a model that loads them must know of their origin.
+
+    Args:
+        tensors: by name.
+        source: the main file.
+        dictionary: what ``dictionary_record`` has recorded there, or None in an older file.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], *, source: str, dictionary: Mapping[str, object] | None
+    ) -> None:
+        super().__init__(tensors)
+        self.source = source
+        self.dictionary = dictionary
+
+
+def shape_problems(saved: Mapping[str, tuple[int, ...]], model: nn.Module) -> list[str]:
+    """List the first parameters whose shapes differ, a phrase each; they must be whole, not sharded.
+
+    Args:
+        saved: shapes in the checkpoint by name, with this rank's experts.
+        model: its shapes are those of this run.
+    """
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    problems = [
+        f"{name} has shape {saved[name]} in the checkpoint and {shape} in this run"
+        for name, shape in shapes.items()
+        if name in saved and saved[name] != shape
+    ]
+    return problems[:_MAX_LISTED]
