@@ -33,7 +33,7 @@ _NOT_OF_THE_MODEL = {
 
 
 class Until(StrEnum):
-    """Which part of a checkpoint a changed flag would falsify, and so which reset allows the change."""
+    """Name the part of a checkpoint that a changed flag would falsify by the reset that allows the change."""
 
     OPTIMIZER = "--reset-optimizer"
     SCHEDULER = "--reset-lr-scheduler"
@@ -133,7 +133,7 @@ RESUME_RULES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Resets:
-    """Which parts of a checkpoint this start leaves behind.
+    """Record the parts of a checkpoint that this start leaves behind.
 
     Args:
         optimizer: ``--reset-optimizer``; the schedule is left behind with it.
