@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from bench_machine import environment, timed_ms
 from torch import Tensor
 
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
+from fairseq_moe.modules import Experts, LocalDispatcher, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
 from fairseq_moe.modules.dispatch.allgather import AllGatherDispatcher
 from fairseq_moe.modules.dispatch.exchange import LocalExchange
-from fairseq_moe.modules.dispatch.padded import PaddedDispatcher
+from fairseq_moe.modules.dispatch.padded import plan_padded
 from fairseq_moe.modules.routing.bias import BiasRule
 from fairseq_moe.modules.routing.branch import BranchConfig
 from fairseq_moe.modules.routing.capacity import DropPolicy
@@ -94,8 +94,8 @@ ROWS: dict[str, Row] = {
 def build(row: Row, args: argparse.Namespace) -> MoELayer:
     """The layer of one row."""
     dispatchers: dict[str, Callable[[], Any]] = {
-        "alltoall": lambda: Dispatcher(LocalExchange(), num_experts=args.experts),
-        "padded": lambda: PaddedDispatcher(LocalExchange(), num_experts=args.experts),
+        "alltoall": lambda: LocalDispatcher(num_experts=args.experts),
+        "padded": lambda: LocalDispatcher(num_experts=args.experts, plan=plan_padded),
         "allgather": lambda: AllGatherDispatcher(
             LocalExchange(), num_experts=args.experts, first_expert_id=0
         ),

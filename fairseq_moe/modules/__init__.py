@@ -20,7 +20,8 @@ A padding mask is True where a token is padding, as in fairseq. Nothing here kno
 torch.distributed.
 """
 
-from fairseq_moe.modules.dispatch.alltoall import Dispatcher, DispatchRecord
+from fairseq_moe.modules.dispatch.alltoall import AllToAllDispatcher
+from fairseq_moe.modules.dispatch.dispatcher import Dispatcher, LocalDispatcher
 from fairseq_moe.modules.experts import Experts
 from fairseq_moe.modules.moe_layer import MoEAux, MoELayer
 from fairseq_moe.modules.routing.contract import LOSSES, RoutingDecision, TokenInfo
@@ -31,10 +32,11 @@ from fairseq_moe.modules.shared_experts import SharedExperts
 
 __all__ = [
     "LOSSES",
+    "AllToAllDispatcher",
     "BranchConfig",
-    "DispatchRecord",
     "Dispatcher",
     "Experts",
+    "LocalDispatcher",
     "MoEAux",
     "MoELayer",
     "Router",

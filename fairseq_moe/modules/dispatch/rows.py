@@ -10,7 +10,7 @@ which ``embedding_bag`` computes in one pass and in the same order every time.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,20 +50,32 @@ class RowPlan:
     by_token_R: Tensor
     starts_T: Tensor
 
+    def first(self, num_rows: int) -> "RowPlan":
+        """Cut off what stands behind the rows that there are."""
+        if num_rows == len(self.assignment_R):
+            return self
+        return RowPlan(
+            assignment_R=self.assignment_R[:num_rows],
+            token_R=self.token_R[:num_rows],
+            by_token_R=self.by_token_R[:num_rows],
+            starts_T=self.starts_T,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertWork:
     """What a rank's experts do with the rows, or tokens, that they are given.
 
     Args:
-        counts_L: rows of each local expert; zeros are fine.
-        plan: which row of the input each of their rows is, and where in the output its result is added;
-            None: the input's rows are sorted by expert, and results stay in their places.
+        counts_L: rows of each local expert, zeros included: int64 on the device, or integers that the host knows.
+        plan: which row of the input each of their rows is, and where in the output its result is added; beside
+            counts on the device there may be more rows than they count. None: the input's rows are sorted by expert,
+            and results stay in their places.
         weights_R: float, of each result in the output; None: 1. Needs a plan, or ValueError is raised.
         rows_per_expert: every count, where the shape of the batch fixes it; None: routing decides.
     """
 
-    counts_L: Sequence[int]
+    counts_L: Tensor | Sequence[int]
     plan: RowPlan | None = None
     weights_R: Tensor | None = None
     rows_per_expert: int | None = None
@@ -72,33 +84,54 @@ class ExpertWork:
         if self.weights_R is not None and self.plan is None:
             raise ValueError("rows have weights, but no plan of where their weighted results are added")
 
+    def host_counts(self) -> tuple[int, ...]:
+        """Rows of each local expert on the host; waits for the device if they are there."""
+        return tuple(self.counts_L.tolist() if isinstance(self.counts_L, Tensor) else self.counts_L)
+
+    def on_host(self) -> "ExpertWork":
+        """Bring the counts to the host, for kernels that need sizes there, and cut the plan to that many rows."""
+        if not isinstance(self.counts_L, Tensor):
+            return self
+        counts_L = self.host_counts()
+        num_rows = sum(counts_L)
+        plan, weights_R = self.plan, self.weights_R
+        if weights_R is not None and len(weights_R) > num_rows:
+            weights_R = weights_R[:num_rows]
+        return replace(self, counts_L=counts_L, plan=plan and plan.first(num_rows), weights_R=weights_R)
+
 
 def count_rows(decision: RoutingDecision, *, num_experts: int) -> Tensor:
     """Kept assignments of each expert: int64 (E,)."""
     return count_choices(decision.expert_ids_TK, decision.kept_TK, num_experts=num_experts)
 
 
-def plan_rows(decision: RoutingDecision, *, num_experts: int, num_rows: int) -> RowPlan:
-    """List the kept assignments expert by expert.
+def plan_rows(decision: RoutingDecision, *, num_experts: int) -> RowPlan:
+    """List the kept assignments expert by expert, and behind them those that were dropped.
+
+    So the plan's length is that of all assignments and nothing waits for the device. How many rows there are, its
+    counts say; ``RowPlan.first`` cuts off the rest.
 
     Args:
         decision: who goes where.
         num_experts: E.
-        num_rows: R, the sum of ``count_rows``; the caller has it on the host, where sizes are needed.
     """
     top_k = decision.expert_ids_TK.shape[1]
+    kept_A = decision.kept_TK.reshape(-1)
+    # An id above all experts sorts dropped assignments to the end; a stable sort keeps an expert's tokens in order.
     ids = decision.expert_ids_TK.masked_fill(~decision.kept_TK, num_experts)
-    by_expert = torch.argsort(ids.reshape(-1), stable=True)
-    assignment_R = by_expert[:num_rows]
-    # Kept assignments up to and with each one, in (token, choice) order: a row's place among them, plus 1.
-    kept_so_far = decision.kept_TK.reshape(-1).cumsum(0)
-    place_R = kept_so_far.index_select(0, assignment_R) - 1
-    rows = torch.arange(num_rows, device=place_R.device)
+    assignment_A = torch.argsort(ids.reshape(-1), stable=True)
+    # ``by_token`` lists the same rows in (token, choice) order, so a kept assignment stands in it behind the kept ones
+    # before it, and a dropped one behind all kept ones and the dropped ones before it.
+    order_A = torch.arange(len(kept_A), device=kept_A.device)
+    kept_so_far_A = kept_A.cumsum(0)
+    dropped_place_A = kept_A.sum() + order_A - kept_so_far_A
+    place_A = torch.where(kept_A, kept_so_far_A - 1, dropped_place_A).index_select(0, assignment_A)
     return RowPlan(
-        assignment_R=assignment_R,
-        token_R=assignment_R // top_k,
-        by_token_R=torch.empty_like(place_R).scatter_(0, place_R, rows),
-        starts_T=kept_so_far[top_k - 1 :: top_k] - decision.kept_TK.sum(1),
+        assignment_R=assignment_A,
+        token_R=assignment_A // top_k,
+        by_token_R=torch.empty_like(place_A).scatter_(0, place_A, order_A),
+        # Kept assignments up to and with a token's last choice, less its own, are those of the tokens before it.
+        starts_T=kept_so_far_A[top_k - 1 :: top_k] - decision.kept_TK.sum(1),
     )
 
 

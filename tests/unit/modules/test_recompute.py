@@ -13,8 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_moe.flags.moe import MoEConfig
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterMode, SharedExperts, TokenInfo
-from fairseq_moe.modules.dispatch.exchange import LocalExchange
+from fairseq_moe.modules import (
+    Experts,
+    LocalDispatcher,
+    MoELayer,
+    Router,
+    RouterMode,
+    SharedExperts,
+    TokenInfo,
+)
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.modules.recompute import RECOMPUTABLE
 
@@ -38,7 +45,7 @@ def make_layer(flags: dict[str, Any] = FLAGS, *, dropout: float = 0.3, hidden: i
         router=Router(model_dim=D, num_experts=E, config=moe.router_config(), scorer=moe.scorer_config()),
         experts=Experts(num_local_experts=E, first_expert_id=0, model_dim=D, hidden_dim=hidden, **networks),
         shared_experts=SharedExperts(model_dim=D, hidden_dim=hidden, gated=True, **networks),
-        dispatcher=Dispatcher(LocalExchange(), num_experts=E),
+        dispatcher=LocalDispatcher(num_experts=E),
     )
 
 

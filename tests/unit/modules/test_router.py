@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fairseq_moe.modules import (
     BranchConfig,
-    Dispatcher,
     Experts,
+    LocalDispatcher,
     MoELayer,
     Router,
     RouterMode,
@@ -19,7 +19,6 @@ from fairseq_moe.modules import (
     TokenInfo,
     TopKConfig,
 )
-from fairseq_moe.modules.dispatch.exchange import LocalExchange
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.modules.routing.bias import BiasRule, quantile_thresholds, sign_step
 from fairseq_moe.modules.routing.capacity import DropPolicy
@@ -80,7 +79,7 @@ def test_jitter_leaves_the_experts_input_alone() -> None:
     layer = MoELayer(
         router=make_router(jitter_eps=0.5),
         experts=experts,
-        dispatcher=Dispatcher(LocalExchange(), num_experts=E),
+        dispatcher=LocalDispatcher(num_experts=E),
     )
     layer(tokens(), tokens=TRAIN)
     rows = {tuple(row) for row in seen[0].tolist()}
@@ -233,7 +232,7 @@ def test_a_recomputed_pass_is_not_counted_again() -> None:
     layer = MoELayer(
         router=router,
         experts=Experts(num_local_experts=E, first_expert_id=0, model_dim=8, hidden_dim=8, activation=F.relu),
-        dispatcher=Dispatcher(LocalExchange(), num_experts=E),
+        dispatcher=LocalDispatcher(num_experts=E),
     )
     memo = RoutingMemo()
     first, first_aux = layer(x, tokens=TRAIN, memo=memo)

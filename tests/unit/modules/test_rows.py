@@ -25,7 +25,7 @@ def decision_of(ids_TK: torch.Tensor, kept_TK: torch.Tensor) -> RoutingDecision:
 def plan_of(ids_TK: torch.Tensor, kept_TK: torch.Tensor, num_experts: int) -> tuple[list[int], RowPlan]:
     decision = decision_of(ids_TK, kept_TK)
     counts = count_rows(decision, num_experts=num_experts).tolist()
-    return counts, plan_rows(decision, num_experts=num_experts, num_rows=sum(counts))
+    return counts, plan_rows(decision, num_experts=num_experts).first(sum(counts))
 
 
 def test_rows_are_sorted_by_expert_then_token() -> None:
