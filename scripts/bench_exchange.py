@@ -87,7 +87,7 @@ def worker(rank: int, ranks: int, port: int, args: argparse.Namespace, results: 
             hidden_dim=args.hidden_dim,
             activation=F.gelu,
         ),
-        dispatcher=AllToAllDispatcher(GroupExchange(dist.new_group()), num_experts=args.experts),
+        dispatcher=AllToAllDispatcher(GroupExchange(dist.new_group())),
     )
     x_TD = torch.randn(args.tokens, args.model_dim, requires_grad=True)
     meter = Meter(rank)

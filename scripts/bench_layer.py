@@ -131,7 +131,7 @@ def our_layer(size: Size) -> tuple[nn.Module, Run]:
             hidden_dim=size.hidden_dim,
             activation=F.gelu,
         ),
-        dispatcher=LocalDispatcher(num_experts=size.experts),
+        dispatcher=LocalDispatcher(),
     )
 
     def run(x_TD: Tensor) -> Tensor:

@@ -94,11 +94,9 @@ ROWS: dict[str, Row] = {
 def build(row: Row, args: argparse.Namespace) -> MoELayer:
     """The layer of one row."""
     dispatchers: dict[str, Callable[[], Any]] = {
-        "alltoall": lambda: LocalDispatcher(num_experts=args.experts),
-        "padded": lambda: LocalDispatcher(num_experts=args.experts, plan=plan_padded),
-        "allgather": lambda: AllGatherDispatcher(
-            LocalExchange(), num_experts=args.experts, first_expert_id=0
-        ),
+        "alltoall": lambda: LocalDispatcher(),
+        "padded": lambda: LocalDispatcher(plan=plan_padded),
+        "allgather": lambda: AllGatherDispatcher(LocalExchange(), first_expert_id=0),
     }
     torch.manual_seed(0)
     return MoELayer(

@@ -204,11 +204,10 @@ def build_moe_layer(
 
 
 def _build_dispatcher(moe: MoEConfig, mesh: ParallelMesh, exchange: Exchange) -> Dispatcher:
-    num_experts = moe.num_experts
     if moe.megatron.dispatcher == "allgather":
         first_expert_id = mesh.layout.local_ids(mesh.rank)[0]
-        return AllGatherDispatcher(exchange, num_experts=num_experts, first_expert_id=first_expert_id)
+        return AllGatherDispatcher(exchange, first_expert_id=first_expert_id)
     plan = plan_padded if moe.megatron.dispatcher == "padded" else plan_kept
     if exchange.size == 1:
-        return LocalDispatcher(num_experts=num_experts, plan=plan)
-    return AllToAllDispatcher(exchange, num_experts=num_experts, plan=plan)
+        return LocalDispatcher(plan=plan)
+    return AllToAllDispatcher(exchange, plan=plan)

@@ -121,15 +121,17 @@ class MoELayer(nn.Module):
         return y_TD, self._aux(routed)
 
     def _aux(self, routed: RouterOutput) -> MoEAux:
+        counts = routed.decision.counts
         with torch.no_grad():
             layer_stats = stats.layer_stats(
                 routed.gates_TE.detach(),
-                routed.decision,
+                counts,
+                top_k=routed.weights_TK.shape[1],
                 all_to_all_cpu_time_ms=self.exchange_times.cpu_ms,
                 all_to_all_cuda_time_ms=self.exchange_times.cuda_ms,
                 bias_E=self.router.expert_bias,
             )
-            load_2E = stats.expert_load(routed.decision, num_experts=self.router.num_experts)
+            load_2E = torch.stack([counts.requested_E, counts.kept_E]).float()
         zero = torch.zeros((), device=layer_stats.device)
         return MoEAux(
             losses=torch.stack([routed.losses.get(name, zero) for name in LOSSES]),

@@ -37,7 +37,7 @@ def make_layer(num_experts: int, *, dim: int = 6, dtype: torch.dtype, **config: 
             hidden_dim=2 * dim,
             activation=F.gelu,
         ),
-        dispatcher=LocalDispatcher(num_experts=num_experts),
+        dispatcher=LocalDispatcher(),
     )
     return layer.to(dtype)
 

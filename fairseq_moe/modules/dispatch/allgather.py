@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fairseq_moe.modules.dispatch.dispatcher import Dispatched
 from fairseq_moe.modules.dispatch.exchange import Exchange, Transfer
-from fairseq_moe.modules.dispatch.rows import ExpertWork, count_rows, plan_rows, take_weights
+from fairseq_moe.modules.dispatch.rows import ExpertWork, plan_rows, take_weights
 from fairseq_moe.modules.routing.contract import RoutingDecision
 
 __all__ = ["AllGatherDispatcher"]
@@ -22,13 +22,11 @@ class AllGatherDispatcher:
 
     Args:
         exchange: the ranks around this one.
-        num_experts: E.
         first_expert_id: global id of the first local expert.
     """
 
-    def __init__(self, exchange: Exchange, *, num_experts: int, first_expert_id: int) -> None:
+    def __init__(self, exchange: Exchange, *, first_expert_id: int) -> None:
         self.exchange = exchange
-        self.num_local = num_experts // exchange.size
         self.first_expert_id = first_expert_id
 
     def send(self, x_TD: Tensor, decision: RoutingDecision, weights_TK: Tensor) -> Dispatched:
@@ -71,21 +69,21 @@ class _Gathering:
 
     def arrive(self) -> tuple[Tensor, ExpertWork]:
         source_SD = self.transfer.arrive()
-        gather, num_local = self.dispatcher.gather, self.dispatcher.num_local
-        # Dropped assignments and those of other ranks get the id one past the local experts.
+        gather = self.dispatcher.gather
+        num_local = self.decision.num_experts // self.dispatcher.exchange.size
         local_ids = self.decision.expert_ids_TK.masked_fill(~self.decision.kept_TK, -1)
         local_ids = gather(local_ids, self.sizes).arrive() - self.dispatcher.first_expert_id
         is_local = (local_ids >= 0) & (local_ids < num_local)
-        mine = RoutingDecision(
-            expert_ids_TK=local_ids.masked_fill(~is_local, num_local),
-            wanted_TK=is_local,
+        mine = RoutingDecision.counted(
+            expert_ids_TK=local_ids.masked_fill(~is_local, 0),
+            requested_TK=is_local,
             kept_TK=is_local,
+            num_experts=num_local,
             capacity=None,
         )
-        plan = plan_rows(mine, num_experts=num_local)
+        plan = plan_rows(mine)
         weights_R = take_weights(gather(self.weights_TK, self.sizes).arrive(), plan)
-        counts_L = count_rows(mine, num_experts=num_local)
-        return source_SD, ExpertWork(counts_L=counts_L, plan=plan, weights_R=weights_R)
+        return source_SD, ExpertWork(counts_L=mine.counts.kept_E, plan=plan, weights_R=weights_R)
 
     def combine(self, y_SD: Tensor) -> Tensor:
         """Add up what the ranks' experts have made of each token: (tokens of all ranks, D) -> (T, D)."""

@@ -28,18 +28,16 @@ class AllToAllDispatcher:
 
     Args:
         exchange: the G ranks that share the experts, more than one.
-        num_experts: E, on all ranks.
         plan: lists the rows.
     """
 
-    def __init__(self, exchange: Exchange, *, num_experts: int, plan: Planner = plan_kept) -> None:
+    def __init__(self, exchange: Exchange, *, plan: Planner = plan_kept) -> None:
         self.exchange = exchange
-        self.num_experts = num_experts
         self.plan = plan
 
     def send(self, x_TD: Tensor, decision: RoutingDecision, weights_TK: Tensor) -> Dispatched:
         """See ``Dispatcher``."""
-        plan = self.plan(decision, self.num_experts)
+        plan = self.plan(decision)
         send_GL = plan.counts_E.view(self.exchange.size, -1)
         if plan.is_same_everywhere:
             recv_GL = send_GL

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.modules.dispatch.rows import ExpertWork, RowPlan, count_rows, plan_rows, take_weights
+from fairseq_moe.modules.dispatch.rows import ExpertWork, RowPlan, plan_rows, take_weights
 from fairseq_moe.modules.routing.contract import RoutingDecision
 
 __all__ = ["Dispatched", "Dispatcher", "LocalDispatcher", "Planner", "SendPlan", "plan_kept"]
@@ -70,32 +70,29 @@ class SendPlan:
         return y_TD if self.num_slots is None else y_TD[:-1]
 
 
-Planner = Callable[[RoutingDecision, int], SendPlan]
+Planner = Callable[[RoutingDecision], SendPlan]
 
 
-def plan_kept(decision: RoutingDecision, num_experts: int) -> SendPlan:
+def plan_kept(decision: RoutingDecision) -> SendPlan:
     """Plan one row for each assignment that survived the capacity."""
-    counts_E = count_rows(decision, num_experts=num_experts)
-    return SendPlan(rows=plan_rows(decision, num_experts=num_experts), counts_E=counts_E)
+    return SendPlan(rows=plan_rows(decision), counts_E=decision.counts.kept_E)
 
 
 class LocalDispatcher:
     """Let the experts read the tokens themselves, and add their weighted results to them: one rank, no copy of a row.
 
     Args:
-        num_experts: E, all on this rank.
         plan: lists the rows.
     """
 
-    def __init__(self, *, num_experts: int, plan: Planner = plan_kept) -> None:
-        self.num_experts = num_experts
+    def __init__(self, *, plan: Planner = plan_kept) -> None:
         self.plan = plan
 
     def send(self, x_TD: Tensor, decision: RoutingDecision, weights_TK: Tensor) -> Dispatched:
         """See ``Dispatcher``; nothing waits for the device."""
-        plan = self.plan(decision, self.num_experts)
+        plan = self.plan(decision)
         work = ExpertWork(
-            counts_L=plan.counts_E if plan.num_slots is None else [plan.num_slots] * self.num_experts,
+            counts_L=plan.counts_E if plan.num_slots is None else [plan.num_slots] * decision.num_experts,
             plan=plan.rows,
             weights_R=take_weights(plan.with_filler(weights_TK), plan.rows),
             rows_per_expert=plan.num_slots,

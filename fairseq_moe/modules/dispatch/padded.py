@@ -6,34 +6,33 @@ splits and nothing waits for the device; elsewhere the ranks first tell each oth
 """
 
 import torch
-import torch.nn.functional as F
 
 from fairseq_moe.modules.dispatch.dispatcher import SendPlan, plan_kept
 from fairseq_moe.modules.dispatch.rows import RowPlan
-from fairseq_moe.modules.routing.contract import RoutingDecision, count_ids, queue_positions
+from fairseq_moe.modules.routing.contract import RoutingDecision, queue_positions
 
 __all__ = ["plan_padded"]
 
 
-def plan_padded(decision: RoutingDecision, num_experts: int) -> SendPlan:
+def plan_padded(decision: RoutingDecision) -> SendPlan:
     """Plan a fixed number of slots for each expert; without a capacity (generation) there is nothing to pad to."""
     if decision.capacity is None:
-        return plan_kept(decision, num_experts)
-    num_slots = decision.capacity if decision.num_places is None else decision.num_places
+        return plan_kept(decision)
+    num_slots = decision.capacity if decision.num_slots is None else decision.num_slots
     return SendPlan(
-        rows=_fill_slots(decision, num_experts=num_experts, num_slots=num_slots),
-        counts_E=torch.full((num_experts,), num_slots, device=decision.expert_ids_TK.device),
+        rows=_fill_slots(decision, num_slots=num_slots),
+        counts_E=torch.full_like(decision.counts.kept_E, num_slots),
         num_slots=num_slots,
-        is_same_everywhere=decision.num_places is not None,
+        is_same_everywhere=decision.num_slots is not None,
     )
 
 
-def _fill_slots(decision: RoutingDecision, *, num_experts: int, num_slots: int) -> RowPlan:
+def _fill_slots(decision: RoutingDecision, *, num_slots: int) -> RowPlan:
     """List the slots of all experts as rows of T + 1 tokens; an expert's kept tokens take its slots in their order."""
     num_tokens, top_k = decision.expert_ids_TK.shape
     ids_A1, kept_A1 = decision.expert_ids_TK.reshape(-1, 1), decision.kept_TK.reshape(-1, 1)
-    position_A1 = queue_positions(ids_A1, kept_A1, num_experts=num_experts)
-    num_rows = num_experts * num_slots
+    position_A1 = queue_positions(ids_A1, kept_A1, num_experts=decision.num_experts)
+    num_rows = decision.num_experts * num_slots
     # What was dropped goes to one more slot, which is cut off.
     slot_A = torch.where(kept_A1, ids_A1 * num_slots + position_A1, num_rows).view(-1)
     assignments_A = torch.arange(len(slot_A), device=slot_A.device)
@@ -41,10 +40,11 @@ def _fill_slots(decision: RoutingDecision, *, num_experts: int, num_slots: int) 
     assignment_R = slot_A.new_full((num_rows + 1,), len(slot_A)).scatter_(0, slot_A, assignments_A)
     assignment_R = assignment_R[:num_rows]
     token_R = assignment_R // top_k
-    ends_T = count_ids(token_R, size=num_tokens + 1).cumsum(0)
+    sorted_tokens_R, by_token_R = torch.sort(token_R, stable=True)
+    tokens = torch.arange(num_tokens + 1, device=token_R.device)
     return RowPlan(
         assignment_R=assignment_R,
         token_R=token_R,
-        by_token_R=torch.argsort(token_R, stable=True),
-        starts_T=F.pad(ends_T[:-1], (1, 0)),
+        by_token_R=by_token_R,
+        starts_T=torch.searchsorted(sorted_tokens_R, tokens),
     )

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_moe.modules.routing.contract import RoutingDecision, count_choices
+from fairseq_moe.modules.routing.contract import RoutingDecision
 
 __all__ = [
     "ExpertWork",
     "RowPlan",
     "combine_rows",
-    "count_rows",
     "plan_order",
     "plan_rows",
     "take_rows",
@@ -100,25 +99,16 @@ class ExpertWork:
         return replace(self, counts_L=counts_L, plan=plan and plan.first(num_rows), weights_R=weights_R)
 
 
-def count_rows(decision: RoutingDecision, *, num_experts: int) -> Tensor:
-    """Kept assignments of each expert: int64 (E,)."""
-    return count_choices(decision.expert_ids_TK, decision.kept_TK, num_experts=num_experts)
-
-
-def plan_rows(decision: RoutingDecision, *, num_experts: int) -> RowPlan:
+def plan_rows(decision: RoutingDecision) -> RowPlan:
     """List the kept assignments expert by expert, and behind them those that were dropped.
 
     So the plan's length is that of all assignments and nothing waits for the device. How many rows there are, its
     counts say; ``RowPlan.first`` cuts off the rest.
-
-    Args:
-        decision: who goes where.
-        num_experts: E.
     """
     top_k = decision.expert_ids_TK.shape[1]
     kept_A = decision.kept_TK.reshape(-1)
     # An id above all experts sorts dropped assignments to the end; a stable sort keeps an expert's tokens in order.
-    ids = decision.expert_ids_TK.masked_fill(~decision.kept_TK, num_experts)
+    ids = decision.expert_ids_TK.masked_fill(~decision.kept_TK, decision.num_experts)
     assignment_A = torch.argsort(ids.reshape(-1), stable=True)
     # ``by_token`` lists the same rows in (token, choice) order, so a kept assignment stands in it behind the kept ones
     # before it, and a dropped one behind all kept ones and the dropped ones before it.

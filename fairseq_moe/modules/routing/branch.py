@@ -98,8 +98,8 @@ def decide_top1(
         padding_T: bool, True where a token is padding and takes no place.
     """
     ids_TK = gates_TE.argmax(dim=-1, keepdim=True)
-    wanted_TK = torch.ones_like(ids_TK, dtype=torch.bool)
-    return _cut(ids_TK, wanted_TK, gates_TE, capacity, padding_T, prioritized=False)
+    requested_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+    return _cut(ids_TK, requested_TK, gates_TE, capacity, padding_T, prioritized=False)
 
 
 @torch.no_grad()
@@ -134,20 +134,20 @@ def decide_top2(
         scores_TE = scores_TE.scatter(-1, first_T1, float("-inf"))
     second_T1 = scores_TE.argmax(dim=-1, keepdim=True)
     ids_TK = torch.cat([first_T1, second_T1], dim=-1)
-    wanted_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+    requested_TK = torch.ones_like(ids_TK, dtype=torch.bool)
     if policy is SecondExpertPolicy.RANDOM:
         chosen_TK = gates_TE.gather(-1, ids_TK)
         if normalize_before_dropping:
             chosen_TK = _normalized(chosen_TK)
         threshold_T = torch.rand_like(chosen_TK[:, 1]) if training else torch.full_like(chosen_TK[:, 1], 0.5)
         twice_T = 2 * chosen_TK[:, 1]
-        wanted_TK[:, 1] = twice_T > threshold_T if training else twice_T >= threshold_T
-    return _cut(ids_TK, wanted_TK, gates_TE, capacity, padding_T, prioritized=prioritized)
+        requested_TK[:, 1] = twice_T > threshold_T if training else twice_T >= threshold_T
+    return _cut(ids_TK, requested_TK, gates_TE, capacity, padding_T, prioritized=prioritized)
 
 
 def _cut(
     ids_TK: Tensor,
-    wanted_TK: Tensor,
+    requested_TK: Tensor,
     gates_TE: Tensor,
     capacity: int | None,
     padding_T: Tensor | None,
@@ -155,14 +155,21 @@ def _cut(
     prioritized: bool,
 ) -> RoutingDecision:
     if padding_T is not None:
-        wanted_TK = wanted_TK & ~padding_T.unsqueeze(-1)
-    kept_TK = wanted_TK
+        requested_TK = requested_TK & ~padding_T.unsqueeze(-1)
+    kept_TK = requested_TK
     if capacity is not None:
         priority_T = gates_TE.amax(dim=-1) if prioritized else None
-        num_experts = gates_TE.shape[-1]
-        positions_TK = queue_positions(ids_TK, wanted_TK, num_experts=num_experts, priority_T=priority_T)
-        kept_TK = wanted_TK & (positions_TK < capacity)
-    return RoutingDecision(expert_ids_TK=ids_TK, wanted_TK=wanted_TK, kept_TK=kept_TK, capacity=capacity)
+        positions_TK = queue_positions(
+            ids_TK, requested_TK, num_experts=gates_TE.shape[-1], priority_T=priority_T
+        )
+        kept_TK = requested_TK & (positions_TK < capacity)
+    return RoutingDecision.counted(
+        expert_ids_TK=ids_TK,
+        requested_TK=requested_TK,
+        kept_TK=kept_TK,
+        num_experts=gates_TE.shape[-1],
+        capacity=capacity,
+    )
 
 
 def combine_weights(
@@ -237,7 +244,7 @@ class BranchRule:
             gates_TE=gates_TE,
             weights_TK=weights_TK.to(logits_TE.dtype),
             decision=decision,
-            losses={"balance": balance_loss(gates_TE, decision)},
+            losses={"balance": balance_loss(gates_TE, decision.counts.first_choices())},
         )
 
     def _draws_random_numbers(self, mode: RouterMode) -> bool:

@@ -36,7 +36,7 @@ def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: fl
 def keep_within_capacity(
     expert_ids_TK: Tensor,
     weights_TK: Tensor,
-    wanted_TK: Tensor,
+    requested_TK: Tensor,
     *,
     num_experts: int,
     capacity: int,
@@ -47,7 +47,7 @@ def keep_within_capacity(
     Args:
         expert_ids_TK: int64.
         weights_TK: float weights.
-        wanted_TK: bool.
+        requested_TK: bool.
         num_experts: E.
         capacity: places per expert.
         policy: who is first. Ties fall to the earlier token.
@@ -59,13 +59,13 @@ def keep_within_capacity(
     if policy is DropPolicy.PRIORITIZED:
         priority_T = weights_TK.amax(-1)
         positions_TK = queue_positions(
-            expert_ids_TK, wanted_TK, num_experts=num_experts, priority_T=priority_T
+            expert_ids_TK, requested_TK, num_experts=num_experts, priority_T=priority_T
         )
-        return wanted_TK & (positions_TK < capacity)
+        return requested_TK & (positions_TK < capacity)
     # One queue over all choices: each (token, choice) pair is a token with a single choice.
     ids_A1 = expert_ids_TK.reshape(-1, 1)
     priority_A = weights_TK.reshape(-1) if policy is DropPolicy.PROBS else None
     positions_A1 = queue_positions(
-        ids_A1, wanted_TK.reshape(-1, 1), num_experts=num_experts, priority_T=priority_A
+        ids_A1, requested_TK.reshape(-1, 1), num_experts=num_experts, priority_T=priority_A
     )
-    return wanted_TK & (positions_A1.view(num_tokens, top_k) < capacity)
+    return requested_TK & (positions_A1.view(num_tokens, top_k) < capacity)

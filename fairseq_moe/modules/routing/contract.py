@@ -14,12 +14,13 @@ from torch import Tensor
 
 __all__ = [
     "LOSSES",
+    "AssignmentCounts",
     "RouterMode",
     "RouterOutput",
     "RoutingDecision",
     "RoutingRule",
     "TokenInfo",
-    "count_choices",
+    "count_assignments",
     "count_ids",
     "queue_positions",
 ]
@@ -59,28 +60,87 @@ class TokenInfo:
     num_sequences: int = 1
 
 
+class AssignmentCounts(NamedTuple):
+    """Count the assignments of a micro-batch, in one histogram that losses, dispatch, statistics and bias share.
+
+    Counts of parts of a micro-batch may be added (``of`` the sum of their histograms) before anything is made of them.
+
+    Args:
+        histogram_33E: int64, by choice (first, second, all later ones), by fate (kept, dropped, not requested) and by
+            expert.
+        requested_E: int64, requested assignments of each expert.
+        kept_E: int64, those that were kept.
+    """
+
+    histogram_33E: Tensor
+    requested_E: Tensor
+    kept_E: Tensor
+
+    @classmethod
+    def of(cls, histogram_33E: Tensor) -> "AssignmentCounts":
+        """Sum a histogram up by expert."""
+        kept_E, dropped_E, _ = histogram_33E.sum(0)
+        return cls(histogram_33E, kept_E + dropped_E, kept_E)
+
+    def num_tokens(self) -> Tensor:
+        """Number of tokens, padding included, as every token has one first choice: int64 scalar."""
+        return self.histogram_33E[0].sum()
+
+    def first_choices(self) -> Tensor:
+        """Requested first choices of each expert: int64."""
+        return self.histogram_33E[0, :2].sum(0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoutingDecision:
-    """Where each token goes; no gradients.
+    """Where each token goes; no gradients. ``RoutingDecision.counted`` makes one.
 
     Args:
         expert_ids_TK: int64, chosen experts, first choice first.
-        wanted_TK: bool, assignments that ask for a place: not padding, not left out by the second-expert
+        requested_TK: bool, assignments that ask for a slot: not padding, not left out by the second-expert
             policy.
-        kept_TK: bool, wanted assignments that found a place within the capacity.
+        kept_TK: bool, requested assignments that found a slot within the capacity.
+        counts: of these assignments, on their device.
         capacity: rows that each expert takes from this rank; None: unlimited.
-        num_places: rows that each expert has room for where shapes are fixed, at least the capacity, the same on
+        num_slots: rows that each expert has room for where shapes are fixed, at least the capacity, the same on
             all ranks; None: as many as are kept.
         balance_counts_2E: int64, choices that a balance loss goes by where those differ from the ones above: of
             this micro-batch, and of all ranks and micro-batches of the update so far; None otherwise.
     """
 
     expert_ids_TK: Tensor
-    wanted_TK: Tensor
+    requested_TK: Tensor
     kept_TK: Tensor
+    counts: AssignmentCounts
     capacity: int | None
-    num_places: int | None = None
+    num_slots: int | None = None
     balance_counts_2E: Tensor | None = None
+
+    @classmethod
+    def counted(
+        cls,
+        *,
+        expert_ids_TK: Tensor,
+        requested_TK: Tensor,
+        kept_TK: Tensor,
+        num_experts: int,
+        capacity: int | None,
+        num_slots: int | None = None,
+    ) -> "RoutingDecision":
+        """Make a decision and count its assignments."""
+        return cls(
+            expert_ids_TK=expert_ids_TK,
+            requested_TK=requested_TK,
+            kept_TK=kept_TK,
+            counts=count_assignments(expert_ids_TK, requested_TK, kept_TK, num_experts=num_experts),
+            capacity=capacity,
+            num_slots=num_slots,
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.counts.kept_E)
 
 
 class RouterOutput(NamedTuple):
@@ -116,28 +176,40 @@ class RoutingRule(Protocol):
         ...
 
 
-def count_ids(ids: Tensor, *, size: int) -> Tensor:
-    """How often each of 0..size-1 occurs in the int64 vector ``ids``; larger ids raise.
+def count_ids(ids: Tensor, *, size: int, counted: Tensor | None = None) -> Tensor:
+    """Count how often each of 0..size-1 occurs in the int64 vector ``ids``; larger ids raise.
 
     ``torch.bincount`` would do, but it waits for the device to learn the largest id.
-    """
-    return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))
-
-
-def count_choices(expert_ids: Tensor, counted: Tensor, *, num_experts: int) -> Tensor:
-    """How often each expert is chosen: int64 (E,).
 
     Args:
-        expert_ids: int64, of any shape; any value where not counted.
-        counted: bool, broadcastable to that shape.
+        ids: int64.
+        size: number of counts.
+        counted: bool of the same shape, the ids that count; None: all.
+    """
+    ones = torch.ones_like(ids) if counted is None else counted.to(ids.dtype)
+    return ids.new_zeros(size).scatter_add_(0, ids, ones)
+
+
+def count_assignments(
+    expert_ids_TK: Tensor, requested_TK: Tensor, kept_TK: Tensor, *, num_experts: int
+) -> AssignmentCounts:
+    """Count assignments by choice, fate and expert.
+
+    Args:
+        expert_ids_TK: int64, those that are not requested included.
+        requested_TK: bool.
+        kept_TK: bool, some of the requested ones.
         num_experts: E.
     """
-    ids = expert_ids.masked_fill(~counted, num_experts)
-    return count_ids(ids.reshape(-1), size=num_experts + 1)[:num_experts]
+    fate_TK = 2 - requested_TK.long() - kept_TK.long()
+    choice_K = torch.arange(expert_ids_TK.shape[1], device=expert_ids_TK.device).clamp(max=2)
+    bins_TK = (3 * choice_K + fate_TK) * num_experts + expert_ids_TK
+    counts = count_ids(bins_TK.reshape(-1), size=9 * num_experts)
+    return AssignmentCounts.of(counts.view(3, 3, num_experts))
 
 
 def queue_positions(
-    expert_ids_TK: Tensor, wanted_TK: Tensor, *, num_experts: int, priority_T: Tensor | None = None
+    expert_ids_TK: Tensor, requested_TK: Tensor, *, num_experts: int, priority_T: Tensor | None = None
 ) -> Tensor:
     """Place of each assignment in its expert's queue, counted from 0.
 
@@ -146,7 +218,7 @@ def queue_positions(
 
     Args:
         expert_ids_TK: int64.
-        wanted_TK: bool; assignments that are not wanted take no place.
+        requested_TK: bool; assignments that are not wanted take no place.
         num_experts: E.
         priority_T: float, larger goes first.
 
@@ -154,16 +226,16 @@ def queue_positions(
         int64 (T, K); meaningless where not wanted.
     """
     num_tokens, top_k = expert_ids_TK.shape
-    ids_TK = expert_ids_TK.masked_fill(~wanted_TK, num_experts)
+    ids_TK = expert_ids_TK.masked_fill(~requested_TK, num_experts)
     order_T = None
     if priority_T is not None:
         order_T = torch.argsort(priority_T, descending=True, stable=True)
         ids_TK = ids_TK[order_T]
     ids_KT = ids_TK.t().reshape(-1)
     sorted_ids, by_expert = torch.sort(ids_KT, stable=True)
-    counts = count_ids(ids_KT, size=num_experts + 1)
-    starts = torch.cumsum(counts, 0) - counts
-    places = torch.arange(ids_KT.numel(), device=ids_KT.device) - starts[sorted_ids]
+    # A queue starts where its expert's id stands first in the sorted list; ids of what is not requested come last.
+    starts_E = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, device=ids_KT.device))
+    places = torch.arange(ids_KT.numel(), device=ids_KT.device) - starts_E[sorted_ids]
     positions_KT = torch.empty_like(ids_KT).scatter_(0, by_expert, places)
     positions_TK = positions_KT.view(top_k, num_tokens).t()
     if order_T is not None:

@@ -8,12 +8,13 @@ e), which is 1 when every expert is chosen equally often, whatever the scores (S
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules.routing.contract import RoutingDecision, count_choices, count_ids
+from fairseq_moe.modules.routing.contract import count_ids
+from fairseq_moe.modules.routing.scores import token_choice
 
 __all__ = ["balance_loss", "choice_counts", "load_balancing_loss", "sequence_balancing_loss", "z_loss"]
 
 
-def balance_loss(gates_TE: Tensor, decision: RoutingDecision) -> Tensor:
+def balance_loss(gates_TE: Tensor, first_choices_E: Tensor) -> Tensor:
     """The load-balancing loss of GShard (Lepikhin et al. 2020, equation 4) times E.
 
     E * sum_e( mean_t gates[t, e] * share of tokens whose first choice is e ), counted before the capacity
@@ -23,16 +24,15 @@ def balance_loss(gates_TE: Tensor, decision: RoutingDecision) -> Tensor:
 
     Args:
         gates_TE: float gate probabilities.
-        decision: a decision about the same tokens.
+        first_choices_E: int64, requested first choices of each expert, of the same tokens.
 
     Returns:
         float32 (or float64) scalar; 0 without tokens.
     """
     num_tokens, num_experts = gates_TE.shape
     gates_TE = _at_least_fp32(gates_TE)
-    counts_E = count_choices(decision.expert_ids_TK[:, 0], decision.wanted_TK[:, 0], num_experts=num_experts)
     denominator = max(num_tokens, 1)
-    share_E = counts_E.to(gates_TE.dtype) / denominator
+    share_E = first_choices_E.to(gates_TE.dtype) / denominator
     mean_E = gates_TE.sum(dim=0) / denominator
     return num_experts * (mean_E * share_E).sum()
 
@@ -40,11 +40,9 @@ def balance_loss(gates_TE: Tensor, decision: RoutingDecision) -> Tensor:
 @torch.no_grad()
 def choice_counts(scores_TE: Tensor, *, top_k: int, padding_T: Tensor | None = None) -> Tensor:
     """How often an expert is among the K best by plain scores, without bias, groups or drops: int64 (E,)."""
-    num_experts = scores_TE.shape[-1]
-    ids_TK = scores_TE.topk(top_k, dim=-1).indices
-    if padding_T is None:
-        return count_ids(ids_TK.reshape(-1), size=num_experts)
-    return count_choices(ids_TK, ~padding_T.unsqueeze(-1), num_experts=num_experts)
+    ids_TK = token_choice(scores_TE, top_k)
+    counted = None if padding_T is None else ~padding_T.repeat_interleave(top_k)
+    return count_ids(ids_TK.reshape(-1), size=scores_TE.shape[-1], counted=counted)
 
 
 def load_balancing_loss(
@@ -70,14 +68,14 @@ def load_balancing_loss(
 
 
 def sequence_balancing_loss(
-    scores_TE: Tensor, *, num_sequences: int, top_k: int, padding_T: Tensor | None = None
+    scores_TE: Tensor, expert_ids_TK: Tensor, *, num_sequences: int, padding_T: Tensor | None = None
 ) -> Tensor:
     """The loss of each sequence (DeepSeek-V2, arXiv 2405.04434, equation 23), averaged by valid tokens.
 
     Args:
         scores_TE: float, normalised over the experts; tokens batch-major.
+        expert_ids_TK: int64, each token's K best experts by these scores.
         num_sequences: B, sequences of equal length.
-        top_k: K.
         padding_T: bool, True where a token is padding.
 
     Returns:
@@ -88,8 +86,9 @@ def sequence_balancing_loss(
     valid_BS = torch.ones_like(scores_BSE[..., 0])
     if padding_T is not None:
         valid_BS = valid_BS * ~padding_T.view(num_sequences, -1)
+    top_k = expert_ids_TK.shape[-1]
+    ids_BSK = expert_ids_TK.reshape(num_sequences, -1, top_k)
     with torch.no_grad():
-        ids_BSK = scores_BSE.topk(top_k, dim=-1).indices
         chosen_BSE = torch.zeros_like(scores_BSE).scatter(-1, ids_BSK, 1.0) * valid_BS.unsqueeze(-1)
     tokens_B = valid_BS.sum(-1)
     share_BE = chosen_BSE.sum(1) / (top_k * tokens_B.unsqueeze(-1)).clamp(min=1)

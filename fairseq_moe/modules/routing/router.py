@@ -21,7 +21,6 @@ from fairseq_moe.modules.routing.contract import (
     RoutingDecision,
     RoutingRule,
     TokenInfo,
-    count_choices,
 )
 from fairseq_moe.modules.routing.scores import choice_scores
 from fairseq_moe.modules.routing.topk import TopKConfig, TopKRule
@@ -132,14 +131,14 @@ class Router(nn.Module):
     def _observe(self, logits_TE: Tensor, decision: RoutingDecision, tokens: TokenInfo) -> None:
         """Note what the next bias needs to know of this pass."""
         if self.scorer.bias_rule is BiasRule.SIGN:
-            self.local_counts_E += self._wanted_counts(decision)
+            self.local_counts_E += decision.counts.requested_E
             return
         assert isinstance(self.config, TopKConfig) and self.expert_bias is not None
         scores_TE = choice_scores(logits_TE.float(), self.config.score)
         found_E = quantile_thresholds(
             scores_TE, self.expert_bias, top_k=self.config.top_k, padding_T=tokens.padding_T
         )
-        has_tokens = decision.wanted_TK.any().to(found_E.dtype)
+        has_tokens = decision.requested_TK.any().to(found_E.dtype)
         self.thresholds += torch.cat([found_E, has_tokens.view(1)])
 
     def begin_update(self) -> None:
@@ -212,6 +211,3 @@ class Router(nn.Module):
     def _count_globally(self, counts_E: Tensor) -> Tensor:
         self.global_counts_E += self.sum_over_ranks(counts_E.clone())
         return self.global_counts_E.clone()
-
-    def _wanted_counts(self, decision: RoutingDecision) -> Tensor:
-        return count_choices(decision.expert_ids_TK, decision.wanted_TK, num_experts=self.num_experts)

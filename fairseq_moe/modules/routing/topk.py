@@ -5,7 +5,7 @@ groups and drops. Deliberate differences are listed in ``docs/routing.md``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import torch
@@ -16,6 +16,7 @@ from fairseq_moe.modules.routing import losses
 from fairseq_moe.modules.routing.capacity import DropPolicy, expert_capacity, keep_within_capacity
 from fairseq_moe.modules.routing.contract import RouterMode, RouterOutput, RoutingDecision, TokenInfo
 from fairseq_moe.modules.routing.scores import (
+    ScoreFunction,
     ScoreRule,
     choice_scores,
     normalized_scores,
@@ -131,27 +132,28 @@ class TopKRule:
 
     @torch.no_grad()
     def _decide(self, logits_TE: Tensor, gates_TE: Tensor, tokens: TokenInfo) -> RoutingDecision:
-        ids_TK, wanted_TK = self._choose(logits_TE, tokens)
+        ids_TK, requested_TK = self._choose(logits_TE, tokens)
         num_tokens, num_experts = logits_TE.shape
         capacity = self.capacity(num_tokens, num_experts, tokens.mode)
-        kept_TK = wanted_TK
+        kept_TK = requested_TK
         if capacity is not None:
             kept_TK = keep_within_capacity(
                 ids_TK,
                 self._weights(logits_TE, ids_TK),
-                wanted_TK,
+                requested_TK,
                 num_experts=num_experts,
                 capacity=capacity,
                 policy=self.config.capacity.policy,
             )
-        return RoutingDecision(
+        decision = RoutingDecision.counted(
             expert_ids_TK=ids_TK,
-            wanted_TK=wanted_TK,
+            requested_TK=requested_TK,
             kept_TK=kept_TK,
+            num_experts=num_experts,
             capacity=capacity,
-            num_places=self._num_places(num_tokens, num_experts, capacity, tokens.mode),
-            balance_counts_2E=self._balance_counts(gates_TE, tokens),
+            num_slots=self._num_slots(num_tokens, num_experts, capacity, tokens.mode),
         )
+        return replace(decision, balance_counts_2E=self._balance_counts(gates_TE, decision, tokens))
 
     # --- choice ---
 
@@ -167,10 +169,10 @@ class TopKRule:
             ids_TK = _fixed_choice(choice, tokens, num_tokens, num_experts, top_k, logits_TE.device)
         else:
             ids_TK = token_choice(choice_scores(logits_TE, self.config.score, bias_E=self.bias_E), top_k)
-        wanted_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+        requested_TK = torch.ones_like(ids_TK, dtype=torch.bool)
         if tokens.padding_T is not None:
-            wanted_TK = wanted_TK & ~tokens.padding_T.unsqueeze(-1)
-        return ids_TK, wanted_TK
+            requested_TK = requested_TK & ~tokens.padding_T.unsqueeze(-1)
+        return ids_TK, requested_TK
 
     def _experts_choose(self, logits_TE: Tensor, tokens: TokenInfo) -> tuple[Tensor, Tensor]:
         """Every token lists every expert, its favourite first; wanted are those that chose it."""
@@ -222,7 +224,7 @@ class TopKRule:
     def _expert_places(self, num_tokens: int, num_experts: int) -> int:
         return self._capacity(num_tokens, num_experts, factor=self._expert_factor)
 
-    def _num_places(
+    def _num_slots(
         self, num_tokens: int, num_experts: int, capacity: int | None, mode: RouterMode
     ) -> int | None:
         max_tokens = self.config.capacity.max_tokens
@@ -246,11 +248,27 @@ class TopKRule:
 
     # --- losses ---
 
-    def _balance_counts(self, gates_TE: Tensor, tokens: TokenInfo) -> Tensor | None:
+    @property
+    def _chooses_plainly(self) -> bool:
+        """Whether experts are chosen by the scores that the balance losses go by, so that one choice does for both."""
+        score = self.config.score
+        return (
+            self.config.choice in (Choice.TOKEN, Choice.RANDOM)
+            and score.function is ScoreFunction.SOFTMAX
+            and score.num_groups is None
+            and self.bias_E is None
+        )
+
+    def _balance_counts(
+        self, gates_TE: Tensor, decision: RoutingDecision, tokens: TokenInfo
+    ) -> Tensor | None:
         wanted = self.config.aux_losses
         if not wanted & {"aux", "global_aux"}:
             return None
-        counts_E = losses.choice_counts(gates_TE, top_k=self.config.top_k, padding_T=tokens.padding_T)
+        if self._chooses_plainly:
+            counts_E = decision.counts.requested_E
+        else:
+            counts_E = losses.choice_counts(gates_TE, top_k=self.config.top_k, padding_T=tokens.padding_T)
         if "global_aux" not in wanted or self.global_counts is None or tokens.mode is not RouterMode.TRAIN:
             return counts_E.expand(2, -1)
         return torch.stack([counts_E, self.global_counts(counts_E)])
@@ -265,8 +283,11 @@ class TopKRule:
                 if name in wanted:
                     found[name] = losses.load_balancing_loss(gates_TE, counts_E, padding_T=padding_T)
         if "seq_aux" in wanted:
+            ids_TK = decision.expert_ids_TK
+            if not self._chooses_plainly:
+                ids_TK = token_choice(gates_TE.detach(), self.config.top_k)
             found["seq_aux"] = losses.sequence_balancing_loss(
-                gates_TE, num_sequences=tokens.num_sequences, top_k=self.config.top_k, padding_T=padding_T
+                gates_TE, ids_TK, num_sequences=tokens.num_sequences, padding_T=padding_T
             )
         if "z" in wanted:
             found["z"] = losses.z_loss(logits_TE, padding_T=padding_T)

@@ -23,9 +23,9 @@ def layer(kind: str, factor: float | None, max_tokens: int | None = None) -> MoE
         aux_losses=frozenset({"aux", "z"}),
     )
     dispatcher = {
-        "alltoall": LocalDispatcher(num_experts=E),
-        "padded": LocalDispatcher(num_experts=E, plan=plan_padded),
-        "allgather": AllGatherDispatcher(LocalExchange(), num_experts=E, first_expert_id=0),
+        "alltoall": LocalDispatcher(),
+        "padded": LocalDispatcher(plan=plan_padded),
+        "allgather": AllGatherDispatcher(LocalExchange(), first_expert_id=0),
     }[kind]
     experts = Experts(
         num_local_experts=E,
@@ -94,7 +94,7 @@ def test_nothing_of_every_token_at_every_expert_is_kept() -> None:
         experts=Experts(
             num_local_experts=num_experts, first_expert_id=0, model_dim=dim, hidden_dim=16, activation=F.gelu
         ),
-        dispatcher=LocalDispatcher(num_experts=num_experts, plan=plan_padded),
+        dispatcher=LocalDispatcher(plan=plan_padded),
     )
     largest = 0
 

@@ -90,7 +90,7 @@ def layer_of(exchange: SlowExchange | TimedExchange, **options: object) -> MoELa
     return MoELayer(
         router=Router(model_dim=8, num_experts=4, config=TopKConfig(score=ScoreRule(top_k=2))),
         experts=Experts(num_local_experts=2, first_expert_id=0, model_dim=8, hidden_dim=8, activation=F.relu),
-        dispatcher=AllToAllDispatcher(exchange, num_experts=4),
+        dispatcher=AllToAllDispatcher(exchange),
         **options,  # type: ignore[arg-type]
     )
 

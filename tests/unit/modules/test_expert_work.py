@@ -12,7 +12,6 @@ from fairseq_moe.modules import Experts, LocalDispatcher, MoELayer, Router, Rout
 from fairseq_moe.modules.dispatch.rows import (
     ExpertWork,
     RowPlan,
-    count_rows,
     plan_order,
     plan_rows,
     take_weights,
@@ -26,9 +25,11 @@ T, D, H, E = 7, 8, 16, 4
 # Expert 3 is nobody's choice, token 4 lost one of its two experts and token 5 both.
 IDS = torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [1, 0], [2, 1], [2, 0]])
 KEPT = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 1], [1, 0], [0, 0], [1, 1]], dtype=torch.bool)
-DECISION = RoutingDecision(expert_ids_TK=IDS, wanted_TK=torch.ones_like(KEPT), kept_TK=KEPT, capacity=None)
-COUNTS = count_rows(DECISION, num_experts=E).tolist()
-PLAN = plan_rows(DECISION, num_experts=E).first(sum(COUNTS))
+DECISION = RoutingDecision.counted(
+    expert_ids_TK=IDS, requested_TK=torch.ones_like(KEPT), kept_TK=KEPT, num_experts=E, capacity=None
+)
+COUNTS = DECISION.counts.kept_E.tolist()
+PLAN = plan_rows(DECISION).first(sum(COUNTS))
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swiglu": swiglu}
 KERNELS = list(Kernel)
 
@@ -194,7 +195,7 @@ def layer_of(activation: Callable[[Tensor], Tensor]) -> MoELayer:
         experts=Experts(
             num_local_experts=E, first_expert_id=0, model_dim=64, hidden_dim=256, activation=activation
         ),
-        dispatcher=LocalDispatcher(num_experts=E),
+        dispatcher=LocalDispatcher(),
     )
 
 

@@ -29,7 +29,7 @@ def make_layer(**config: object) -> MoELayer:
     return MoELayer(
         router=Router(model_dim=D, num_experts=E, config=BranchConfig(**options)),  # type: ignore[arg-type]
         experts=Experts(num_local_experts=E, first_expert_id=0, model_dim=D, hidden_dim=8, activation=F.relu),
-        dispatcher=LocalDispatcher(num_experts=E),
+        dispatcher=LocalDispatcher(),
     )
 
 
@@ -180,7 +180,7 @@ def test_no_tensor_of_tokens_times_experts_times_capacity() -> None:
         experts=Experts(
             num_local_experts=num_experts, first_expert_id=0, model_dim=D, hidden_dim=8, activation=F.relu
         ),
-        dispatcher=LocalDispatcher(num_experts=num_experts),
+        dispatcher=LocalDispatcher(),
     )
     with Watch():
         y, aux = layer(torch.randn(num_tokens, D), tokens=TokenInfo(mode=RouterMode.TRAIN))

@@ -45,7 +45,7 @@ def make_layer(flags: dict[str, Any] = FLAGS, *, dropout: float = 0.3, hidden: i
         router=Router(model_dim=D, num_experts=E, config=moe.router_config(), scorer=moe.scorer_config()),
         experts=Experts(num_local_experts=E, first_expert_id=0, model_dim=D, hidden_dim=hidden, **networks),
         shared_experts=SharedExperts(model_dim=D, hidden_dim=hidden, gated=True, **networks),
-        dispatcher=LocalDispatcher(num_experts=E),
+        dispatcher=LocalDispatcher(),
     )
 
 

@@ -79,7 +79,7 @@ def test_jitter_leaves_the_experts_input_alone() -> None:
     layer = MoELayer(
         router=make_router(jitter_eps=0.5),
         experts=experts,
-        dispatcher=LocalDispatcher(num_experts=E),
+        dispatcher=LocalDispatcher(),
     )
     layer(tokens(), tokens=TRAIN)
     rows = {tuple(row) for row in seen[0].tolist()}
@@ -232,7 +232,7 @@ def test_a_recomputed_pass_is_not_counted_again() -> None:
     layer = MoELayer(
         router=router,
         experts=Experts(num_local_experts=E, first_expert_id=0, model_dim=8, hidden_dim=8, activation=F.relu),
-        dispatcher=LocalDispatcher(num_experts=E),
+        dispatcher=LocalDispatcher(),
     )
     memo = RoutingMemo()
     first, first_aux = layer(x, tokens=TRAIN, memo=memo)

@@ -45,7 +45,7 @@ def test_added_to_the_experts_for_every_token(gated: bool) -> None:
             experts=Experts(
                 num_local_experts=E, first_expert_id=0, model_dim=D, hidden_dim=8, activation=F.relu
             ),
-            dispatcher=LocalDispatcher(num_experts=E),
+            dispatcher=LocalDispatcher(),
             shared_experts=shared,
         )
 

@@ -146,7 +146,7 @@ def test_capacity(policy: DropPolicy, factor: float, minimum: int, capacity: int
         slow.routes(values, top_k=top_k), capacity=found.decision.capacity, policy=policy.value
     )
     assert_same(kept(found), expected)
-    assert found.decision.wanted_TK.all()
+    assert found.decision.requested_TK.all()
     assert (found.weights_TK[~found.decision.kept_TK] == 0).all()
 
 
@@ -180,8 +180,7 @@ def test_evaluation_has_the_limit_and_generation_has_none() -> None:
 
 def test_places_of_padded_experts_do_not_depend_on_the_batch() -> None:
     places = [
-        route(logits(num_tokens=tokens), factor=1.0, max_tokens=T).decision.num_places
-        for tokens in (5, 17, T)
+        route(logits(num_tokens=tokens), factor=1.0, max_tokens=T).decision.num_slots for tokens in (5, 17, T)
     ]
     assert places == [6, 6, 6]
     with pytest.raises(
@@ -189,7 +188,7 @@ def test_places_of_padded_experts_do_not_depend_on_the_batch() -> None:
     ):
         route(logits(num_tokens=T + 1), factor=1.0, max_tokens=T)
     assert (
-        route(logits(num_tokens=T + 1), RouterMode.EVAL, factor=1.0, max_tokens=T).decision.num_places is None
+        route(logits(num_tokens=T + 1), RouterMode.EVAL, factor=1.0, max_tokens=T).decision.num_slots is None
     )
 
 
@@ -344,7 +343,7 @@ def test_padding_changes_nothing(name: str) -> None:
     )
     rows = kept(found)
     assert_same([row for row, is_padding in zip(rows, padding, strict=True) if not is_padding], kept(plain))
-    assert not found.decision.wanted_TK[padding].any()
+    assert not found.decision.requested_TK[padding].any()
     assert not found.weights_TK[padding].any()
     for loss in LOSSES:
         torch.testing.assert_close(found.losses[loss], plain.losses[loss], msg=loss)
