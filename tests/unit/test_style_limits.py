@@ -48,7 +48,6 @@ UNCLEAR_YET = {
     "checkpoint",
     "checkpoint_tools",
     "convert",
-    "distributed",
     "flags",
     "models",
     "modules/dispatch",
