@@ -158,6 +158,7 @@ def build_moe_layer(
         num_experts=moe.num_experts,
         config=moe.router_config(),
         scorer=moe.scorer_config(),
+        bias=moe.bias_config(),
         sum_over_ranks=None if mesh.sparse is None else all_reduce_sum,
     )
     local_ids = mesh.layout.local_ids(mesh.rank)

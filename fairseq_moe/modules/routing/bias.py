@@ -4,12 +4,13 @@
 puts it where the load of this micro-batch would be equal (Megatron-Core's quantile balancing).
 """
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-__all__ = ["BiasRule", "quantile_thresholds", "sign_step"]
+__all__ = ["BiasConfig", "BiasRule", "quantile_thresholds", "sign_step"]
 
 
 class BiasRule(StrEnum):
@@ -17,6 +18,19 @@ class BiasRule(StrEnum):
 
     SIGN = "sign"
     QUANTILE = "quantile"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasConfig:
+    """How a router balances by its expert bias.
+
+    Args:
+        rule: how the bias follows the load.
+        update_rate: step of the ``sign`` rule.
+    """
+
+    rule: BiasRule
+    update_rate: float = 1e-3
 
 
 def sign_step(counts_E: Tensor, *, rate: float) -> Tensor:

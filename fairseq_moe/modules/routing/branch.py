@@ -230,8 +230,17 @@ class BranchRule:
     def __init__(self, config: BranchConfig) -> None:
         self.config = config
 
-    def route(self, logits_TE: Tensor, tokens: TokenInfo, decision: RoutingDecision | None) -> RouterOutput:
-        """See ``RoutingRule``."""
+    def route(
+        self,
+        logits_TE: Tensor,
+        tokens: TokenInfo,
+        decision: RoutingDecision | None = None,
+        *,
+        bias_E: Tensor | None = None,
+    ) -> RouterOutput:
+        """See ``RoutingRule``; these gates know no expert bias."""
+        if bias_E is not None:
+            raise ValueError("the gates of the moe branch have no expert bias; use the top-k rule")
         gates_TE = gate_probabilities(logits_TE, use_fp32=self.config.gating_use_fp32)
         if decision is None or self._draws_random_numbers(tokens.mode):
             # A recomputed pass draws as well: the dropout that follows must see the same random numbers.
@@ -246,6 +255,9 @@ class BranchRule:
             decision=decision,
             losses={"balance": balance_loss(gates_TE, decision.counts.first_choices())},
         )
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """See ``RoutingRule``; nothing is scheduled."""
 
     def _draws_random_numbers(self, mode: RouterMode) -> bool:
         draws = self.config.second_expert_policy is not SecondExpertPolicy.ALL

@@ -163,16 +163,28 @@ class RouterOutput(NamedTuple):
 
 
 class RoutingRule(Protocol):
-    """From logits to a decision, weights and losses."""
+    """Route by logits: make a decision, weights and losses."""
 
-    def route(self, logits_TE: Tensor, tokens: TokenInfo, decision: RoutingDecision | None) -> RouterOutput:
+    def route(
+        self,
+        logits_TE: Tensor,
+        tokens: TokenInfo,
+        decision: RoutingDecision | None = None,
+        *,
+        bias_E: Tensor | None = None,
+    ) -> RouterOutput:
         """Route tokens.
 
         Args:
             logits_TE: float router logits.
             tokens: about the tokens.
             decision: reuse this decision (a recomputed forward pass) instead of taking one.
+            bias_E: float32, moves choices and never weights.
         """
+        ...
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Note how many updates are done, for what is scheduled by them."""
         ...
 
 

@@ -96,7 +96,6 @@ class TopKRule:
 
     Args:
         config: the rule.
-        bias_E: float32, moves choices and never weights; its owner sets the attribute before each pass.
         global_counts: choices of this micro-batch -> choices of all ranks in this update so far.
     """
 
@@ -104,15 +103,24 @@ class TopKRule:
         self,
         config: TopKConfig,
         *,
-        bias_E: Tensor | None = None,
         global_counts: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.config = config
-        self.bias_E = bias_E
         self.global_counts = global_counts
         self.num_updates = 0
 
-    def route(self, logits_TE: Tensor, tokens: TokenInfo, decision: RoutingDecision | None) -> RouterOutput:
+    def set_num_updates(self, num_updates: int) -> None:
+        """See ``RoutingRule``: the capacity may hold for the first updates only."""
+        self.num_updates = num_updates
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        tokens: TokenInfo,
+        decision: RoutingDecision | None = None,
+        *,
+        bias_E: Tensor | None = None,
+    ) -> RouterOutput:
         """See ``RoutingRule``."""
         dtype = logits_TE.dtype
         router_logits_TE = logits_TE
@@ -121,18 +129,22 @@ class TopKRule:
         compute_TE = logits_TE.to(torch.promote_types(dtype, torch.float32))
         gates_TE = normalized_scores(compute_TE, self.config.score.function)
         if decision is None:
-            decision = self._decide(compute_TE, gates_TE.detach(), tokens)
+            decision = self._decide(compute_TE, gates_TE.detach(), tokens, bias_E)
         weights_TK = self._weights(compute_TE, decision.expert_ids_TK) * decision.kept_TK
         return RouterOutput(
             gates_TE=gates_TE,
             weights_TK=weights_TK.to(dtype),
             decision=decision,
-            losses=self._losses(router_logits_TE, gates_TE, tokens, decision),
+            losses=self._losses(
+                router_logits_TE, gates_TE, tokens, decision, is_plain=self._chooses_plainly(bias_E)
+            ),
         )
 
     @torch.no_grad()
-    def _decide(self, logits_TE: Tensor, gates_TE: Tensor, tokens: TokenInfo) -> RoutingDecision:
-        ids_TK, requested_TK = self._choose(logits_TE, tokens)
+    def _decide(
+        self, logits_TE: Tensor, gates_TE: Tensor, tokens: TokenInfo, bias_E: Tensor | None
+    ) -> RoutingDecision:
+        ids_TK, requested_TK = self._choose(logits_TE, tokens, bias_E)
         num_tokens, num_experts = logits_TE.shape
         capacity = self.capacity(num_tokens, num_experts, tokens.mode)
         kept_TK = requested_TK
@@ -153,11 +165,13 @@ class TopKRule:
             capacity=capacity,
             num_slots=self._num_slots(num_tokens, num_experts, capacity, tokens.mode),
         )
-        return replace(decision, balance_counts_2E=self._balance_counts(gates_TE, decision, tokens))
+        is_plain = self._chooses_plainly(bias_E)
+        balance_counts_2E = self._balance_counts(gates_TE, decision, tokens, is_plain=is_plain)
+        return replace(decision, balance_counts_2E=balance_counts_2E)
 
     # --- choice ---
 
-    def _choose(self, logits_TE: Tensor, tokens: TokenInfo) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits_TE: Tensor, tokens: TokenInfo, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         """Experts of each token, int64 (T, K), and which of them are wanted, bool (T, K)."""
         choice, top_k = self.config.choice, self.config.top_k
         num_tokens, num_experts = logits_TE.shape
@@ -168,7 +182,7 @@ class TopKRule:
         elif choice in (Choice.HASH, Choice.ROUND_ROBIN):
             ids_TK = _fixed_choice(choice, tokens, num_tokens, num_experts, top_k, logits_TE.device)
         else:
-            ids_TK = token_choice(choice_scores(logits_TE, self.config.score, bias_E=self.bias_E), top_k)
+            ids_TK = token_choice(choice_scores(logits_TE, self.config.score, bias_E=bias_E), top_k)
         requested_TK = torch.ones_like(ids_TK, dtype=torch.bool)
         if tokens.padding_T is not None:
             requested_TK = requested_TK & ~tokens.padding_T.unsqueeze(-1)
@@ -248,24 +262,23 @@ class TopKRule:
 
     # --- losses ---
 
-    @property
-    def _chooses_plainly(self) -> bool:
+    def _chooses_plainly(self, bias_E: Tensor | None) -> bool:
         """Whether experts are chosen by the scores that the balance losses go by, so that one choice does for both."""
         score = self.config.score
         return (
             self.config.choice in (Choice.TOKEN, Choice.RANDOM)
             and score.function is ScoreFunction.SOFTMAX
             and score.num_groups is None
-            and self.bias_E is None
+            and bias_E is None
         )
 
     def _balance_counts(
-        self, gates_TE: Tensor, decision: RoutingDecision, tokens: TokenInfo
+        self, gates_TE: Tensor, decision: RoutingDecision, tokens: TokenInfo, *, is_plain: bool
     ) -> Tensor | None:
         wanted = self.config.aux_losses
         if not wanted & {"aux", "global_aux"}:
             return None
-        if self._chooses_plainly:
+        if is_plain:
             counts_E = decision.counts.requested_E
         else:
             counts_E = losses.choice_counts(gates_TE, top_k=self.config.top_k, padding_T=tokens.padding_T)
@@ -274,7 +287,13 @@ class TopKRule:
         return torch.stack([counts_E, self.global_counts(counts_E)])
 
     def _losses(
-        self, logits_TE: Tensor, gates_TE: Tensor, tokens: TokenInfo, decision: RoutingDecision
+        self,
+        logits_TE: Tensor,
+        gates_TE: Tensor,
+        tokens: TokenInfo,
+        decision: RoutingDecision,
+        *,
+        is_plain: bool,
     ) -> dict[str, Tensor]:
         wanted, padding_T = self.config.aux_losses, tokens.padding_T
         found = {}
@@ -284,7 +303,7 @@ class TopKRule:
                     found[name] = losses.load_balancing_loss(gates_TE, counts_E, padding_T=padding_T)
         if "seq_aux" in wanted:
             ids_TK = decision.expert_ids_TK
-            if not self._chooses_plainly:
+            if not is_plain:
                 ids_TK = token_choice(gates_TE.detach(), self.config.top_k)
             found["seq_aux"] = losses.sequence_balancing_loss(
                 gates_TE, ids_TK, num_sequences=tokens.num_sequences, padding_T=padding_T

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.modules.routing import branch, contract
+from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy
 from fairseq_moe.modules.routing.contract import TokenInfo
 from fairseq_moe.modules.routing.router import BranchConfig, Router, RouterMode
@@ -295,3 +296,9 @@ def test_remembered_decision_is_obeyed() -> None:
 def test_count_ids() -> None:
     assert contract.count_ids(torch.tensor([2, 0, 2]), size=4).tolist() == [1, 0, 2, 0]
     assert contract.count_ids(torch.empty(0, dtype=torch.int64), size=2).tolist() == [0, 0]
+
+
+def test_no_expert_bias() -> None:
+    router = Router(model_dim=4, num_experts=2, config=BranchConfig(), bias=BiasConfig(rule=BiasRule.SIGN))
+    with pytest.raises(ValueError, match="no expert bias"):
+        router(torch.randn(3, 4), tokens=TokenInfo(mode=RouterMode.TRAIN))

@@ -16,13 +16,12 @@ from fairseq_moe.modules import (
     MoELayer,
     Router,
     RouterMode,
-    ScorerConfig,
     TokenInfo,
     TopKConfig,
 )
 from fairseq_moe.modules.dispatch.dispatcher import plan_kept
 from fairseq_moe.modules.dispatch.padded import plan_padded
-from fairseq_moe.modules.routing.bias import BiasRule
+from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule
 from fairseq_moe.modules.routing.contract import AssignmentCounts, count_assignments
 from fairseq_moe.modules.routing.scores import ScoreFunction, ScoreRule
 from fairseq_moe.modules.routing.topk import CapacityConfig
@@ -78,13 +77,13 @@ LAYERS: dict[str, dict[str, Any]] = {
     },
     "bias": {
         "config": TopKConfig(score=ScoreRule(top_k=2, function=ScoreFunction.SIGMOID)),
-        "scorer": ScorerConfig(bias_rule=BiasRule.SIGN),
+        "bias": BiasConfig(rule=BiasRule.SIGN),
     },
 }
 # Here the loss goes by plain choices, which are not the choices made.
 BIAS_AND_LOSS = {
     "config": TopKConfig(score=ScoreRule(top_k=2, function=ScoreFunction.SIGMOID), aux_losses=LOSSES),
-    "scorer": ScorerConfig(bias_rule=BiasRule.SIGN),
+    "bias": BiasConfig(rule=BiasRule.SIGN),
 }
 
 
