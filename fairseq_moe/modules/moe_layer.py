@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: route, dispatch, apply the experts, combine."""
+"""Compose the mixture-of-experts layer: route, dispatch, apply the experts, combine."""
 
 from dataclasses import dataclass
 
@@ -19,12 +19,12 @@ __all__ = ["MoEAux", "MoELayer", "RoutingMemo"]
 
 @dataclass(frozen=True, kw_only=True)
 class MoEAux:
-    """What a layer says besides its output; all tensors, so that activation checkpointing carries them.
+    """Carry what a layer says besides its output; all tensors, so that activation checkpointing passes them on.
 
     Args:
-        losses: float (len(rules.LOSSES),), unscaled, differentiable; 0 for losses that the rule does not have.
+        losses: float (len(contract.LOSSES),), unscaled, differentiable; 0 for losses that the rule does not have.
         stats: float (len(stats.LAYER_STATS),), no gradient.
-        load_2E: float, tokens per expert before (row 0) and after (row 1) the capacity cut, no gradient.
+        load_2E: float, requested and kept assignments of each expert, no gradient.
     """
 
     losses: Tensor
@@ -38,7 +38,7 @@ class MoEAux:
 
 
 class RoutingMemo:
-    """Keeps one forward pass's routing decision for its recomputation under activation checkpointing.
+    """Keep one forward pass's routing decision for its recomputation under activation checkpointing.
 
     Rounding differs between two passes on some hardware, and a near-tie that falls the other way would change
     the exchange's split sizes on one rank only: so the choice is remembered, not taken again.
@@ -49,7 +49,7 @@ class RoutingMemo:
 
 
 class MoELayer(nn.Module):
-    """A router and this rank's experts.
+    """Route tokens, and mix the outputs of the experts that they chose.
 
     Args:
         router: chooses experts for tokens.
@@ -85,7 +85,8 @@ class MoELayer(nn.Module):
 
         Args:
             x_TD: float tokens.
-            tokens: what they are for; padding takes no capacity and its output is that of the shared experts.
+            tokens: mode and padding of the tokens; padding takes no slot, and its output is that of the shared
+                experts.
             memo: filled by the first pass, obeyed by the second, where the caller recomputes the layer; then
                 the layer itself does not.
 
@@ -110,9 +111,8 @@ class MoELayer(nn.Module):
             memo.decision = routed.decision
         self.exchange_times.reset()
         dispatched = self.dispatcher.send(x_TD, routed.decision, routed.weights_TK)
-        shared_TD = (
-            None if self.shared_experts is None else self.shared_experts(x_TD)
-        )  # while the rows travel
+        # Computed while the rows travel.
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
         source_SD, work = dispatched.arrive()
         y_SD = self.experts(source_SD, work)
         y_TD = dispatched.combine(y_SD)

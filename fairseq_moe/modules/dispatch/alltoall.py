@@ -36,7 +36,7 @@ class AllToAllDispatcher:
         self.plan = plan
 
     def send(self, x_TD: Tensor, decision: RoutingDecision, weights_TK: Tensor) -> Dispatched:
-        """See ``Dispatcher``."""
+        """Send rows to the ranks of their experts; waits for the device once, for sizes that routing decides."""
         plan = self.plan(decision)
         send_GL = plan.counts_E.view(self.exchange.size, -1)
         if plan.is_same_everywhere:

@@ -48,7 +48,7 @@ class Arrived:
     rows_RD: Tensor
 
     def arrive(self) -> Tensor:
-        """Return the rows."""
+        """Return the rows, which are here."""
         return self.rows_RD
 
 
@@ -109,7 +109,7 @@ class TimedExchange:
         self._inner = inner
 
     def counts(self, send_counts_GL: Tensor) -> Tensor:
-        """Trade counts, unmeasured."""
+        """Trade counts through the inner exchange, unmeasured."""
         return self._inner.counts(send_counts_GL)
 
     def send(self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int]) -> Transfer:

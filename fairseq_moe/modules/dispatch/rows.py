@@ -1,11 +1,11 @@
-"""From tokens to rows sorted by expert and back: no tensor of size tokens x experts x capacity.
+"""List rows expert by expert, take them from tokens and add up their results: no tensor of tokens x experts x slots.
 
 tokens      t0 t1 t2              t0 -> experts 2, 0;  t1 -> 0, 1;  t2 -> 2, (dropped)
 rows        t0 t1 | t1 | t0 t2    expert 0 | expert 1 | expert 2, tokens in order within an expert
-token_of_R   0  1    1    0  2
+token_R      0  1    1    0  2
 by_token_R   3  0 |  1  2 |  4    the same rows, token by token, choices in order
 
-Both directions only read by index and never add to one place from several: tokens are sums over ``by_token_R``,
+Both directions only read by index and never write to one token from several rows: tokens are sums over ``by_token_R``,
 which ``embedding_bag`` computes in one pass and in the same order every time.
 """
 
@@ -35,7 +35,7 @@ _CPU_CHUNK = 512  # rows that a CPU handles at once, so that they stay in its ca
 
 @dataclass(frozen=True, kw_only=True)
 class RowPlan:
-    """The kept assignments, sorted by (expert, token, choice).
+    """List the kept assignments, sorted by (expert, token, choice).
 
     Args:
         assignment_R: int64, index into the flattened (T, K) assignments.
@@ -63,13 +63,13 @@ class RowPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertWork:
-    """What a rank's experts do with the rows, or tokens, that they are given.
+    """Tell a rank's experts what to do with the rows, or tokens, that they are given.
 
     Args:
         counts_L: rows of each local expert, zeros included: int64 on the device, or integers that the host knows.
         plan: which row of the input each of their rows is, and where in the output its result is added; beside
             counts on the device there may be more rows than they count. None: the input's rows are sorted by expert,
-            and results stay in their places.
+            and each result stands where its row does.
         weights_R: float, of each result in the output; None: 1. Needs a plan, or ValueError is raised.
         rows_per_expert: every count, where the shape of the batch fixes it; None: routing decides.
     """
@@ -126,28 +126,28 @@ def plan_rows(decision: RoutingDecision) -> RowPlan:
 
 
 def plan_order(order_R: Tensor) -> RowPlan:
-    """Rows in another order: row r is row ``order_R[r]`` of the input, and its result goes back there."""
-    places = torch.arange(len(order_R), device=order_R.device)
+    """Plan rows in another order: row r is row ``order_R[r]`` of the input, and its result goes back there."""
+    rows = torch.arange(len(order_R), device=order_R.device)
     return RowPlan(
         assignment_R=order_R,
         token_R=order_R,
-        by_token_R=torch.empty_like(order_R).scatter_(0, order_R, places),
-        starts_T=places,
+        by_token_R=torch.empty_like(order_R).scatter_(0, order_R, rows),
+        starts_T=rows,
     )
 
 
 def take_rows(x_TD: Tensor, plan: RowPlan) -> Tensor:
-    """(T, D) -> (R, D): each kept assignment's token."""
+    """Copy each row's token: (T, D) -> (R, D)."""
     return _TakeRows.apply(x_TD, plan)
 
 
 def take_weights(weights_TK: Tensor, plan: RowPlan) -> Tensor:
-    """(T, K) -> (R,): each kept assignment's weight."""
+    """Take each row's weight: (T, K) -> (R,)."""
     return weights_TK.reshape(-1).index_select(0, plan.assignment_R)
 
 
 def combine_rows(y_RD: Tensor, weights_R: Tensor | None, plan: RowPlan) -> Tensor:
-    """(R, D) -> (T, D): sum of each token's rows, times their weights; zero for a token without rows."""
+    """Add up each token's rows, times their weights; zero for a token without rows: (R, D) -> (T, D)."""
     if weights_R is None:
         return _AddRows.apply(y_RD, plan)
     return _CombineRows.apply(y_RD, weights_R.to(y_RD.dtype), plan)

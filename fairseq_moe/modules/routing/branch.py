@@ -51,7 +51,7 @@ class SecondExpertPolicy(StrEnum):
 
 
 def gate_probabilities(logits_TE: Tensor, *, use_fp32: bool) -> Tensor:
-    """Softmax over the experts, in float32 if ``use_fp32`` and the logits are narrower."""
+    """Take the softmax over the experts, in float32 if ``use_fp32`` and the logits are narrower."""
     if use_fp32 and logits_TE.dtype in (torch.float16, torch.bfloat16):
         logits_TE = logits_TE.float()
     return F.softmax(logits_TE, dim=-1)
@@ -60,7 +60,7 @@ def gate_probabilities(logits_TE: Tensor, *, use_fp32: bool) -> Tensor:
 def capacity_of(
     num_tokens: int, num_experts: int, *, top_k: int, eval_token_fraction: float | None = None
 ) -> int:
-    """Rows that each expert takes from one rank.
+    """Compute the assignments that each expert takes from one rank.
 
     Args:
         num_tokens: tokens of this rank, padding included.
@@ -78,7 +78,7 @@ def capacity_of(
 
 
 def gumbel_noise(like_TE: Tensor) -> Tensor:
-    """Standard Gumbel noise of the shape of ``like_TE``, float32 or wider, from torch's global generator."""
+    """Draw standard Gumbel noise of the shape of ``like_TE``, float32 or wider, from torch's global generator."""
     # Half precision has too few numbers near 1, so the largest values would be cut off.
     dtype = torch.promote_types(like_TE.dtype, torch.float32)
     uniform = torch.rand_like(like_TE, dtype=dtype)
@@ -90,12 +90,12 @@ def gumbel_noise(like_TE: Tensor) -> Tensor:
 def decide_top1(
     gates_TE: Tensor, *, capacity: int | None, padding_T: Tensor | None = None
 ) -> RoutingDecision:
-    """Each token to its most probable expert, first come first served.
+    """Send each token to its most probable expert, first come first served.
 
     Args:
         gates_TE: float gate probabilities.
-        capacity: rows per expert; None: unlimited.
-        padding_T: bool, True where a token is padding and takes no place.
+        capacity: slots per expert; None: unlimited.
+        padding_T: bool, True where a token is padding and takes no slot.
     """
     ids_TK = gates_TE.argmax(dim=-1, keepdim=True)
     requested_TK = torch.ones_like(ids_TK, dtype=torch.bool)
@@ -114,16 +114,16 @@ def decide_top2(
     padding_T: Tensor | None = None,
     prioritized: bool = False,
 ) -> RoutingDecision:
-    """Each token to two experts.
+    """Send each token to two experts.
 
     Args:
         logits_TE: float router logits, in the precision that the gates were computed in.
         gates_TE: float, softmax of the logits.
-        capacity: rows per expert; None: unlimited.
+        capacity: slots per expert; None: unlimited.
         policy: choice of the second expert.
         training: False draws no random numbers.
         normalize_before_dropping: the ``random`` policy looks at g2 / (g1 + g2) instead of g2.
-        padding_T: bool, True where a token is padding and takes no place.
+        padding_T: bool, True where a token is padding and takes no slot.
         prioritized: tokens queue by descending largest gate probability (V-MoE, Riquelme et al. 2021, 4.1).
     """
     first_T1 = gates_TE.argmax(dim=-1, keepdim=True)
@@ -175,7 +175,7 @@ def _cut(
 def combine_weights(
     gates_TE: Tensor, decision: RoutingDecision, *, normalize_before_dropping: bool = False
 ) -> Tensor:
-    """Differentiable weight of each assignment in its token's output; zero where it was not kept.
+    """Weigh each assignment in its token's output, differentiably; zero where it was not kept.
 
     One expert: its gate probability. Two: the probabilities divided by their sum, taken over both choices
     before dropping, or over the kept ones after it (then a lone survivor weighs 1).
@@ -203,7 +203,7 @@ def _normalized(weights_TK: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchConfig:
-    """How the branch's gates route.
+    """Configure how the branch's gates route.
 
     Args:
         top_k: experts per token, 1 or 2.
@@ -225,7 +225,7 @@ class BranchConfig:
 
 
 class BranchRule:
-    """See ``BranchConfig`` and ``modules/py``."""
+    """Route tokens with the gates of the moe branch, as a ``BranchConfig`` says."""
 
     def __init__(self, config: BranchConfig) -> None:
         self.config = config

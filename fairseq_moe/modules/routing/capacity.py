@@ -1,6 +1,6 @@
-"""Who is kept when an expert takes only so many rows: pure functions.
+"""Decide which assignments are kept when an expert takes only so many: pure functions.
 
-Drops happen before the exchange and on each rank alone: every rank owns ``capacity`` places at every expert.
+Drops happen before the exchange and on each rank alone: every rank owns ``capacity`` slots at every expert.
 """
 
 import math
@@ -15,7 +15,7 @@ __all__ = ["DropPolicy", "expert_capacity", "keep_within_capacity"]
 
 
 class DropPolicy(StrEnum):
-    """Who gets the places of an expert.
+    """Say which assignments get the slots of an expert.
 
     ``probs``: the largest weights. ``position``: the first tokens of the batch, whichever choice the expert
     is of them. ``prioritized``: all first choices before all second ones, tokens in order of their largest
@@ -28,7 +28,7 @@ class DropPolicy(StrEnum):
 
 
 def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: float, minimum: int = 0) -> int:
-    """ceil(T * K / E * factor), at least ``minimum``: rows that each expert takes from one rank."""
+    """Compute the slots of each expert for one rank: ceil(T * K / E * factor), at least ``minimum``."""
     return max(math.ceil(num_tokens * top_k / num_experts * factor), minimum)
 
 
@@ -42,14 +42,14 @@ def keep_within_capacity(
     capacity: int,
     policy: DropPolicy,
 ) -> Tensor:
-    """The wanted assignments that get one of their expert's places.
+    """Keep the requested assignments that get one of their expert's slots.
 
     Args:
         expert_ids_TK: int64.
         weights_TK: float weights.
         requested_TK: bool.
         num_experts: E.
-        capacity: places per expert.
+        capacity: slots per expert.
         policy: who is first. Ties fall to the earlier token.
 
     Returns:

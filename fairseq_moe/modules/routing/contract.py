@@ -1,8 +1,8 @@
-"""The contract of routing rules: what every rule takes and gives, and the counting that all of them share.
+"""Declare what every routing rule takes and gives, and count and queue assignments for all of them.
 
-Routing has two halves. The *decision* is made of integers: chosen experts, place in each expert's queue, who
-is kept. It has no gradient, and a recomputed forward pass reuses it. The *weights* are differentiable
-functions of the gate probabilities and of a decision.
+An *assignment* is a (token, choice) pair. Routing has two halves. The *decision* is made of integers: chosen experts,
+which assignments are requested, which are kept. It has no gradient, and a recomputed forward pass reuses it. The
+*weights* are differentiable functions of the gate probabilities and of a decision.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ LOSSES = (
 
 
 class RouterMode(Enum):
-    """What the tokens are for; it selects the capacity rule, and whether random numbers may be drawn."""
+    """Say what the tokens are for; it selects the capacity rule, and whether random numbers may be drawn."""
 
     TRAIN = "train"
     EVAL = "eval"
@@ -45,7 +45,7 @@ class RouterMode(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenInfo:
-    """What a rule knows of the tokens besides their values.
+    """Describe tokens by what a rule needs besides their values.
 
     Args:
         mode: what they are for.
@@ -101,9 +101,9 @@ class RoutingDecision:
             policy.
         kept_TK: bool, requested assignments that found a slot within the capacity.
         counts: of these assignments, on their device.
-        capacity: rows that each expert takes from this rank; None: unlimited.
-        num_slots: rows that each expert has room for where shapes are fixed, at least the capacity, the same on
-            all ranks; None: as many as are kept.
+        capacity: assignments that each expert takes from this rank; None: unlimited.
+        num_slots: slots of each expert where shapes are fixed, at least the capacity, the same on all ranks; None:
+            as many as assignments are kept.
         balance_counts_2E: int64, choices that a balance loss goes by where those differ from the ones above: of
             this micro-batch, and of all ranks and micro-batches of the update so far; None otherwise.
     """
@@ -139,12 +139,12 @@ class RoutingDecision:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts on all ranks: E."""
         return len(self.counts.kept_E)
 
 
 class RouterOutput(NamedTuple):
-    """What routing yields.
+    """Hold the results of routing.
 
     A tuple that starts with a tensor, because hooks of the kind that fairseq's search for NaNs puts on every
     module look for the first tensor of its output.
@@ -173,7 +173,7 @@ class RoutingRule(Protocol):
         *,
         bias_E: Tensor | None = None,
     ) -> RouterOutput:
-        """Route tokens.
+        """Route tokens by their logits.
 
         Args:
             logits_TE: float router logits.
@@ -223,33 +223,36 @@ def count_assignments(
 def queue_positions(
     expert_ids_TK: Tensor, requested_TK: Tensor, *, num_experts: int, priority_T: Tensor | None = None
 ) -> Tensor:
-    """Place of each assignment in its expert's queue, counted from 0.
+    """Number the requested assignments in each expert's queue, from 0.
 
     All first choices stand before all second choices; within a choice tokens stand in order, or by
     descending ``priority_T`` when it is given (ties in token order).
 
     Args:
         expert_ids_TK: int64.
-        requested_TK: bool; assignments that are not wanted take no place.
+        requested_TK: bool; other assignments do not queue.
         num_experts: E.
         priority_T: float, larger goes first.
 
     Returns:
-        int64 (T, K); meaningless where not wanted.
+        int64 (T, K); meaningless where not requested.
     """
     num_tokens, top_k = expert_ids_TK.shape
+    # What is not requested queues for an expert that does not exist, behind all others.
     ids_TK = expert_ids_TK.masked_fill(~requested_TK, num_experts)
     order_T = None
     if priority_T is not None:
         order_T = torch.argsort(priority_T, descending=True, stable=True)
         ids_TK = ids_TK[order_T]
+    # Choice by choice: a stable sort by expert then keeps all first choices before all second ones.
     ids_KT = ids_TK.t().reshape(-1)
     sorted_ids, by_expert = torch.sort(ids_KT, stable=True)
-    # A queue starts where its expert's id stands first in the sorted list; ids of what is not requested come last.
+    # A queue starts where its expert's id stands first in the sorted list. (A histogram would do, at the price of one
+    # more scatter.)
     starts_E = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, device=ids_KT.device))
-    places = torch.arange(ids_KT.numel(), device=ids_KT.device) - starts_E[sorted_ids]
-    positions_KT = torch.empty_like(ids_KT).scatter_(0, by_expert, places)
+    positions = torch.arange(ids_KT.numel(), device=ids_KT.device) - starts_E[sorted_ids]
+    positions_KT = torch.empty_like(ids_KT).scatter_(0, by_expert, positions)
     positions_TK = positions_KT.view(top_k, num_tokens).t()
-    if order_T is not None:
+    if order_T is not None:  # back to the order of the tokens
         positions_TK = torch.empty_like(positions_TK).index_copy_(0, order_T, positions_TK)
     return positions_TK

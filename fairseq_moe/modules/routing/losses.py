@@ -1,4 +1,6 @@
-"""Auxiliary losses of routing: pure functions, unscaled; the criterion weighs and adds them.
+"""Compute the auxiliary losses of routing: pure functions, unscaled; the criterion weighs and adds them.
+
+Counts are arguments, so those of parts of a micro-batch, or of other ranks, can be added before a loss is made of them.
 
 The load-balancing losses share one formula, E * sum_e(share of the choices that fell on e * mean score of
 e), which is 1 when every expert is chosen equally often, whatever the scores (Switch Transformer, arXiv
@@ -15,7 +17,7 @@ __all__ = ["balance_loss", "choice_counts", "load_balancing_loss", "sequence_bal
 
 
 def balance_loss(gates_TE: Tensor, first_choices_E: Tensor) -> Tensor:
-    """The load-balancing loss of GShard (Lepikhin et al. 2020, equation 4) times E.
+    """Compute the load-balancing loss of GShard (Lepikhin et al. 2020, equation 4) times E.
 
     E * sum_e( mean_t gates[t, e] * share of tokens whose first choice is e ), counted before the capacity
     cut; 1 when probabilities and choices are uniform. The gradient flows through the probabilities only.
@@ -39,7 +41,7 @@ def balance_loss(gates_TE: Tensor, first_choices_E: Tensor) -> Tensor:
 
 @torch.no_grad()
 def choice_counts(scores_TE: Tensor, *, top_k: int, padding_T: Tensor | None = None) -> Tensor:
-    """How often an expert is among the K best by plain scores, without bias, groups or drops: int64 (E,)."""
+    """Count how often an expert is among the K best by plain scores, without bias, groups or drops: int64 (E,)."""
     ids_TK = token_choice(scores_TE, top_k)
     counted = None if padding_T is None else ~padding_T.repeat_interleave(top_k)
     return count_ids(ids_TK.reshape(-1), size=scores_TE.shape[-1], counted=counted)
@@ -48,7 +50,7 @@ def choice_counts(scores_TE: Tensor, *, top_k: int, padding_T: Tensor | None = N
 def load_balancing_loss(
     scores_TE: Tensor, counts_E: Tensor, *, padding_T: Tensor | None = None, num_tokens: Tensor | None = None
 ) -> Tensor:
-    """E * sum_e( counts[e] / sum(counts) * mean over valid tokens of scores[t, e] ).
+    """Compute E * sum_e( counts[e] / sum(counts) * mean over valid tokens of scores[t, e] ).
 
     Args:
         scores_TE: float, normalised over the experts.
@@ -70,7 +72,7 @@ def load_balancing_loss(
 def sequence_balancing_loss(
     scores_TE: Tensor, expert_ids_TK: Tensor, *, num_sequences: int, padding_T: Tensor | None = None
 ) -> Tensor:
-    """The loss of each sequence (DeepSeek-V2, arXiv 2405.04434, equation 23), averaged by valid tokens.
+    """Compute the loss of each sequence (DeepSeek-V2, arXiv 2405.04434, equation 23), averaged by valid tokens.
 
     Args:
         scores_TE: float, normalised over the experts; tokens batch-major.
@@ -98,14 +100,14 @@ def sequence_balancing_loss(
 
 
 def z_loss(logits_TE: Tensor, *, padding_T: Tensor | None = None) -> Tensor:
-    """Mean over valid tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5): float scalar."""
+    """Average logsumexp(logits)^2 over valid tokens (ST-MoE, arXiv 2202.08906, equation 5): float scalar."""
     squares_T = torch.logsumexp(_at_least_fp32(logits_TE), dim=-1).square()
     total, valid = _valid_sum(squares_T, padding_T)
     return total / valid.clamp(min=1)
 
 
 def _valid_sum(values_T: Tensor, padding_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum over the tokens that are not padding, and their number."""
+    """Sum over the tokens that are not padding, and count them."""
     if padding_T is None:
         return values_T.sum(0), values_T.new_full((), len(values_T))
     keep = ~padding_T

@@ -1,4 +1,4 @@
-"""The router: from tokens to expert logits, and on to a routing rule.
+"""Compute expert logits for tokens, and hand them to a routing rule.
 
 Two scorers: a linear map, and X-MoE's cosine between a projected token and expert embeddings (Chi et al.
 2022, arXiv 2204.09179). The expert bias of auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664)
@@ -34,7 +34,7 @@ _COSINE_NORM = 1.5  # of expert embeddings at the start; only their direction ma
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig:
-    """How logits are computed.
+    """Configure how logits are computed.
 
     Args:
         cosine: X-MoE's scorer in place of the linear map.
@@ -48,7 +48,7 @@ class ScorerConfig:
 
 
 class Router(nn.Module):
-    """Scores experts and routes by the configured rule.
+    """Score experts and route by the configured rule.
 
     Args:
         model_dim: D.
@@ -111,7 +111,7 @@ class Router(nn.Module):
         tokens: TokenInfo,
         decision: RoutingDecision | None = None,
     ) -> RouterOutput:
-        """Route tokens.
+        """Route tokens by the configured rule.
 
         Args:
             x_TD: float tokens.
@@ -125,7 +125,7 @@ class Router(nn.Module):
         return routed
 
     def _observe(self, logits_TE: Tensor, decision: RoutingDecision, tokens: TokenInfo) -> None:
-        """Note what the next bias needs to know of this pass."""
+        """Note of this pass what the next bias follows from."""
         assert self.bias is not None
         if self.bias.rule is BiasRule.SIGN:
             self.local_counts_E += decision.counts.requested_E

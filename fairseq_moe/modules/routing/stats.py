@@ -1,4 +1,4 @@
-"""Numbers that describe one routing decision: pure functions, names and units as in fairseq's moe branch."""
+"""Describe one routing decision in numbers: pure functions, names and units as in fairseq's moe branch."""
 
 import math
 
@@ -11,7 +11,7 @@ __all__ = ["LAYER_STATS", "layer_stats", "load_violations"]
 
 # Order of the entries of a layer's statistics vector, with their units:
 LAYER_STATS = (
-    "overflow_expert1",  # % of wanted first choices that found no place
+    "overflow_expert1",  # % of requested first choices that found no slot
     "overflow_expert2",  # the same for second choices
     "entropy_gating",  # nats, mean over tokens
     "unused_expert1_count",  # experts that are nobody's first choice
@@ -22,7 +22,7 @@ LAYER_STATS = (
     "expert2_balance_bottom",
     "all_to_all_cpu_time_ms",  # this forward pass's two exchanges, host wall time
     "all_to_all_cuda_time_ms",  # the same between CUDA events
-    "drop_rate",  # % of all wanted assignments that found no place
+    "drop_rate",  # % of all requested assignments that found no slot
     "expert_bias_spread",  # largest minus smallest expert bias
 )
 
@@ -38,7 +38,7 @@ def layer_stats(
     all_to_all_cuda_time_ms: float = 0.0,
     bias_E: Tensor | None = None,
 ) -> Tensor:
-    """The statistics of one layer and one micro-batch, in the order of ``LAYER_STATS``.
+    """Compute the statistics of one layer and one micro-batch, in the order of ``LAYER_STATS``.
 
     Histograms count raw choices, before padding, the second-expert policy and capacity. With one expert per
     token all ``expert2`` values are 0, and so is ``overflow_expert1`` (the branch logs it so; ``drop_rate``
@@ -92,7 +92,7 @@ def _percent(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def load_violations(loads_LE: Tensor) -> Tensor:
-    """How far the most and the least loaded expert are from the mean: max / mean - 1 and 1 - min / mean.
+    """Measure how far the most and the least loaded expert are from the mean: max / mean - 1 and 1 - min / mean.
 
     Args:
         loads_LE: float (layers, E), assignments summed over ranks and micro-batches.
