@@ -96,6 +96,7 @@ class LocalDispatcher:
             plan=plan.rows,
             weights_R=take_weights(plan.with_filler(weights_TK), plan.rows),
             rows_per_expert=plan.num_slots,
+            num_rows=decision.kept_TK.numel() if decision.keeps_all else None,
         )
         return _AtHome(plan, plan.with_filler(x_TD), work)
 

@@ -72,12 +72,14 @@ class ExpertWork:
             and each result stands where its row does.
         weights_R: float, of each result in the output; None: 1. Needs a plan, or ValueError is raised.
         rows_per_expert: every count, where the shape of the batch fixes it; None: routing decides.
+        num_rows: sum of counts that are on the device, where the host knows it; then the plan has no more rows.
     """
 
     counts_L: Tensor | Sequence[int]
     plan: RowPlan | None = None
     weights_R: Tensor | None = None
     rows_per_expert: int | None = None
+    num_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.weights_R is not None and self.plan is None:
@@ -86,6 +88,10 @@ class ExpertWork:
     def host_counts(self) -> tuple[int, ...]:
         """Rows of each local expert on the host; waits for the device if they are there."""
         return tuple(self.counts_L.tolist() if isinstance(self.counts_L, Tensor) else self.counts_L)
+
+    def sized(self) -> "ExpertWork":
+        """Cut the plan to the rows that there are, for kernels that take counts on the device; may wait for it."""
+        return self if self.num_rows is not None else self.on_host()
 
     def on_host(self) -> "ExpertWork":
         """Bring the counts to the host, for kernels that need sizes there, and cut the plan to that many rows."""

@@ -36,7 +36,7 @@ def batched_network(source_SD: Tensor, stacks: Stacks, work: ExpertWork, network
 
 def grouped_network(source_SD: Tensor, stacks: Stacks, work: ExpertWork, network: Network) -> Tensor:
     """Compute the experts with one ``grouped_mm`` per matrix, in the rows' own dtype."""
-    work = work.on_host()
+    work = work.sized()
     linear = functools.partial(grouped_linear, counts_L=device_counts(work, source_SD.device))
     return _by_matrix(linear, source_SD, stacks, work, network)
 

@@ -60,5 +60,7 @@ def under_autocast(source_SD: Tensor, stacks: Stacks) -> tuple[Tensor, Stacks]:
 
 def device_counts(work: ExpertWork, device: torch.device) -> Tensor:
     """Count the rows of each local expert: int64 (L,) on ``device``, for kernels that need no number on the host."""
+    if isinstance(work.counts_L, Tensor):
+        return work.counts_L.to(device)
     counts_L = torch.tensor(work.host_counts(), pin_memory=device.type == "cuda")
     return counts_L.to(device, non_blocking=True)

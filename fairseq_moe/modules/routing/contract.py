@@ -101,6 +101,7 @@ class RoutingDecision:
             policy.
         kept_TK: bool, requested assignments that found a slot within the capacity.
         counts: of these assignments, on their device.
+        keeps_all: every assignment is kept whatever the data, so that the host knows their number without waiting.
         capacity: assignments that each expert takes from this rank; None: unlimited.
         num_slots: slots of each expert where shapes are fixed, at least the capacity, the same on all ranks; None:
             as many as assignments are kept.
@@ -114,6 +115,7 @@ class RoutingDecision:
     counts: AssignmentCounts
     capacity: int | None
     num_slots: int | None = None
+    keeps_all: bool = False
     balance_counts_2E: Tensor | None = None
 
     @classmethod
@@ -126,6 +128,7 @@ class RoutingDecision:
         num_experts: int,
         capacity: int | None,
         num_slots: int | None = None,
+        keeps_all: bool = False,
     ) -> "RoutingDecision":
         """Make a decision and count its assignments."""
         return cls(
@@ -135,6 +138,7 @@ class RoutingDecision:
             counts=count_assignments(expert_ids_TK, requested_TK, kept_TK, num_experts=num_experts),
             capacity=capacity,
             num_slots=num_slots,
+            keeps_all=keeps_all,
         )
 
     @property

@@ -143,6 +143,9 @@ class TopKRule:
             num_experts=num_experts,
             capacity=capacity,
             num_slots=self._num_slots(num_tokens, num_experts, capacity, tokens.mode),
+            keeps_all=capacity is None
+            and tokens.padding_T is None
+            and self.config.choice is not Choice.EXPERT,
         )
         is_plain = self._chooses_plainly(bias_E)
         balance_counts_2E = self._balance_counts(gates_TE, decision, tokens, is_plain=is_plain)

@@ -18,13 +18,15 @@ from fairseq_moe.modules import (
     RouterMode,
     TokenInfo,
     TopKConfig,
+    experts,
 )
 from fairseq_moe.modules.dispatch.dispatcher import plan_kept
 from fairseq_moe.modules.dispatch.padded import plan_padded
+from fairseq_moe.modules.kernels.table import Kernel
 from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule
 from fairseq_moe.modules.routing.contract import AssignmentCounts, count_assignments
 from fairseq_moe.modules.routing.scores import ScoreFunction, ScoreRule
-from fairseq_moe.modules.routing.topk import CapacityConfig
+from fairseq_moe.modules.routing.topk import CapacityConfig, Choice
 
 T, D, E = 24, 8, 6
 
@@ -96,8 +98,8 @@ def layer_of(*, plan: Any = plan_kept, **router: Any) -> MoELayer:
     )
 
 
-def run(layer: MoELayer) -> None:
-    padding_T = torch.arange(T) % 12 >= 10
+def run(layer: MoELayer, *, padded: bool = True) -> None:
+    padding_T = torch.arange(T) % 12 >= 10 if padded else None
     layer(torch.randn(T, D), tokens=TokenInfo(mode=RouterMode.TRAIN, padding_T=padding_T, num_sequences=2))
 
 
@@ -192,3 +194,47 @@ def test_on_one_rank_nothing_waits_for_the_device_before_the_kernel_asks(
             pytest.raises(AskedError),
         ):
             run(layer)
+
+
+def test_the_grouped_kernel_asks_for_no_size_where_nothing_can_be_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = layer_of(**LAYERS["softmax"])
+    monkeypatch.setattr(experts, "choose_kernel", lambda *args, **kwargs: Kernel.GROUPED)
+    with monkeypatch.context() as patch, _stop_where_numbers_come_to_the_host(patch):
+        run(layer, padded=False)
+    with (
+        monkeypatch.context() as patch,
+        _stop_where_numbers_come_to_the_host(patch),
+        pytest.raises(AskedError),
+    ):
+        run(layer)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_kernels_agree_about_counts_on_the_device(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for kernel in Kernel:
+        monkeypatch.setattr(experts, "choose_kernel", lambda *args, kernel=kernel, **kwargs: kernel)
+        layer = layer_of(**LAYERS["capacity" if padded else "softmax"])
+        x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        padding_T = torch.arange(T) % 12 >= 10 if padded else None
+        y_TD, _ = layer(x_TD, tokens=TokenInfo(mode=RouterMode.TRAIN, padding_T=padding_T, num_sequences=2))
+        y_TD.square().sum().backward()
+        found[kernel] = [y_TD, x_TD.grad, *(parameter.grad for parameter in layer.parameters())]
+    for kernel in Kernel:
+        for one, other in zip(found[kernel], found[Kernel.SLICED], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("choice", Choice)
+def test_what_says_that_all_is_kept_keeps_all(choice: Choice) -> None:
+    for factor, padding_T in ((None, None), (0.5, None), (None, torch.arange(T) >= 20)):
+        config = TopKConfig(score=SOFTMAX, choice=choice, capacity=CapacityConfig(factor=factor))
+        router = layer_of(config=config).router
+        for mode in RouterMode:
+            tokens = TokenInfo(mode=mode, padding_T=padding_T, ids_T=torch.arange(T))
+            decision = router(torch.randn(T, D), tokens=tokens).decision
+            assert decision.kept_TK.all() or not decision.keeps_all
+            if choice is not Choice.EXPERT and padding_T is None:
+                assert decision.keeps_all == (factor is None or mode is RouterMode.GENERATE)
