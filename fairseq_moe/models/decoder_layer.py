@@ -199,7 +199,7 @@ def build_moe_layer(
         experts=experts,
         shared_experts=shared,
         dispatcher=_build_dispatcher(moe, mesh, timed or exchange),
-        exchange_times=timed and timed.times,
+        exchange_times=None if timed is None else timed.times,
         recompute="moe" in moe.recompute_modules,
     )
 

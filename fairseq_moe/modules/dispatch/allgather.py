@@ -18,7 +18,7 @@ __all__ = ["AllGatherDispatcher"]
 
 
 class AllGatherDispatcher:
-    """Moves tokens through an exchange; holds no parameters.
+    """Bring all tokens of the group to every rank.
 
     Args:
         exchange: the ranks around this one.
@@ -30,7 +30,7 @@ class AllGatherDispatcher:
         self.first_expert_id = first_expert_id
 
     def send(self, x_TD: Tensor, decision: RoutingDecision, weights_TK: Tensor) -> Dispatched:
-        """See ``Dispatcher``; only the tokens themselves travel beside other work."""
+        """Send the tokens to every rank; ids and weights follow when these arrive."""
         num_ranks, num_tokens = self.exchange.size, len(x_TD)
         here = torch.full((num_ranks, 1), num_tokens, dtype=torch.int64, device=x_TD.device)
         sizes = self.exchange.counts(here).view(-1).tolist()

@@ -19,7 +19,7 @@ __all__ = ["Dispatched", "Dispatcher", "LocalDispatcher", "Planner", "SendPlan",
 
 
 class Dispatched(Protocol):
-    """Rows of one forward pass on their way to experts and back."""
+    """Follow the rows of one forward pass to the experts and back."""
 
     def arrive(self) -> tuple[Tensor, ExpertWork]:
         """Wait for the rows of this rank's experts: what the experts read, (S, D), and what they do with it."""
@@ -49,7 +49,7 @@ class SendPlan:
     """List the rows that this rank brings to the layer's experts.
 
     Args:
-        rows: them, sorted by expert; there may be more behind those that ``counts_E`` counts.
+        rows: sorted by expert; behind those that ``counts_E`` counts there may be more, of what was dropped.
         counts_E: int64, rows for each expert, on the device.
         num_slots: every count, where it is fixed. Then a row may be the *filler*, one token more, of zeros and of
             weight 0, which stands in each slot that stays empty. None: routing decides.
@@ -89,7 +89,7 @@ class LocalDispatcher:
         self.plan = plan
 
     def send(self, x_TD: Tensor, decision: RoutingDecision, weights_TK: Tensor) -> Dispatched:
-        """See ``Dispatcher``; nothing waits for the device."""
+        """Plan the rows and send nothing; nothing waits for the device."""
         plan = self.plan(decision)
         work = ExpertWork(
             counts_L=plan.counts_E if plan.num_slots is None else [plan.num_slots] * decision.num_experts,

@@ -86,7 +86,7 @@ class ExpertWork:
             raise ValueError("rows have weights, but no plan of where their weighted results are added")
 
     def host_counts(self) -> tuple[int, ...]:
-        """Rows of each local expert on the host; waits for the device if they are there."""
+        """Count the rows of each local expert as numbers on the host; waits for the device if they are there."""
         return tuple(self.counts_L.tolist() if isinstance(self.counts_L, Tensor) else self.counts_L)
 
     def sized(self) -> "ExpertWork":

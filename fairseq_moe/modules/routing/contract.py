@@ -83,17 +83,17 @@ class AssignmentCounts(NamedTuple):
         return cls(histogram_33E, kept_E + dropped_E, kept_E)
 
     def num_tokens(self) -> Tensor:
-        """Number of tokens, padding included, as every token has one first choice: int64 scalar."""
+        """Count the tokens, padding included, as every token has one first choice: int64 scalar."""
         return self.histogram_33E[0].sum()
 
     def first_choices(self) -> Tensor:
-        """Requested first choices of each expert: int64."""
+        """Count the requested first choices of each expert: int64 (E,)."""
         return self.histogram_33E[0, :2].sum(0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingDecision:
-    """Where each token goes; no gradients. ``RoutingDecision.counted`` makes one.
+    """Decide where each token goes; no gradients. ``RoutingDecision.counted`` makes one.
 
     Args:
         expert_ids_TK: int64, chosen experts, first choice first.
@@ -101,10 +101,10 @@ class RoutingDecision:
             policy.
         kept_TK: bool, requested assignments that found a slot within the capacity.
         counts: of these assignments, on their device.
-        keeps_all: every assignment is kept whatever the data, so that the host knows their number without waiting.
         capacity: assignments that each expert takes from this rank; None: unlimited.
         num_slots: slots of each expert where shapes are fixed, at least the capacity, the same on all ranks; None:
             as many as assignments are kept.
+        keeps_all: every assignment is kept whatever the data, so that the host knows their number without waiting.
         balance_counts_2E: int64, choices that a balance loss goes by where those differ from the ones above: of
             this micro-batch, and of all ranks and micro-batches of the update so far; None otherwise.
     """
