@@ -28,7 +28,15 @@ from bench_machine import environment
 from torch import multiprocessing as mp
 
 from fairseq_moe.distributed import GroupExchange
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
+from fairseq_moe.modules import (
+    AllToAllDispatcher,
+    Experts,
+    MoELayer,
+    Router,
+    RouterMode,
+    TokenInfo,
+    TopKConfig,
+)
 from fairseq_moe.modules.routing.scores import ScoreRule
 
 TOP_K = 2
@@ -79,7 +87,7 @@ def worker(rank: int, ranks: int, port: int, args: argparse.Namespace, results: 
             hidden_dim=args.hidden_dim,
             activation=F.gelu,
         ),
-        dispatcher=Dispatcher(GroupExchange(dist.new_group()), num_experts=args.experts),
+        dispatcher=AllToAllDispatcher(GroupExchange(dist.new_group())),
     )
     x_TD = torch.randn(args.tokens, args.model_dim, requires_grad=True)
     meter = Meter(rank)

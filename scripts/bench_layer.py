@@ -34,15 +34,14 @@ from torch import Tensor, nn
 
 from fairseq_moe.modules import (
     LOSSES,
-    Dispatcher,
     Experts,
+    LocalDispatcher,
     MoELayer,
     Router,
     RouterMode,
     TokenInfo,
     TopKConfig,
 )
-from fairseq_moe.modules.dispatch.exchange import LocalExchange
 from fairseq_moe.modules.kernels import cpu_memory
 from fairseq_moe.modules.routing.scores import ScoreRule
 
@@ -132,7 +131,7 @@ def our_layer(size: Size) -> tuple[nn.Module, Run]:
             hidden_dim=size.hidden_dim,
             activation=F.gelu,
         ),
-        dispatcher=Dispatcher(LocalExchange(), num_experts=size.experts),
+        dispatcher=LocalDispatcher(),
     )
 
     def run(x_TD: Tensor) -> Tensor:

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from bench_machine import environment, timed_ms
 from torch import Tensor
 
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
+from fairseq_moe.modules import Experts, LocalDispatcher, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
 from fairseq_moe.modules.dispatch.allgather import AllGatherDispatcher
 from fairseq_moe.modules.dispatch.exchange import LocalExchange
-from fairseq_moe.modules.dispatch.padded import PaddedDispatcher
-from fairseq_moe.modules.routing.bias import BiasRule
+from fairseq_moe.modules.dispatch.padded import plan_padded
+from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule
 from fairseq_moe.modules.routing.branch import BranchConfig
 from fairseq_moe.modules.routing.capacity import DropPolicy
 from fairseq_moe.modules.routing.router import ScorerConfig
@@ -47,11 +47,13 @@ class Row:
     Args:
         config: the routing rule.
         scorer: how logits are computed.
+        bias: how the expert bias follows the load.
         dispatcher: alltoall, padded or allgather.
     """
 
     config: TopKConfig | BranchConfig = DEFAULT
     scorer: ScorerConfig = LINEAR
+    bias: BiasConfig | None = None
     dispatcher: str = "alltoall"
 
 
@@ -70,10 +72,8 @@ ROWS: dict[str, Row] = {
     "global_aux_loss": _losses("global_aux"),
     "aux_loss and z-loss": _losses("aux", "z"),
     "sigmoid scores": Row(replace(DEFAULT, score=SIGMOID)),
-    "sigmoid, expert bias, no loss": Row(
-        TopKConfig(score=SIGMOID), scorer=ScorerConfig(bias_rule=BiasRule.SIGN)
-    ),
-    "quantile balancing": Row(TopKConfig(score=SIGMOID), scorer=ScorerConfig(bias_rule=BiasRule.QUANTILE)),
+    "sigmoid, expert bias, no loss": Row(TopKConfig(score=SIGMOID), bias=BiasConfig(rule=BiasRule.SIGN)),
+    "quantile balancing": Row(TopKConfig(score=SIGMOID), bias=BiasConfig(rule=BiasRule.QUANTILE)),
     "4 of 8 groups": Row(replace(DEFAULT, score=ScoreRule(top_k=8, num_groups=8, group_topk=4))),
     "top-8": Row(replace(DEFAULT, score=ScoreRule(top_k=8))),
     "sinkhorn": Row(TopKConfig(score=ScoreRule(top_k=2), choice=Choice.SINKHORN)),
@@ -94,16 +94,18 @@ ROWS: dict[str, Row] = {
 def build(row: Row, args: argparse.Namespace) -> MoELayer:
     """The layer of one row."""
     dispatchers: dict[str, Callable[[], Any]] = {
-        "alltoall": lambda: Dispatcher(LocalExchange(), num_experts=args.experts),
-        "padded": lambda: PaddedDispatcher(LocalExchange(), num_experts=args.experts),
-        "allgather": lambda: AllGatherDispatcher(
-            LocalExchange(), num_experts=args.experts, first_expert_id=0
-        ),
+        "alltoall": lambda: LocalDispatcher(),
+        "padded": lambda: LocalDispatcher(plan=plan_padded),
+        "allgather": lambda: AllGatherDispatcher(LocalExchange(), first_expert_id=0),
     }
     torch.manual_seed(0)
     return MoELayer(
         router=Router(
-            model_dim=args.model_dim, num_experts=args.experts, config=row.config, scorer=row.scorer
+            model_dim=args.model_dim,
+            num_experts=args.experts,
+            config=row.config,
+            scorer=row.scorer,
+            bias=row.bias,
         ),
         experts=Experts(
             num_local_experts=args.experts,

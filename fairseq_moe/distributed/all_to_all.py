@@ -1,14 +1,15 @@
-"""Moving rows between the ranks that share a layer's experts, with gradients.
+"""Exchange rows between the ranks that share a layer's experts, with gradients: all-to-all over a process group.
 
-The exchange that ``fairseq_moe.modules.dispatch.exchange`` describes, as all-to-all over a process group.
+The protocol is ``Exchange`` in ``fairseq_moe.modules.dispatch.exchange``.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fairseq_moe.modules.dispatch.exchange import Transfer
 
 __all__ = ["GroupExchange"]
 
@@ -24,28 +25,31 @@ class GroupExchange:
         return self  # a process group cannot be copied, and a copy of the model talks to the same ranks
 
     def counts(self, send_counts_GL: Tensor) -> Tensor:
-        """All-to-all of one (L,) row per rank."""
+        """Trade L counts with every rank."""
         received = torch.empty_like(send_counts_GL)
         dist.all_to_all_single(received, send_counts_GL.contiguous(), group=self._group)
         return received
 
-    def rows(
-        self,
-        rows_RD: Tensor,
-        send_splits: list[int],
-        recv_splits: list[int],
-        *,
-        meanwhile: Callable[[], object] | None = None,
-    ) -> Tensor:
-        """All-to-all with uneven splits; its gradient travels the other way round.
-
-        With ``meanwhile``, the rows travel while it runs, and the gradients while its own backward pass runs.
-        """
+    def send(self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int]) -> Transfer:
+        """Begin an all-to-all with uneven splits; its gradient travels the other way round."""
         flight = _Flight()
         token = _Start.apply(rows_RD, send_splits, recv_splits, self._group, flight)
-        if meanwhile is not None:
-            meanwhile()
-        return _Arrive.apply(token, send_splits, recv_splits, self._group, flight)
+        return _Transfer(token, (send_splits, recv_splits, self._group, flight))
+
+
+class _Transfer(NamedTuple):
+    """Rows under way: what ``_Arrive`` takes.
+
+    Args:
+        token: ties it to ``_Start``.
+        call: both splits, the group and the flight.
+    """
+
+    token: Tensor
+    call: tuple[list[int], list[int], dist.ProcessGroup, "_Flight"]
+
+    def arrive(self) -> Tensor:
+        return _Arrive.apply(self.token, *self.call)
 
 
 class _Flight:
@@ -57,7 +61,7 @@ class _Flight:
     def start(
         self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int], group: dist.ProcessGroup
     ) -> None:
-        """Begin."""
+        """Begin an exchange without waiting for it."""
         rows_RD = rows_RD.contiguous()
         received = rows_RD.new_empty((sum(recv_splits), *rows_RD.shape[1:]))
         work = dist.all_to_all_single(received, rows_RD, recv_splits, send_splits, group=group, async_op=True)

@@ -13,7 +13,7 @@ import torch
 
 from fairseq_moe.flags.megatron_aliases import resolve_aliases
 from fairseq_moe.flags.records import given_fields, words
-from fairseq_moe.modules.routing.bias import BiasRule
+from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule
 from fairseq_moe.modules.routing.capacity import DropPolicy
 from fairseq_moe.modules.routing.router import ScorerConfig
 from fairseq_moe.modules.routing.scores import GroupScore, ScoreFunction, ScoreRule
@@ -165,14 +165,17 @@ class MegatronConfig:
     def scorer_config(self) -> ScorerConfig:
         """How logits are computed."""
         dtypes = {None: None, "fp32": torch.float32, "fp64": torch.float64}
-        rate = 1e-3 if self.moe_router_bias_update_rate is None else self.moe_router_bias_update_rate
         return ScorerConfig(
             cosine=self.use_xmoe,
             dtype=dtypes[self.moe_router_dtype],
             jitter_eps=self.moe_input_jitter_eps,
-            bias_rule=self._bias_rule(),
-            bias_update_rate=rate,
         )
+
+    def bias_config(self) -> BiasConfig | None:
+        """How the expert bias follows the load; None: there is none."""
+        rule = self._bias_rule()
+        rate = 1e-3 if self.moe_router_bias_update_rate is None else self.moe_router_bias_update_rate
+        return None if rule is None else BiasConfig(rule=rule, update_rate=rate)
 
     @property
     def dispatcher(self) -> str:

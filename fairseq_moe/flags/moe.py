@@ -18,6 +18,7 @@ from fairseq_moe.flags.reliability import ReliabilityConfig
 from fairseq_moe.flags.stock import stock_flag_problems
 from fairseq_moe.modules import ScorerConfig, TopKConfig
 from fairseq_moe.modules.recompute import RECOMPUTABLE
+from fairseq_moe.modules.routing.bias import BiasConfig
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy
 from fairseq_moe.modules.routing.router import BranchConfig
 from fairseq_moe.parallel.experts import layout_problem
@@ -122,6 +123,10 @@ class MoEConfig:
     def scorer_config(self) -> ScorerConfig:
         """How router logits are computed."""
         return self.megatron.scorer_config()
+
+    def bias_config(self) -> BiasConfig | None:
+        """How the expert bias follows the load; None: there is none."""
+        return self.megatron.bias_config()
 
     @property
     def recompute_modules(self) -> frozenset[str]:

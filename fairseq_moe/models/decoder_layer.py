@@ -11,9 +11,20 @@ from torch import Tensor
 
 from fairseq_moe.distributed import ParallelMesh, all_reduce_sum
 from fairseq_moe.flags.moe import MoEConfig
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, SharedExperts, TokenInfo
+from fairseq_moe.modules import (
+    AllToAllDispatcher,
+    Dispatcher,
+    Experts,
+    LocalDispatcher,
+    MoELayer,
+    Router,
+    SharedExperts,
+    TokenInfo,
+)
 from fairseq_moe.modules.dispatch.allgather import AllGatherDispatcher
-from fairseq_moe.modules.dispatch.padded import PaddedDispatcher
+from fairseq_moe.modules.dispatch.dispatcher import plan_kept
+from fairseq_moe.modules.dispatch.exchange import Exchange, NoExchange, TimedExchange
+from fairseq_moe.modules.dispatch.padded import plan_padded
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.parallel.placement import EXPERT, marks_of, place
 
@@ -147,6 +158,7 @@ def build_moe_layer(
         num_experts=moe.num_experts,
         config=moe.router_config(),
         scorer=moe.scorer_config(),
+        bias=moe.bias_config(),
         sum_over_ranks=None if mesh.sparse is None else all_reduce_sum,
     )
     local_ids = mesh.layout.local_ids(mesh.rank)
@@ -180,23 +192,23 @@ def build_moe_layer(
             dropout=dropout,
             recompute="shared_experts" in moe.recompute_modules,
         )
+    exchange = NoExchange(mesh.exchange().size) if moe.dummy_a2a else mesh.exchange()
+    timed = TimedExchange(exchange) if moe.record_a2a_perf_stats else None
     return MoELayer(
         router=router,
         experts=experts,
         shared_experts=shared,
-        dispatcher=_build_dispatcher(moe, mesh),
-        record_exchange_times=moe.record_a2a_perf_stats,
+        dispatcher=_build_dispatcher(moe, mesh, timed or exchange),
+        exchange_times=None if timed is None else timed.times,
         recompute="moe" in moe.recompute_modules,
     )
 
 
-def _build_dispatcher(
-    moe: MoEConfig, mesh: ParallelMesh
-) -> Dispatcher | PaddedDispatcher | AllGatherDispatcher:
-    exchange, num_experts = mesh.exchange(), moe.num_experts
-    if moe.megatron.dispatcher == "padded":
-        return PaddedDispatcher(exchange, num_experts=num_experts)
+def _build_dispatcher(moe: MoEConfig, mesh: ParallelMesh, exchange: Exchange) -> Dispatcher:
     if moe.megatron.dispatcher == "allgather":
         first_expert_id = mesh.layout.local_ids(mesh.rank)[0]
-        return AllGatherDispatcher(exchange, num_experts=num_experts, first_expert_id=first_expert_id)
-    return Dispatcher(exchange, num_experts=num_experts, skip_exchange=moe.dummy_a2a)
+        return AllGatherDispatcher(exchange, first_expert_id=first_expert_id)
+    plan = plan_padded if moe.megatron.dispatcher == "padded" else plan_kept
+    if exchange.size == 1:
+        return LocalDispatcher(plan=plan)
+    return AllToAllDispatcher(exchange, plan=plan)

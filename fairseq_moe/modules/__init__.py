@@ -1,6 +1,9 @@
-"""The mixture-of-experts layer, from pure functions up to a Module.
+"""How does a token pass a mixture-of-experts layer? Routing, dispatch, the experts' networks, combination.
 
-Letters at the end of a name give its shape:
+``moe_layer`` composes them. ``routing``, ``dispatch`` and ``kernels`` are folders with legends of their own, ``blocks``
+holds the rest of a decoder layer, and ``reference`` says the same in thirty slow lines.
+
+Letters at the end of a name give its shape; a number is an axis of that size:
 
 ====== ==========================================================
 letter meaning
@@ -11,16 +14,15 @@ F      hidden width of an expert
 E      experts of the layer, on all ranks
 L      experts on this rank
 K      experts chosen per token
-G      ranks that exchange tokens
-R      rows: (token, choice) pairs that survived capacity
-S      what experts read rows from: tokens, or rows that other ranks sent
+S      source of the experts' rows: tokens, or rows that other ranks sent
 ====== ==========================================================
 
 A padding mask is True where a token is padding, as in fairseq. Nothing here knows fairseq or
 torch.distributed.
 """
 
-from fairseq_moe.modules.dispatch.alltoall import Dispatcher, DispatchRecord
+from fairseq_moe.modules.dispatch.alltoall import AllToAllDispatcher
+from fairseq_moe.modules.dispatch.dispatcher import Dispatcher, LocalDispatcher
 from fairseq_moe.modules.experts import Experts
 from fairseq_moe.modules.moe_layer import MoEAux, MoELayer
 from fairseq_moe.modules.routing.contract import LOSSES, RoutingDecision, TokenInfo
@@ -31,10 +33,11 @@ from fairseq_moe.modules.shared_experts import SharedExperts
 
 __all__ = [
     "LOSSES",
+    "AllToAllDispatcher",
     "BranchConfig",
-    "DispatchRecord",
     "Dispatcher",
     "Experts",
+    "LocalDispatcher",
     "MoEAux",
     "MoELayer",
     "Router",

@@ -1,4 +1,4 @@
-"""The experts of one rank: L feed-forward networks whose weights are stacked, one tensor per matrix."""
+"""Hold and apply the experts of one rank: L feed-forward networks with stacked weights, one tensor per matrix."""
 
 import functools
 import math
@@ -17,10 +17,10 @@ __all__ = ["Experts"]
 
 
 class Experts(nn.Module):
-    """L two-layer feed-forward networks: dropout(W2 activation_dropout(act(W1 x + b1)) + b2).
+    """Apply L two-layer feed-forward networks: dropout(W2 activation_dropout(act(W1 x + b1)) + b2).
 
     The stacks are the only parameters: ``fc1_weight`` (L, F, D), ``fc1_bias`` (L, F), ``fc2_weight``
-    (L, D, F), ``fc2_bias`` (L, D). Gated experts (``activation`` is ``swiglu``) have 2F rows in ``fc1_weight``,
+    (L, D, F), ``fc2_bias`` (L, D). Gated experts (``activation`` is ``swiglu``) have 2F outputs in ``fc1_weight``,
     those of the gate first, and no biases.
 
     Args:
@@ -88,7 +88,7 @@ class Experts(nn.Module):
     # torch makes new Parameters, without our marks, in the three operations below.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copying and unpickling."""
+        """Mark the parameters of a copied or unpickled module."""
         super().__setstate__(state)
         self.mark_parameters()
 

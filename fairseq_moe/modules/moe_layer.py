@@ -1,11 +1,11 @@
-"""The mixture-of-experts layer: route, dispatch, apply the experts, combine."""
+"""Compose the mixture-of-experts layer: route, dispatch, apply the experts, combine."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe.modules.dispatch.alltoall import Dispatcher
+from fairseq_moe.modules.dispatch.dispatcher import Dispatcher
 from fairseq_moe.modules.dispatch.exchange import ExchangeTimes
 from fairseq_moe.modules.experts import Experts
 from fairseq_moe.modules.recompute import recomputed, recomputed_first
@@ -19,12 +19,12 @@ __all__ = ["MoEAux", "MoELayer", "RoutingMemo"]
 
 @dataclass(frozen=True, kw_only=True)
 class MoEAux:
-    """What a layer says besides its output; all tensors, so that activation checkpointing carries them.
+    """Carry what a layer says besides its output; all tensors, so that activation checkpointing passes them on.
 
     Args:
-        losses: float (len(rules.LOSSES),), unscaled, differentiable; 0 for losses that the rule does not have.
+        losses: float (len(contract.LOSSES),), unscaled, differentiable; 0 for losses that the rule does not have.
         stats: float (len(stats.LAYER_STATS),), no gradient.
-        load_2E: float, tokens per expert before (row 0) and after (row 1) the capacity cut, no gradient.
+        load_2E: float, requested and kept assignments of each expert, no gradient.
     """
 
     losses: Tensor
@@ -38,7 +38,7 @@ class MoEAux:
 
 
 class RoutingMemo:
-    """Keeps one forward pass's routing decision for its recomputation under activation checkpointing.
+    """Keep one forward pass's routing decision for its recomputation under activation checkpointing.
 
     Rounding differs between two passes on some hardware, and a near-tie that falls the other way would change
     the exchange's split sizes on one rank only: so the choice is remembered, not taken again.
@@ -49,14 +49,14 @@ class RoutingMemo:
 
 
 class MoELayer(nn.Module):
-    """A router and this rank's experts.
+    """Route tokens, and mix the outputs of the experts that they chose.
 
     Args:
         router: chooses experts for tokens.
         experts: the local ones.
         dispatcher: brings rows to experts and back.
         shared_experts: a network that every token passes besides its experts.
-        record_exchange_times: measure the exchanges of each forward pass (synchronises the device).
+        exchange_times: what the dispatcher's ``TimedExchange`` measures, for the statistics; None: it has none.
         recompute: compute the layer again in the backward pass, all but the choice of experts.
     """
 
@@ -67,7 +67,7 @@ class MoELayer(nn.Module):
         experts: Experts,
         dispatcher: Dispatcher,
         shared_experts: SharedExperts | None = None,
-        record_exchange_times: bool = False,
+        exchange_times: ExchangeTimes | None = None,
         recompute: bool = False,
     ) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.dispatcher = dispatcher
         self.shared_experts = shared_experts
-        self.record_exchange_times = record_exchange_times
+        self.exchange_times = exchange_times or ExchangeTimes()
         self.recompute = recompute
 
     def forward(
@@ -85,7 +85,8 @@ class MoELayer(nn.Module):
 
         Args:
             x_TD: float tokens.
-            tokens: what they are for; padding takes no capacity and its output is that of the shared experts.
+            tokens: mode and padding of the tokens; padding takes no slot, and its output is that of the shared
+                experts.
             memo: filled by the first pass, obeyed by the second, where the caller recomputes the layer; then
                 the layer itself does not.
 
@@ -108,30 +109,29 @@ class MoELayer(nn.Module):
         routed = self.router(x_TD, tokens=tokens, decision=remembered)
         if memo is not None:
             memo.decision = routed.decision
-        times = ExchangeTimes(enabled=self.record_exchange_times)
-        shared_TD: list[Tensor] = []
-
-        def apply_shared_experts() -> None:
-            if self.shared_experts is not None:
-                shared_TD.append(self.shared_experts(x_TD))
-
-        source_SD, work, record = self.dispatcher.dispatch(
-            x_TD, routed.decision, routed.weights_TK, times, meanwhile=apply_shared_experts
-        )
+        self.exchange_times.reset()
+        dispatched = self.dispatcher.send(x_TD, routed.decision, routed.weights_TK)
+        # Computed while the rows travel.
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        source_SD, work = dispatched.arrive()
         y_SD = self.experts(source_SD, work)
-        y_TD = sum(shared_TD, self.dispatcher.combine(y_SD, record, times))
-        return y_TD, self._aux(routed, times)
+        y_TD = dispatched.combine(y_SD)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
+        return y_TD, self._aux(routed)
 
-    def _aux(self, routed: RouterOutput, times: ExchangeTimes) -> MoEAux:
+    def _aux(self, routed: RouterOutput) -> MoEAux:
+        counts = routed.decision.counts
         with torch.no_grad():
             layer_stats = stats.layer_stats(
                 routed.gates_TE.detach(),
-                routed.decision,
-                all_to_all_cpu_time_ms=times.cpu_ms,
-                all_to_all_cuda_time_ms=times.cuda_ms,
+                counts,
+                top_k=routed.weights_TK.shape[1],
+                all_to_all_cpu_time_ms=self.exchange_times.cpu_ms,
+                all_to_all_cuda_time_ms=self.exchange_times.cuda_ms,
                 bias_E=self.router.expert_bias,
             )
-            load_2E = stats.expert_load(routed.decision, num_experts=self.router.num_experts)
+            load_2E = torch.stack([counts.requested_E, counts.kept_E]).float()
         zero = torch.zeros((), device=layer_stats.device)
         return MoEAux(
             losses=torch.stack([routed.losses.get(name, zero) for name in LOSSES]),

@@ -1,4 +1,4 @@
-"""Computing parts of a layer again in the backward pass, so that what they would keep takes no memory."""
+"""Compute parts of a layer again in the backward pass, so that what they would keep takes no memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ RECOMPUTABLE = {
 
 
 def recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
-    """``function(*tensors)``, which runs once more, with the same random numbers, when gradients are wanted.
+    """Call ``function(*tensors)``, which runs once more, with the same random numbers, when gradients are wanted.
 
     Under FSDP a function may be run by a wrapped module; if it runs one itself, its output must pass
     ``recomputed_first``.
@@ -34,7 +34,7 @@ def recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
 
 
 def recomputed_first(output: Tensor) -> Tensor:
-    """The output itself, whose gradient waits until the function that made it has run again.
+    """Return the output, whose gradient waits until the function that made it has run again.
 
     FSDP prepares a wrapped module for its backward pass when the gradient of the module's output arrives. A
     recomputation that began only then, at the first operation that needs a kept tensor, would run that module forward

@@ -18,7 +18,7 @@ def reference_moe(
         x_TD: float tokens.
         router_weight_ED: float.
         experts: all E experts.
-        capacity: rows that an expert takes.
+        capacity: slots of an expert.
 
     Returns:
         (T, D) output and the scalar balance loss.

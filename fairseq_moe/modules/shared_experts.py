@@ -15,7 +15,7 @@ __all__ = ["SharedExperts"]
 class SharedExperts(nn.Module):
     """dropout(W2 activation_dropout(act(W1 x + b1)) + b2), optionally times sigmoid(x . g) (Qwen2-MoE).
 
-    Its parameters are dense: every rank holds all of them. With ``swiglu`` the first matrix has 2F rows and there
+    Its parameters are dense: every rank holds all of them. With ``swiglu`` the first matrix has 2F outputs and there
     are no biases, as in ``Experts``.
 
     Args:

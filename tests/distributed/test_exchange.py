@@ -65,7 +65,7 @@ def _exchange_rows(rank: int, send_table: list[list[int]]) -> tuple[list[float],
 
     send, recv = send_table[rank], [row[rank] for row in send_table]
     rows = torch.tensor([[100.0 * rank + i] for i in range(sum(send))]).reshape(-1, 1).requires_grad_()
-    received = parallel_mesh(len(send_table)).exchange().rows(rows, send, recv)
+    received = parallel_mesh(len(send_table)).exchange().send(rows, send, recv).arrive()
     (5 * received.square()).sum().backward()
     assert rows.grad is not None
     return received.flatten().tolist(), rows.grad.flatten().tolist()
@@ -177,17 +177,13 @@ def _order_of_work(rank: int) -> list[str]:
     exchange._Flight.start = noted("start", exchange._Flight.start)  # type: ignore[method-assign]
     exchange._Flight.arrive = noted("arrive", exchange._Flight.arrive)  # type: ignore[method-assign]
     x = torch.ones(2, 1, requires_grad=True)
-    other: list[torch.Tensor] = []
-
-    def meanwhile() -> None:
-        order.append("work")
-        y = x * 2
-        y.register_hook(lambda grad: order.append("work"))
-        other.append(y)
-
-    rows = GroupExchange(dist.group.WORLD).rows(x, [1, 1], [1, 1], meanwhile=meanwhile)
+    transfer = GroupExchange(dist.group.WORLD).send(x, [1, 1], [1, 1])
+    order.append("work")
+    other = x * 2
+    other.register_hook(lambda grad: order.append("work"))
+    rows = transfer.arrive()
     order.append("backward")
-    (rows * (rank + 1) + other[0]).sum().backward()
+    (rows * (rank + 1) + other).sum().backward()
     assert x.grad is not None
     assert x.grad.flatten().tolist() == [3, 4]  # row g came back from rank g, and the work added 2
     return order

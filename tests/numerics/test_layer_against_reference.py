@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.modules import BranchConfig, Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo
-from fairseq_moe.modules.dispatch.exchange import LocalExchange
+from fairseq_moe.modules import (
+    BranchConfig,
+    Experts,
+    LocalDispatcher,
+    MoELayer,
+    Router,
+    RouterMode,
+    TokenInfo,
+)
 from fairseq_moe.modules.reference import reference_moe
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy, capacity_of
 
@@ -30,7 +37,7 @@ def make_layer(num_experts: int, *, dim: int = 6, dtype: torch.dtype, **config: 
             hidden_dim=2 * dim,
             activation=F.gelu,
         ),
-        dispatcher=Dispatcher(LocalExchange(), num_experts=num_experts),
+        dispatcher=LocalDispatcher(),
     )
     return layer.to(dtype)
 

@@ -138,7 +138,7 @@ def test_aux_loss_of_sequences(logits: Tensor, seq_len: int, num_sequences: int,
     # Megatron's rows are sequence-major (row = s * B + b); ours are batch-major.
     batch_major = logits.view(seq_len, num_sequences, 4).transpose(0, 1).reshape(8, 4)
     scores = normalized_scores(batch_major, SOFTMAX)
-    found = losses.sequence_balancing_loss(scores, num_sequences=num_sequences, top_k=2)
+    found = losses.sequence_balancing_loss(scores, token_choice(scores, 2), num_sequences=num_sequences)
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=0)
 
 

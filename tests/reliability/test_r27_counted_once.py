@@ -41,7 +41,7 @@ def _count_whatever_passes() -> None:
     def forward(self: Any, x_TD: Any, *, tokens: Any, decision: Any = None) -> Any:
         routed = stock(self, x_TD, tokens=tokens, decision=decision)
         if tokens.mode is not RouterMode.TRAIN:
-            self.local_counts_E += self._wanted_counts(routed.decision)
+            self.local_counts_E += routed.decision.counts.requested_E
         return routed
 
     router.Router.forward = forward

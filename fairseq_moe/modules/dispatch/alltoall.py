@@ -1,119 +1,106 @@
-"""Carrying rows to the experts that were chosen for them, and their results back.
+"""Dispatch by all-to-all: a row travels to the one rank that owns its expert, and its result travels back.
 
-``dispatch`` and ``combine`` are a pair; the record that the first returns is what the second needs. Only
-rows that survived capacity travel, and only to the rank that owns their expert. Routing weights do not: they are
-applied to what comes back, except on one rank, where nothing travels and the experts apply them.
+Routing weights do not travel: they are applied to what comes back.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules.dispatch.exchange import Exchange, ExchangeTimes, LocalExchange
+from fairseq_moe.modules.dispatch.dispatcher import Dispatched, Planner, SendPlan, plan_kept
+from fairseq_moe.modules.dispatch.exchange import Exchange, Transfer
 from fairseq_moe.modules.dispatch.rows import (
     ExpertWork,
     RowPlan,
     combine_rows,
-    count_rows,
     plan_order,
-    plan_rows,
     take_rows,
     take_weights,
 )
 from fairseq_moe.modules.routing.contract import RoutingDecision
 
-__all__ = ["DispatchRecord", "Dispatcher"]
+__all__ = ["AllToAllDispatcher"]
+
+
+class AllToAllDispatcher:
+    """Send each row to the rank of its expert.
+
+    Args:
+        exchange: the G ranks that share the experts, more than one.
+        plan: lists the rows.
+    """
+
+    def __init__(self, exchange: Exchange, *, plan: Planner = plan_kept) -> None:
+        self.exchange = exchange
+        self.plan = plan
+
+    def send(self, x_TD: Tensor, decision: RoutingDecision, weights_TK: Tensor) -> Dispatched:
+        """Send rows to the ranks of their experts; waits for the device once, for sizes that routing decides."""
+        plan = self.plan(decision)
+        send_GL = plan.counts_E.view(self.exchange.size, -1)
+        if plan.is_same_everywhere:
+            recv_GL = send_GL
+            send = recv = [[plan.num_slots or 0] * send_GL.shape[1]] * self.exchange.size
+        else:
+            recv_GL = self.exchange.counts(send_GL)
+            # The one host synchronisation: split sizes are Python integers.
+            send, recv = torch.stack([send_GL, recv_GL]).tolist()
+        send_splits, recv_splits = [sum(counts) for counts in send], [sum(counts) for counts in recv]
+        counts_L = [sum(counts) for counts in zip(*recv, strict=True)]
+        rows = plan.rows.first(sum(send_splits))
+        weights_R = take_weights(plan.with_filler(weights_TK), rows)
+        rows_RD = take_rows(plan.with_filler(x_TD), rows)
+        return _OnTheWay(
+            plan=plan,
+            rows=rows,
+            weights_R=weights_R,
+            exchange=self.exchange,
+            send_splits=send_splits,
+            recv_splits=recv_splits,
+            transfer=self.exchange.send(rows_RD, send_splits, recv_splits),
+            work=ExpertWork(
+                counts_L=counts_L,
+                plan=_expert_major(recv_GL, sum(counts_L)),
+                rows_per_expert=None if plan.num_slots is None else counts_L[0],
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DispatchRecord:
-    """What ``combine`` needs to undo ``dispatch``.
+class _OnTheWay:
+    """Rows of an all-to-all, and what their way back needs.
 
     Args:
-        plan: this rank's rows.
+        plan: what was sent.
+        rows: its rows, no more than there are.
         weights_R: float, their routing weights.
+        exchange: takes them back.
         send_splits: rows sent to each of the G ranks.
         recv_splits: rows received from each.
+        transfer: the rows under way.
+        work: of this rank's experts.
     """
 
-    plan: RowPlan
+    plan: SendPlan
+    rows: RowPlan
     weights_R: Tensor
+    exchange: Exchange
     send_splits: list[int]
     recv_splits: list[int]
+    transfer: Transfer
+    work: ExpertWork
 
+    def arrive(self) -> tuple[Tensor, ExpertWork]:
+        return self.transfer.arrive(), self.work
 
-class Dispatcher:
-    """Moves rows through an exchange; holds no parameters.
-
-    Args:
-        exchange: the ranks around this one.
-        num_experts: E.
-        skip_exchange: measure the cost of everything but the exchange: remote rows are given to this rank's
-            own experts, so results are wrong on purpose (the branch's ``--dummy-a2a``).
-    """
-
-    def __init__(self, exchange: Exchange, *, num_experts: int, skip_exchange: bool = False) -> None:
-        self.exchange = exchange
-        self.num_experts = num_experts
-        self.skip_exchange = skip_exchange
-
-    def dispatch(
-        self,
-        x_TD: Tensor,
-        decision: RoutingDecision,
-        weights_TK: Tensor,
-        times: ExchangeTimes,
-        *,
-        meanwhile: Callable[[], object] | None = None,
-    ) -> tuple[Tensor, ExpertWork, DispatchRecord | None]:
-        """Bring together the rows of this rank's experts.
-
-        Args:
-            x_TD: float tokens.
-            decision: their routing.
-            weights_TK: float, of each choice.
-            times: where the time of the exchange is added.
-            meanwhile: called once, while the rows are under way: work that needs none of them.
-
-        Returns:
-            What the experts read, (S, D); what they do with it; and the record for ``combine``.
-        """
-        send_GL = count_rows(decision, num_experts=self.num_experts).view(self.exchange.size, -1)
-        recv_GL = send_GL if self.skip_exchange else self.exchange.counts(send_GL)
-        # The one host synchronisation: split sizes are Python integers.
-        send, recv = torch.stack([send_GL, recv_GL]).tolist()
-        send_splits = [sum(counts) for counts in send]
-        local_counts_L = [sum(counts) for counts in zip(*recv, strict=True)]
-        plan = plan_rows(decision, num_experts=self.num_experts, num_rows=sum(send_splits))
-        weights_R = take_weights(weights_TK, plan)
-        if self.exchange.size == 1:  # experts read tokens themselves and add their results to them
-            x_TD = self.exchange.rows(x_TD, send_splits, send_splits, meanwhile=meanwhile)
-            return x_TD, ExpertWork(counts_L=local_counts_L, plan=plan, weights_R=weights_R), None
-        record = DispatchRecord(
-            plan=plan,
-            weights_R=weights_R,
-            send_splits=send_splits,
-            recv_splits=[sum(counts) for counts in recv],
-        )
-        rows = take_rows(x_TD, plan)
-        exchange = LocalExchange() if self.skip_exchange else self.exchange
-        rows = times.measure(exchange.rows, rows, record.send_splits, record.recv_splits, meanwhile=meanwhile)
-        work = ExpertWork(counts_L=local_counts_L, plan=_expert_major(recv_GL, sum(local_counts_L)))
-        return rows, work, record
-
-    def combine(self, y_SD: Tensor, record: DispatchRecord | None, times: ExchangeTimes) -> Tensor:
-        """Return each expert output to its token and add them up by weight: (S, D) -> (T, D)."""
-        if record is None:
-            return y_SD
-        if not self.skip_exchange:
-            y_SD = times.measure(self.exchange.rows, y_SD, record.recv_splits, record.send_splits)
-        return combine_rows(y_SD, record.weights_R, record.plan)
+    def combine(self, y_SD: Tensor) -> Tensor:
+        y_RD = self.exchange.send(y_SD, self.recv_splits, self.send_splits).arrive()
+        return self.plan.without_filler(combine_rows(y_RD, self.weights_R, self.rows))
 
 
 def _expert_major(recv_GL: Tensor, num_rows: int) -> RowPlan | None:
-    """Takes rows that are sorted by (source rank, expert) in the order of (expert, source rank)."""
+    """Take rows that are sorted by (source rank, expert) in the order of (expert, source rank)."""
     num_local = recv_GL.shape[1]
     if num_local == 1:
         return None

@@ -1,99 +1,128 @@
-"""What a layer asks of the ranks that share its experts; ``distributed`` fulfils it with process groups.
+"""Ask the ranks that share a layer's experts for rows: the Exchange protocol, and exchanges that need no process group.
 
-An exchange is a pair of calls: counts first (integers), then rows with those counts as split sizes. Uneven
-and empty splits are legal, so every rank may bring any number of tokens. The calls are the same on every
-rank whatever the data.
+``distributed.GroupExchange`` is the one between processes. Counts go first (integers), then rows with those counts as
+split sizes. Uneven and empty splits are legal, so every rank may bring any number of tokens. The calls are the same on
+every rank whatever the data.
 """
 
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Exchange", "ExchangeTimes", "LocalExchange"]
+__all__ = ["Arrived", "Exchange", "ExchangeTimes", "LocalExchange", "NoExchange", "TimedExchange", "Transfer"]
 
 
-class ExchangeTimes:
-    """Adds up the time of one forward pass's row exchanges; off unless asked for, since it synchronises.
+class Transfer(Protocol):
+    """Rows under way from other ranks."""
 
-    ``cpu_ms`` is host wall time, ``cuda_ms`` the time between two CUDA events (0 on CPU), both in ms.
-    """
-
-    def __init__(self, *, enabled: bool) -> None:
-        self.enabled = enabled
-        self.cpu_ms = 0.0
-        self.cuda_ms = 0.0
-
-    def measure(
-        self,
-        exchange: Any,
-        rows: Tensor,
-        *splits: list[int],
-        meanwhile: Callable[[], object] | None = None,
-    ) -> Tensor:
-        """Run ``exchange(rows, *splits)`` and add its time; then nothing else runs meanwhile, but before."""
-        if not self.enabled:
-            return exchange(rows, *splits, meanwhile=meanwhile)
-        if meanwhile is not None:
-            meanwhile()
-        events = None
-        if rows.is_cuda:
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
-        start_sec = time.perf_counter()
-        received = exchange(rows, *splits)
-        self.cpu_ms += (time.perf_counter() - start_sec) * 1000.0
-        if events is not None:
-            events[1].record()
-            torch.cuda.synchronize()
-            self.cuda_ms += events[0].elapsed_time(events[1])
-        return received
+    def arrive(self) -> Tensor:
+        """Wait for the rows and return them; called once."""
+        ...
 
 
 class Exchange(Protocol):
-    """What a dispatcher needs of the G ranks around it; ``size`` is G."""
+    """Trade counts and rows with the G ranks of an expert group; ``size`` is G."""
 
     size: int
 
     def counts(self, send_counts_GL: Tensor) -> Tensor:
-        """Row g of the result is what rank g sends here: int64 (G, L) -> int64 (G, L)."""
+        """Trade counts: entry g of the result is what rank g sends here; int64 (G, L) -> int64 (G, L)."""
         ...
 
-    def rows(
-        self,
-        rows_RD: Tensor,
-        send_splits: list[int],
-        recv_splits: list[int],
-        *,
-        meanwhile: Callable[[], object] | None = None,
-    ) -> Tensor:
-        """Send ``send_splits[g]`` rows to rank g, receive ``recv_splits[g]`` from it; differentiable.
+    def send(self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int]) -> Transfer:
+        """Send ``send_splits[g]`` rows to rank g, to receive ``recv_splits[g]`` from it; differentiable.
 
-        ``meanwhile`` is called once, while the rows are under way where there is a way.
+        What is computed before the transfer's ``arrive`` is computed while the rows travel, and its backward pass
+        while their gradients do, where the ranks can compute and communicate at once.
         """
         ...
 
 
+@dataclass(frozen=True)
+class Arrived:
+    """A transfer whose rows are there already."""
+
+    rows_RD: Tensor
+
+    def arrive(self) -> Tensor:
+        """Return the rows, which are here."""
+        return self.rows_RD
+
+
 class LocalExchange:
-    """One rank holds all experts of its tokens: nothing moves."""
+    """Stand in for an exchange on the one rank that holds all experts: nothing moves."""
 
     size = 1
 
     def counts(self, send_counts_GL: Tensor) -> Tensor:
-        """The counts themselves."""
+        """Return the counts as they are."""
         return send_counts_GL
 
-    def rows(
-        self,
-        rows_RD: Tensor,
-        send_splits: list[int],
-        recv_splits: list[int],
-        *,
-        meanwhile: Callable[[], object] | None = None,
-    ) -> Tensor:
-        """The rows themselves."""
-        if meanwhile is not None:
-            meanwhile()
-        return rows_RD
+    def send(self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int]) -> Transfer:
+        """Return the rows as they are."""
+        return Arrived(rows_RD)
+
+
+class NoExchange(LocalExchange):
+    """Leave the exchange out, to measure the cost of everything else (the branch's ``--dummy-a2a``).
+
+    Rows for other ranks are given to this rank's own experts, so results are wrong on purpose.
+
+    Args:
+        size: G, the ranks that would take part.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+@dataclass
+class ExchangeTimes:
+    """Sum of the times of one forward pass's row exchanges, in ms.
+
+    Args:
+        cpu_ms: host wall time.
+        cuda_ms: time between two CUDA events; 0 on a CPU.
+    """
+
+    cpu_ms: float = 0.0
+    cuda_ms: float = 0.0
+
+    def reset(self) -> None:
+        """Begin a forward pass with zeros."""
+        self.cpu_ms = self.cuda_ms = 0.0
+
+
+class TimedExchange:
+    """Measure the row exchanges of another exchange and add them to ``times``; synchronises the device.
+
+    Args:
+        inner: what is measured.
+    """
+
+    def __init__(self, inner: Exchange) -> None:
+        self.size = inner.size
+        self.times = ExchangeTimes()
+        self._inner = inner
+
+    def counts(self, send_counts_GL: Tensor) -> Tensor:
+        """Trade counts through the inner exchange, unmeasured."""
+        return self._inner.counts(send_counts_GL)
+
+    def send(self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int]) -> Transfer:
+        """Send rows and wait for them: with other work in between, the time would be that of both."""
+        events = None
+        if rows_RD.is_cuda:
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+        start_sec = time.perf_counter()
+        received = self._inner.send(rows_RD, send_splits, recv_splits).arrive()
+        self.times.cpu_ms += (time.perf_counter() - start_sec) * 1000.0
+        if events is not None:
+            events[1].record()
+            torch.cuda.synchronize()
+            self.times.cuda_ms += events[0].elapsed_time(events[1])
+        return Arrived(received)

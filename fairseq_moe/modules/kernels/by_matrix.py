@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fairseq_moe.modules.dispatch.rows import ExpertWork, combine_rows, take_rows
 from fairseq_moe.modules.kernels.activation import weighted_activation
-from fairseq_moe.modules.kernels.contract import Network, Stacks, device_counts, host_counts
+from fairseq_moe.modules.kernels.contract import Network, Stacks, device_counts
 from fairseq_moe.modules.kernels.linear import batched_linear, grouped_linear, loop_linear
 
 __all__ = ["batched_network", "grouped_network", "loop_network"]
@@ -22,18 +22,21 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 def loop_network(source_SD: Tensor, stacks: Stacks, work: ExpertWork, network: Network) -> Tensor:
     """Compute the experts with one product per expert and matrix, in ``network.wide``."""
-    linear = functools.partial(loop_linear, counts_L=host_counts(work), wide=network.wide)
+    work = work.on_host()
+    linear = functools.partial(loop_linear, counts_L=work.host_counts(), wide=network.wide)
     return _by_matrix(linear, source_SD, stacks, work, network)
 
 
 def batched_network(source_SD: Tensor, stacks: Stacks, work: ExpertWork, network: Network) -> Tensor:
     """Compute the experts with one batched product per matrix, in the rows' own dtype."""
-    linear = functools.partial(batched_linear, counts_L=host_counts(work))
+    work = work.on_host()
+    linear = functools.partial(batched_linear, counts_L=work.host_counts())
     return _by_matrix(linear, source_SD, stacks, work, network)
 
 
 def grouped_network(source_SD: Tensor, stacks: Stacks, work: ExpertWork, network: Network) -> Tensor:
     """Compute the experts with one ``grouped_mm`` per matrix, in the rows' own dtype."""
+    work = work.sized()
     linear = functools.partial(grouped_linear, counts_L=device_counts(work, source_SD.device))
     return _by_matrix(linear, source_SD, stacks, work, network)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fairseq_moe.modules.dispatch.rows import ExpertWork
 from fairseq_moe.modules.kernels.activation import Activation
 
-__all__ = ["KernelFunction", "Network", "Stacks", "device_counts", "host_counts", "under_autocast"]
+__all__ = ["KernelFunction", "Network", "Stacks", "device_counts", "under_autocast"]
 
 
 class Stacks(NamedTuple):
@@ -58,12 +58,9 @@ def under_autocast(source_SD: Tensor, stacks: Stacks) -> tuple[Tensor, Stacks]:
     return source_SD.to(dtype), Stacks(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
 
 
-def host_counts(work: ExpertWork) -> tuple[int, ...]:
-    """Count the rows of each local expert as numbers on the host, for kernels that go from expert to expert."""
-    return tuple(work.counts_L)
-
-
 def device_counts(work: ExpertWork, device: torch.device) -> Tensor:
     """Count the rows of each local expert: int64 (L,) on ``device``, for kernels that need no number on the host."""
-    counts_L = torch.tensor(host_counts(work), pin_memory=device.type == "cuda")
+    if isinstance(work.counts_L, Tensor):
+        return work.counts_L.to(device)
+    counts_L = torch.tensor(work.host_counts(), pin_memory=device.type == "cuda")
     return counts_L.to(device, non_blocking=True)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from fairseq_moe.modules.dispatch.rows import ExpertWork
 from fairseq_moe.modules.kernels import cpu_memory
 from fairseq_moe.modules.kernels.activation import Activation, through_activation
-from fairseq_moe.modules.kernels.contract import Network, Stacks, host_counts
+from fairseq_moe.modules.kernels.contract import Network, Stacks
 from fairseq_moe.modules.kernels.linear import Gradients, affine, mm_into
 
 __all__ = ["sliced_network"]
@@ -83,8 +83,9 @@ def sliced_network(source_SD: Tensor, stacks: Stacks, work: ExpertWork, network:
             f"the kernel 'sliced' cannot drop values after the activation, but their dropout is "
             f"{network.activation_dropout}; choose_kernel takes 'loop' for it"
         )
+    work = work.on_host()
     setup = _Setup(
-        counts_L=host_counts(work),
+        counts_L=work.host_counts(),
         token_R=None if work.plan is None else work.plan.token_R,
         activation=network.activation,
         dropout=network.dropout,

@@ -1,1 +1,21 @@
-"""Which token goes to which expert, with which weight, and what does balance cost?"""
+"""Which token goes to which expert, with which weight, and what does balance cost?
+
+``router`` computes logits and hands them to a rule, ``topk`` or ``branch``; ``contract`` says what a rule takes and
+gives.
+
+Letters at the end of a name give its shape; a number is an axis of that size:
+
+====== ==========================================================
+letter meaning
+====== ==========================================================
+T      tokens of this rank (batch x sequence, batch-major)
+B      sequences of the batch
+S      positions of a sequence
+D      model width
+E      experts of the layer, on all ranks
+K      experts chosen per token
+A      assignments: (token, choice) pairs, token by token
+C      slots of one expert
+L      layers of the model
+====== ==========================================================
+"""

@@ -1,29 +1,43 @@
-"""Balancing without a loss: a bias per expert that moves choices and never weights. Pure update rules.
+"""Balance without a loss, by a bias per expert that moves choices and never weights: pure update rules.
 
 ``sign`` moves each bias by a fixed step towards equal load (Wang et al. 2024, arXiv 2408.15664). ``quantile``
 puts it where the load of this micro-batch would be equal (Megatron-Core's quantile balancing).
 """
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-__all__ = ["BiasRule", "quantile_thresholds", "sign_step"]
+__all__ = ["BiasConfig", "BiasRule", "quantile_thresholds", "sign_step"]
 
 
 class BiasRule(StrEnum):
-    """How the bias follows the load."""
+    """Say how the bias follows the load."""
 
     SIGN = "sign"
     QUANTILE = "quantile"
 
 
-def sign_step(counts_E: Tensor, *, rate: float) -> Tensor:
-    """rate * sign(mean load - load): what is added to the bias after an update.
+@dataclass(frozen=True, kw_only=True)
+class BiasConfig:
+    """Configure a router's expert bias.
 
     Args:
-        counts_E: choices of each expert on all ranks in the update, before drops.
+        rule: how the bias follows the load.
+        update_rate: step of the ``sign`` rule.
+    """
+
+    rule: BiasRule
+    update_rate: float = 1e-3
+
+
+def sign_step(counts_E: Tensor, *, rate: float) -> Tensor:
+    """Compute what is added to the bias after an update: rate * sign(mean load - load).
+
+    Args:
+        counts_E: requested assignments of each expert on all ranks in the update.
         rate: the step.
 
     Returns:
@@ -37,7 +51,7 @@ def sign_step(counts_E: Tensor, *, rate: float) -> Tensor:
 def quantile_thresholds(
     scores_TE: Tensor, bias_E: Tensor, *, top_k: int, padding_T: Tensor | None = None
 ) -> Tensor:
-    """What must be taken from each expert's scores so that T * K / E tokens choose it.
+    """Find what must be taken from each expert's scores so that T * K / E tokens choose it.
 
     Expert e is chosen by a token when its score exceeds the token's (K+1)-th best biased score by more than
     its threshold; the threshold is the (T * K / E + 1)-th largest of these margins, T * K / E rounded down.
@@ -55,13 +69,16 @@ def quantile_thresholds(
     num_tokens, num_experts = scores_TE.shape
     if top_k >= num_experts or num_tokens == 0:
         return torch.zeros_like(bias_E)
+    # To be chosen, an expert must beat the best of those that are not: the (K+1)-th.
     next_best_T1 = (scores_TE + bias_E).topk(top_k + 1, dim=-1).values[:, -1:]
     margins_TE = scores_TE - next_best_T1
     num_valid = torch.full((), num_tokens, device=scores_TE.device)
     if padding_T is not None:
+        # Padding sorts behind every token, and the share is one of the tokens that are none.
         margins_TE = margins_TE.masked_fill(padding_T.unsqueeze(-1), float("-inf"))
         num_valid = (~padding_T).sum()
     share = num_valid * top_k // num_experts
+    # The share is a number on the device, so it selects from sorted margins: ``kthvalue`` would need it on the host.
     sorted_TE = margins_TE.sort(dim=0, descending=True).values
     found_E = sorted_TE.index_select(0, share.clamp(max=num_tokens - 1).view(1)).view(-1)
     return torch.where(share < num_valid, found_E, torch.zeros_like(found_E)).to(bias_E.dtype)

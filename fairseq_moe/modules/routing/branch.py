@@ -51,7 +51,7 @@ class SecondExpertPolicy(StrEnum):
 
 
 def gate_probabilities(logits_TE: Tensor, *, use_fp32: bool) -> Tensor:
-    """Softmax over the experts, in float32 if ``use_fp32`` and the logits are narrower."""
+    """Take the softmax over the experts, in float32 if ``use_fp32`` and the logits are narrower."""
     if use_fp32 and logits_TE.dtype in (torch.float16, torch.bfloat16):
         logits_TE = logits_TE.float()
     return F.softmax(logits_TE, dim=-1)
@@ -60,7 +60,7 @@ def gate_probabilities(logits_TE: Tensor, *, use_fp32: bool) -> Tensor:
 def capacity_of(
     num_tokens: int, num_experts: int, *, top_k: int, eval_token_fraction: float | None = None
 ) -> int:
-    """Rows that each expert takes from one rank.
+    """Compute the assignments that each expert takes from one rank.
 
     Args:
         num_tokens: tokens of this rank, padding included.
@@ -78,7 +78,7 @@ def capacity_of(
 
 
 def gumbel_noise(like_TE: Tensor) -> Tensor:
-    """Standard Gumbel noise of the shape of ``like_TE``, float32 or wider, from torch's global generator."""
+    """Draw standard Gumbel noise of the shape of ``like_TE``, float32 or wider, from torch's global generator."""
     # Half precision has too few numbers near 1, so the largest values would be cut off.
     dtype = torch.promote_types(like_TE.dtype, torch.float32)
     uniform = torch.rand_like(like_TE, dtype=dtype)
@@ -90,16 +90,16 @@ def gumbel_noise(like_TE: Tensor) -> Tensor:
 def decide_top1(
     gates_TE: Tensor, *, capacity: int | None, padding_T: Tensor | None = None
 ) -> RoutingDecision:
-    """Each token to its most probable expert, first come first served.
+    """Send each token to its most probable expert, first come first served.
 
     Args:
         gates_TE: float gate probabilities.
-        capacity: rows per expert; None: unlimited.
-        padding_T: bool, True where a token is padding and takes no place.
+        capacity: slots per expert; None: unlimited.
+        padding_T: bool, True where a token is padding and takes no slot.
     """
     ids_TK = gates_TE.argmax(dim=-1, keepdim=True)
-    wanted_TK = torch.ones_like(ids_TK, dtype=torch.bool)
-    return _cut(ids_TK, wanted_TK, gates_TE, capacity, padding_T, prioritized=False)
+    requested_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+    return _cut(ids_TK, requested_TK, gates_TE, capacity, padding_T, prioritized=False)
 
 
 @torch.no_grad()
@@ -114,16 +114,16 @@ def decide_top2(
     padding_T: Tensor | None = None,
     prioritized: bool = False,
 ) -> RoutingDecision:
-    """Each token to two experts.
+    """Send each token to two experts.
 
     Args:
         logits_TE: float router logits, in the precision that the gates were computed in.
         gates_TE: float, softmax of the logits.
-        capacity: rows per expert; None: unlimited.
+        capacity: slots per expert; None: unlimited.
         policy: choice of the second expert.
         training: False draws no random numbers.
         normalize_before_dropping: the ``random`` policy looks at g2 / (g1 + g2) instead of g2.
-        padding_T: bool, True where a token is padding and takes no place.
+        padding_T: bool, True where a token is padding and takes no slot.
         prioritized: tokens queue by descending largest gate probability (V-MoE, Riquelme et al. 2021, 4.1).
     """
     first_T1 = gates_TE.argmax(dim=-1, keepdim=True)
@@ -134,20 +134,20 @@ def decide_top2(
         scores_TE = scores_TE.scatter(-1, first_T1, float("-inf"))
     second_T1 = scores_TE.argmax(dim=-1, keepdim=True)
     ids_TK = torch.cat([first_T1, second_T1], dim=-1)
-    wanted_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+    requested_TK = torch.ones_like(ids_TK, dtype=torch.bool)
     if policy is SecondExpertPolicy.RANDOM:
         chosen_TK = gates_TE.gather(-1, ids_TK)
         if normalize_before_dropping:
             chosen_TK = _normalized(chosen_TK)
         threshold_T = torch.rand_like(chosen_TK[:, 1]) if training else torch.full_like(chosen_TK[:, 1], 0.5)
         twice_T = 2 * chosen_TK[:, 1]
-        wanted_TK[:, 1] = twice_T > threshold_T if training else twice_T >= threshold_T
-    return _cut(ids_TK, wanted_TK, gates_TE, capacity, padding_T, prioritized=prioritized)
+        requested_TK[:, 1] = twice_T > threshold_T if training else twice_T >= threshold_T
+    return _cut(ids_TK, requested_TK, gates_TE, capacity, padding_T, prioritized=prioritized)
 
 
 def _cut(
     ids_TK: Tensor,
-    wanted_TK: Tensor,
+    requested_TK: Tensor,
     gates_TE: Tensor,
     capacity: int | None,
     padding_T: Tensor | None,
@@ -155,20 +155,27 @@ def _cut(
     prioritized: bool,
 ) -> RoutingDecision:
     if padding_T is not None:
-        wanted_TK = wanted_TK & ~padding_T.unsqueeze(-1)
-    kept_TK = wanted_TK
+        requested_TK = requested_TK & ~padding_T.unsqueeze(-1)
+    kept_TK = requested_TK
     if capacity is not None:
         priority_T = gates_TE.amax(dim=-1) if prioritized else None
-        num_experts = gates_TE.shape[-1]
-        positions_TK = queue_positions(ids_TK, wanted_TK, num_experts=num_experts, priority_T=priority_T)
-        kept_TK = wanted_TK & (positions_TK < capacity)
-    return RoutingDecision(expert_ids_TK=ids_TK, wanted_TK=wanted_TK, kept_TK=kept_TK, capacity=capacity)
+        positions_TK = queue_positions(
+            ids_TK, requested_TK, num_experts=gates_TE.shape[-1], priority_T=priority_T
+        )
+        kept_TK = requested_TK & (positions_TK < capacity)
+    return RoutingDecision.counted(
+        expert_ids_TK=ids_TK,
+        requested_TK=requested_TK,
+        kept_TK=kept_TK,
+        num_experts=gates_TE.shape[-1],
+        capacity=capacity,
+    )
 
 
 def combine_weights(
     gates_TE: Tensor, decision: RoutingDecision, *, normalize_before_dropping: bool = False
 ) -> Tensor:
-    """Differentiable weight of each assignment in its token's output; zero where it was not kept.
+    """Weigh each assignment in its token's output, differentiably; zero where it was not kept.
 
     One expert: its gate probability. Two: the probabilities divided by their sum, taken over both choices
     before dropping, or over the kept ones after it (then a lone survivor weighs 1).
@@ -196,7 +203,7 @@ def _normalized(weights_TK: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchConfig:
-    """How the branch's gates route.
+    """Configure how the branch's gates route.
 
     Args:
         top_k: experts per token, 1 or 2.
@@ -218,13 +225,22 @@ class BranchConfig:
 
 
 class BranchRule:
-    """See ``BranchConfig`` and ``modules/py``."""
+    """Route tokens with the gates of the moe branch, as a ``BranchConfig`` says."""
 
     def __init__(self, config: BranchConfig) -> None:
         self.config = config
 
-    def route(self, logits_TE: Tensor, tokens: TokenInfo, decision: RoutingDecision | None) -> RouterOutput:
-        """See ``RoutingRule``."""
+    def route(
+        self,
+        logits_TE: Tensor,
+        tokens: TokenInfo,
+        decision: RoutingDecision | None = None,
+        *,
+        bias_E: Tensor | None = None,
+    ) -> RouterOutput:
+        """See ``RoutingRule``; these gates know no expert bias."""
+        if bias_E is not None:
+            raise ValueError("the gates of the moe branch have no expert bias; use the top-k rule")
         gates_TE = gate_probabilities(logits_TE, use_fp32=self.config.gating_use_fp32)
         if decision is None or self._draws_random_numbers(tokens.mode):
             # A recomputed pass draws as well: the dropout that follows must see the same random numbers.
@@ -237,8 +253,11 @@ class BranchRule:
             gates_TE=gates_TE,
             weights_TK=weights_TK.to(logits_TE.dtype),
             decision=decision,
-            losses={"balance": balance_loss(gates_TE, decision)},
+            losses={"balance": balance_loss(gates_TE, decision.counts.first_choices())},
         )
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """See ``RoutingRule``; nothing is scheduled."""
 
     def _draws_random_numbers(self, mode: RouterMode) -> bool:
         draws = self.config.second_expert_policy is not SecondExpertPolicy.ALL

@@ -1,6 +1,6 @@
-"""Who is kept when an expert takes only so many rows: pure functions.
+"""Decide which assignments are kept when an expert takes only so many: pure functions.
 
-Drops happen before the exchange and on each rank alone: every rank owns ``capacity`` places at every expert.
+Drops happen before the exchange and on each rank alone: every rank owns ``capacity`` slots at every expert.
 """
 
 import math
@@ -15,7 +15,7 @@ __all__ = ["DropPolicy", "expert_capacity", "keep_within_capacity"]
 
 
 class DropPolicy(StrEnum):
-    """Who gets the places of an expert.
+    """Say which assignments get the slots of an expert.
 
     ``probs``: the largest weights. ``position``: the first tokens of the batch, whichever choice the expert
     is of them. ``prioritized``: all first choices before all second ones, tokens in order of their largest
@@ -28,7 +28,7 @@ class DropPolicy(StrEnum):
 
 
 def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: float, minimum: int = 0) -> int:
-    """ceil(T * K / E * factor), at least ``minimum``: rows that each expert takes from one rank."""
+    """Compute the slots of each expert for one rank: ceil(T * K / E * factor), at least ``minimum``."""
     return max(math.ceil(num_tokens * top_k / num_experts * factor), minimum)
 
 
@@ -36,20 +36,20 @@ def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: fl
 def keep_within_capacity(
     expert_ids_TK: Tensor,
     weights_TK: Tensor,
-    wanted_TK: Tensor,
+    requested_TK: Tensor,
     *,
     num_experts: int,
     capacity: int,
     policy: DropPolicy,
 ) -> Tensor:
-    """The wanted assignments that get one of their expert's places.
+    """Keep the requested assignments that get one of their expert's slots.
 
     Args:
         expert_ids_TK: int64.
         weights_TK: float weights.
-        wanted_TK: bool.
+        requested_TK: bool.
         num_experts: E.
-        capacity: places per expert.
+        capacity: slots per expert.
         policy: who is first. Ties fall to the earlier token.
 
     Returns:
@@ -59,13 +59,13 @@ def keep_within_capacity(
     if policy is DropPolicy.PRIORITIZED:
         priority_T = weights_TK.amax(-1)
         positions_TK = queue_positions(
-            expert_ids_TK, wanted_TK, num_experts=num_experts, priority_T=priority_T
+            expert_ids_TK, requested_TK, num_experts=num_experts, priority_T=priority_T
         )
-        return wanted_TK & (positions_TK < capacity)
+        return requested_TK & (positions_TK < capacity)
     # One queue over all choices: each (token, choice) pair is a token with a single choice.
     ids_A1 = expert_ids_TK.reshape(-1, 1)
     priority_A = weights_TK.reshape(-1) if policy is DropPolicy.PROBS else None
     positions_A1 = queue_positions(
-        ids_A1, wanted_TK.reshape(-1, 1), num_experts=num_experts, priority_T=priority_A
+        ids_A1, requested_TK.reshape(-1, 1), num_experts=num_experts, priority_T=priority_A
     )
-    return wanted_TK & (positions_A1.view(num_tokens, top_k) < capacity)
+    return requested_TK & (positions_A1.view(num_tokens, top_k) < capacity)

@@ -1,8 +1,8 @@
-"""The contract of routing rules: what every rule takes and gives, and the counting that all of them share.
+"""Declare what every routing rule takes and gives, and count and queue assignments for all of them.
 
-Routing has two halves. The *decision* is made of integers: chosen experts, place in each expert's queue, who
-is kept. It has no gradient, and a recomputed forward pass reuses it. The *weights* are differentiable
-functions of the gate probabilities and of a decision.
+An *assignment* is a (token, choice) pair. Routing has two halves. The *decision* is made of integers: chosen experts,
+which assignments are requested, which are kept. It has no gradient, and a recomputed forward pass reuses it. The
+*weights* are differentiable functions of the gate probabilities and of a decision.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,13 @@ from torch import Tensor
 
 __all__ = [
     "LOSSES",
+    "AssignmentCounts",
     "RouterMode",
     "RouterOutput",
     "RoutingDecision",
     "RoutingRule",
     "TokenInfo",
-    "count_choices",
+    "count_assignments",
     "count_ids",
     "queue_positions",
 ]
@@ -35,7 +36,7 @@ LOSSES = (
 
 
 class RouterMode(Enum):
-    """What the tokens are for; it selects the capacity rule, and whether random numbers may be drawn."""
+    """Say what the tokens are for; it selects the capacity rule, and whether random numbers may be drawn."""
 
     TRAIN = "train"
     EVAL = "eval"
@@ -44,7 +45,7 @@ class RouterMode(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenInfo:
-    """What a rule knows of the tokens besides their values.
+    """Describe tokens by what a rule needs besides their values.
 
     Args:
         mode: what they are for.
@@ -59,32 +60,95 @@ class TokenInfo:
     num_sequences: int = 1
 
 
+class AssignmentCounts(NamedTuple):
+    """Count the assignments of a micro-batch, in one histogram that losses, dispatch, statistics and bias share.
+
+    Counts of parts of a micro-batch may be added (``of`` the sum of their histograms) before anything is made of them.
+
+    Args:
+        histogram_33E: int64, by choice (first, second, all later ones), by fate (kept, dropped, not requested) and by
+            expert.
+        requested_E: int64, requested assignments of each expert.
+        kept_E: int64, those that were kept.
+    """
+
+    histogram_33E: Tensor
+    requested_E: Tensor
+    kept_E: Tensor
+
+    @classmethod
+    def of(cls, histogram_33E: Tensor) -> "AssignmentCounts":
+        """Sum a histogram up by expert."""
+        kept_E, dropped_E, _ = histogram_33E.sum(0)
+        return cls(histogram_33E, kept_E + dropped_E, kept_E)
+
+    def num_tokens(self) -> Tensor:
+        """Count the tokens, padding included, as every token has one first choice: int64 scalar."""
+        return self.histogram_33E[0].sum()
+
+    def first_choices(self) -> Tensor:
+        """Count the requested first choices of each expert: int64 (E,)."""
+        return self.histogram_33E[0, :2].sum(0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoutingDecision:
-    """Where each token goes; no gradients.
+    """Decide where each token goes; no gradients. ``RoutingDecision.counted`` makes one.
 
     Args:
         expert_ids_TK: int64, chosen experts, first choice first.
-        wanted_TK: bool, assignments that ask for a place: not padding, not left out by the second-expert
+        requested_TK: bool, assignments that ask for a slot: not padding, not left out by the second-expert
             policy.
-        kept_TK: bool, wanted assignments that found a place within the capacity.
-        capacity: rows that each expert takes from this rank; None: unlimited.
-        num_places: rows that each expert has room for where shapes are fixed, at least the capacity, the same on
-            all ranks; None: as many as are kept.
+        kept_TK: bool, requested assignments that found a slot within the capacity.
+        counts: of these assignments, on their device.
+        capacity: assignments that each expert takes from this rank; None: unlimited.
+        num_slots: slots of each expert where shapes are fixed, at least the capacity, the same on all ranks; None:
+            as many as assignments are kept.
+        keeps_all: every assignment is kept whatever the data, so that the host knows their number without waiting.
         balance_counts_2E: int64, choices that a balance loss goes by where those differ from the ones above: of
             this micro-batch, and of all ranks and micro-batches of the update so far; None otherwise.
     """
 
     expert_ids_TK: Tensor
-    wanted_TK: Tensor
+    requested_TK: Tensor
     kept_TK: Tensor
+    counts: AssignmentCounts
     capacity: int | None
-    num_places: int | None = None
+    num_slots: int | None = None
+    keeps_all: bool = False
     balance_counts_2E: Tensor | None = None
+
+    @classmethod
+    def counted(
+        cls,
+        *,
+        expert_ids_TK: Tensor,
+        requested_TK: Tensor,
+        kept_TK: Tensor,
+        num_experts: int,
+        capacity: int | None,
+        num_slots: int | None = None,
+        keeps_all: bool = False,
+    ) -> "RoutingDecision":
+        """Make a decision and count its assignments."""
+        return cls(
+            expert_ids_TK=expert_ids_TK,
+            requested_TK=requested_TK,
+            kept_TK=kept_TK,
+            counts=count_assignments(expert_ids_TK, requested_TK, kept_TK, num_experts=num_experts),
+            capacity=capacity,
+            num_slots=num_slots,
+            keeps_all=keeps_all,
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts on all ranks: E."""
+        return len(self.counts.kept_E)
 
 
 class RouterOutput(NamedTuple):
-    """What routing yields.
+    """Hold the results of routing.
 
     A tuple that starts with a tensor, because hooks of the kind that fairseq's search for NaNs puts on every
     module look for the first tensor of its output.
@@ -103,69 +167,96 @@ class RouterOutput(NamedTuple):
 
 
 class RoutingRule(Protocol):
-    """From logits to a decision, weights and losses."""
+    """Route by logits: make a decision, weights and losses."""
 
-    def route(self, logits_TE: Tensor, tokens: TokenInfo, decision: RoutingDecision | None) -> RouterOutput:
-        """Route tokens.
+    def route(
+        self,
+        logits_TE: Tensor,
+        tokens: TokenInfo,
+        decision: RoutingDecision | None = None,
+        *,
+        bias_E: Tensor | None = None,
+    ) -> RouterOutput:
+        """Route tokens by their logits.
 
         Args:
             logits_TE: float router logits.
             tokens: about the tokens.
             decision: reuse this decision (a recomputed forward pass) instead of taking one.
+            bias_E: float32, moves choices and never weights.
         """
         ...
 
+    def set_num_updates(self, num_updates: int) -> None:
+        """Note how many updates are done, for what is scheduled by them."""
+        ...
 
-def count_ids(ids: Tensor, *, size: int) -> Tensor:
-    """How often each of 0..size-1 occurs in the int64 vector ``ids``; larger ids raise.
+
+def count_ids(ids: Tensor, *, size: int, counted: Tensor | None = None) -> Tensor:
+    """Count how often each of 0..size-1 occurs in the int64 vector ``ids``; larger ids raise.
 
     ``torch.bincount`` would do, but it waits for the device to learn the largest id.
-    """
-    return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))
-
-
-def count_choices(expert_ids: Tensor, counted: Tensor, *, num_experts: int) -> Tensor:
-    """How often each expert is chosen: int64 (E,).
 
     Args:
-        expert_ids: int64, of any shape; any value where not counted.
-        counted: bool, broadcastable to that shape.
+        ids: int64.
+        size: number of counts.
+        counted: bool of the same shape, the ids that count; None: all.
+    """
+    ones = torch.ones_like(ids) if counted is None else counted.to(ids.dtype)
+    return ids.new_zeros(size).scatter_add_(0, ids, ones)
+
+
+def count_assignments(
+    expert_ids_TK: Tensor, requested_TK: Tensor, kept_TK: Tensor, *, num_experts: int
+) -> AssignmentCounts:
+    """Count assignments by choice, fate and expert.
+
+    Args:
+        expert_ids_TK: int64, those that are not requested included.
+        requested_TK: bool.
+        kept_TK: bool, some of the requested ones.
         num_experts: E.
     """
-    ids = expert_ids.masked_fill(~counted, num_experts)
-    return count_ids(ids.reshape(-1), size=num_experts + 1)[:num_experts]
+    fate_TK = 2 - requested_TK.long() - kept_TK.long()
+    choice_K = torch.arange(expert_ids_TK.shape[1], device=expert_ids_TK.device).clamp(max=2)
+    bins_TK = (3 * choice_K + fate_TK) * num_experts + expert_ids_TK
+    counts = count_ids(bins_TK.reshape(-1), size=9 * num_experts)
+    return AssignmentCounts.of(counts.view(3, 3, num_experts))
 
 
 def queue_positions(
-    expert_ids_TK: Tensor, wanted_TK: Tensor, *, num_experts: int, priority_T: Tensor | None = None
+    expert_ids_TK: Tensor, requested_TK: Tensor, *, num_experts: int, priority_T: Tensor | None = None
 ) -> Tensor:
-    """Place of each assignment in its expert's queue, counted from 0.
+    """Number the requested assignments in each expert's queue, from 0.
 
     All first choices stand before all second choices; within a choice tokens stand in order, or by
     descending ``priority_T`` when it is given (ties in token order).
 
     Args:
         expert_ids_TK: int64.
-        wanted_TK: bool; assignments that are not wanted take no place.
+        requested_TK: bool; other assignments do not queue.
         num_experts: E.
         priority_T: float, larger goes first.
 
     Returns:
-        int64 (T, K); meaningless where not wanted.
+        int64 (T, K); meaningless where not requested.
     """
     num_tokens, top_k = expert_ids_TK.shape
-    ids_TK = expert_ids_TK.masked_fill(~wanted_TK, num_experts)
+    # What is not requested queues for an expert that does not exist, behind all others.
+    ids_TK = expert_ids_TK.masked_fill(~requested_TK, num_experts)
     order_T = None
     if priority_T is not None:
         order_T = torch.argsort(priority_T, descending=True, stable=True)
         ids_TK = ids_TK[order_T]
+    # Choice by choice: a stable sort by expert then keeps all first choices before all second ones.
     ids_KT = ids_TK.t().reshape(-1)
     sorted_ids, by_expert = torch.sort(ids_KT, stable=True)
-    counts = count_ids(ids_KT, size=num_experts + 1)
-    starts = torch.cumsum(counts, 0) - counts
-    places = torch.arange(ids_KT.numel(), device=ids_KT.device) - starts[sorted_ids]
-    positions_KT = torch.empty_like(ids_KT).scatter_(0, by_expert, places)
+    # A queue starts where its expert's id stands first in the sorted list. (A histogram would do, at the price of one
+    # more scatter.)
+    starts_E = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, device=ids_KT.device))
+    positions = torch.arange(ids_KT.numel(), device=ids_KT.device) - starts_E[sorted_ids]
+    positions_KT = torch.empty_like(ids_KT).scatter_(0, by_expert, positions)
     positions_TK = positions_KT.view(top_k, num_tokens).t()
-    if order_T is not None:
+    if order_T is not None:  # back to the order of the tokens
         positions_TK = torch.empty_like(positions_TK).index_copy_(0, order_T, positions_TK)
     return positions_TK

@@ -1,4 +1,6 @@
-"""Auxiliary losses of routing: pure functions, unscaled; the criterion weighs and adds them.
+"""Compute the auxiliary losses of routing: pure functions, unscaled; the criterion weighs and adds them.
+
+Counts are arguments, so those of parts of a micro-batch, or of other ranks, can be added before a loss is made of them.
 
 The load-balancing losses share one formula, E * sum_e(share of the choices that fell on e * mean score of
 e), which is 1 when every expert is chosen equally often, whatever the scores (Switch Transformer, arXiv
@@ -8,13 +10,14 @@ e), which is 1 when every expert is chosen equally often, whatever the scores (S
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules.routing.contract import RoutingDecision, count_choices, count_ids
+from fairseq_moe.modules.routing.contract import count_ids
+from fairseq_moe.modules.routing.scores import token_choice
 
 __all__ = ["balance_loss", "choice_counts", "load_balancing_loss", "sequence_balancing_loss", "z_loss"]
 
 
-def balance_loss(gates_TE: Tensor, decision: RoutingDecision) -> Tensor:
-    """The load-balancing loss of GShard (Lepikhin et al. 2020, equation 4) times E.
+def balance_loss(gates_TE: Tensor, first_choices_E: Tensor) -> Tensor:
+    """Compute the load-balancing loss of GShard (Lepikhin et al. 2020, equation 4) times E.
 
     E * sum_e( mean_t gates[t, e] * share of tokens whose first choice is e ), counted before the capacity
     cut; 1 when probabilities and choices are uniform. The gradient flows through the probabilities only.
@@ -23,34 +26,31 @@ def balance_loss(gates_TE: Tensor, decision: RoutingDecision) -> Tensor:
 
     Args:
         gates_TE: float gate probabilities.
-        decision: a decision about the same tokens.
+        first_choices_E: int64, requested first choices of each expert, of the same tokens.
 
     Returns:
         float32 (or float64) scalar; 0 without tokens.
     """
     num_tokens, num_experts = gates_TE.shape
     gates_TE = _at_least_fp32(gates_TE)
-    counts_E = count_choices(decision.expert_ids_TK[:, 0], decision.wanted_TK[:, 0], num_experts=num_experts)
     denominator = max(num_tokens, 1)
-    share_E = counts_E.to(gates_TE.dtype) / denominator
+    share_E = first_choices_E.to(gates_TE.dtype) / denominator
     mean_E = gates_TE.sum(dim=0) / denominator
     return num_experts * (mean_E * share_E).sum()
 
 
 @torch.no_grad()
 def choice_counts(scores_TE: Tensor, *, top_k: int, padding_T: Tensor | None = None) -> Tensor:
-    """How often an expert is among the K best by plain scores, without bias, groups or drops: int64 (E,)."""
-    num_experts = scores_TE.shape[-1]
-    ids_TK = scores_TE.topk(top_k, dim=-1).indices
-    if padding_T is None:
-        return count_ids(ids_TK.reshape(-1), size=num_experts)
-    return count_choices(ids_TK, ~padding_T.unsqueeze(-1), num_experts=num_experts)
+    """Count how often an expert is among the K best by plain scores, without bias, groups or drops: int64 (E,)."""
+    ids_TK = token_choice(scores_TE, top_k)
+    counted = None if padding_T is None else ~padding_T.repeat_interleave(top_k)
+    return count_ids(ids_TK.reshape(-1), size=scores_TE.shape[-1], counted=counted)
 
 
 def load_balancing_loss(
     scores_TE: Tensor, counts_E: Tensor, *, padding_T: Tensor | None = None, num_tokens: Tensor | None = None
 ) -> Tensor:
-    """E * sum_e( counts[e] / sum(counts) * mean over valid tokens of scores[t, e] ).
+    """Compute E * sum_e( counts[e] / sum(counts) * mean over valid tokens of scores[t, e] ).
 
     Args:
         scores_TE: float, normalised over the experts.
@@ -70,14 +70,14 @@ def load_balancing_loss(
 
 
 def sequence_balancing_loss(
-    scores_TE: Tensor, *, num_sequences: int, top_k: int, padding_T: Tensor | None = None
+    scores_TE: Tensor, expert_ids_TK: Tensor, *, num_sequences: int, padding_T: Tensor | None = None
 ) -> Tensor:
-    """The loss of each sequence (DeepSeek-V2, arXiv 2405.04434, equation 23), averaged by valid tokens.
+    """Compute the loss of each sequence (DeepSeek-V2, arXiv 2405.04434, equation 23), averaged by valid tokens.
 
     Args:
         scores_TE: float, normalised over the experts; tokens batch-major.
+        expert_ids_TK: int64, each token's K best experts by these scores.
         num_sequences: B, sequences of equal length.
-        top_k: K.
         padding_T: bool, True where a token is padding.
 
     Returns:
@@ -88,8 +88,9 @@ def sequence_balancing_loss(
     valid_BS = torch.ones_like(scores_BSE[..., 0])
     if padding_T is not None:
         valid_BS = valid_BS * ~padding_T.view(num_sequences, -1)
+    top_k = expert_ids_TK.shape[-1]
+    ids_BSK = expert_ids_TK.reshape(num_sequences, -1, top_k)
     with torch.no_grad():
-        ids_BSK = scores_BSE.topk(top_k, dim=-1).indices
         chosen_BSE = torch.zeros_like(scores_BSE).scatter(-1, ids_BSK, 1.0) * valid_BS.unsqueeze(-1)
     tokens_B = valid_BS.sum(-1)
     share_BE = chosen_BSE.sum(1) / (top_k * tokens_B.unsqueeze(-1)).clamp(min=1)
@@ -99,14 +100,14 @@ def sequence_balancing_loss(
 
 
 def z_loss(logits_TE: Tensor, *, padding_T: Tensor | None = None) -> Tensor:
-    """Mean over valid tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5): float scalar."""
+    """Average logsumexp(logits)^2 over valid tokens (ST-MoE, arXiv 2202.08906, equation 5): float scalar."""
     squares_T = torch.logsumexp(_at_least_fp32(logits_TE), dim=-1).square()
     total, valid = _valid_sum(squares_T, padding_T)
     return total / valid.clamp(min=1)
 
 
 def _valid_sum(values_T: Tensor, padding_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum over the tokens that are not padding, and their number."""
+    """Sum over the tokens that are not padding, and count them."""
     if padding_T is None:
         return values_T.sum(0), values_T.new_full((), len(values_T))
     keep = ~padding_T

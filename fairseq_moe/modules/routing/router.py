@@ -1,4 +1,4 @@
-"""The router: from tokens to expert logits, and on to a routing rule.
+"""Compute expert logits for tokens, and hand them to a routing rule.
 
 Two scorers: a linear map, and X-MoE's cosine between a projected token and expert embeddings (Chi et al.
 2022, arXiv 2204.09179). The expert bias of auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664)
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_moe.modules.routing.bias import BiasRule, quantile_thresholds, sign_step
+from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule, quantile_thresholds, sign_step
 from fairseq_moe.modules.routing.branch import BranchConfig, BranchRule
 from fairseq_moe.modules.routing.contract import (
     RouterMode,
@@ -21,7 +21,6 @@ from fairseq_moe.modules.routing.contract import (
     RoutingDecision,
     RoutingRule,
     TokenInfo,
-    count_choices,
 )
 from fairseq_moe.modules.routing.scores import choice_scores
 from fairseq_moe.modules.routing.topk import TopKConfig, TopKRule
@@ -35,31 +34,28 @@ _COSINE_NORM = 1.5  # of expert embeddings at the start; only their direction ma
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig:
-    """How logits are computed.
+    """Configure how logits are computed.
 
     Args:
         cosine: X-MoE's scorer in place of the linear map.
         dtype: precision of the product; None: that of the tokens.
         jitter_eps: while training the router's input is multiplied by uniform(1 - eps, 1 + eps); None: not.
-        bias_rule: how the expert bias follows the load; None: no bias.
-        bias_update_rate: step of the ``sign`` rule.
     """
 
     cosine: bool = False
     dtype: torch.dtype | None = None
     jitter_eps: float | None = None
-    bias_rule: BiasRule | None = None
-    bias_update_rate: float = 1e-3
 
 
 class Router(nn.Module):
-    """Scores experts and routes by the configured rule.
+    """Score experts and route by the configured rule.
 
     Args:
         model_dim: D.
         num_experts: E.
         config: the rule, of the moe branch or of the top-k family.
         scorer: how logits are computed.
+        bias: how the expert bias follows the load; None: no bias.
         sum_over_ranks: adds up a vector over all ranks, in place (None: a single process); used by the
             global balance loss on every training pass and by the expert bias once per update.
     """
@@ -78,12 +74,14 @@ class Router(nn.Module):
         num_experts: int,
         config: BranchConfig | TopKConfig,
         scorer: ScorerConfig | None = None,
+        bias: BiasConfig | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.config = config
         self.scorer = scorer or ScorerConfig()
+        self.bias = bias
         self.sum_over_ranks = sum_over_ranks or (lambda counts: counts)
         if self.scorer.cosine:
             self.projection = nn.Linear(model_dim, _COSINE_DIM, bias=False).weight
@@ -94,8 +92,7 @@ class Router(nn.Module):
                     self.weight.copy_(_COSINE_NORM * F.normalize(self.weight, dim=-1))
         else:
             self.weight = nn.Linear(model_dim, num_experts, bias=False).weight
-        has_bias = self.scorer.bias_rule is not None
-        self.register_buffer("expert_bias", torch.zeros(num_experts) if has_bias else None)
+        self.register_buffer("expert_bias", None if bias is None else torch.zeros(num_experts))
         # Sum of the quantile rule's thresholds over the update's passes (E,), and their number (last).
         self.register_buffer("thresholds", torch.zeros(num_experts + 1), persistent=False)
         # Choices since the update began, before drops: here, and on all ranks. They are not saved.
@@ -114,7 +111,7 @@ class Router(nn.Module):
         tokens: TokenInfo,
         decision: RoutingDecision | None = None,
     ) -> RouterOutput:
-        """Route tokens.
+        """Route tokens by the configured rule.
 
         Args:
             x_TD: float tokens.
@@ -122,24 +119,23 @@ class Router(nn.Module):
             decision: reuse this decision (a recomputed forward pass) instead of taking one.
         """
         logits_TE = self._logits(self._jittered(x_TD, tokens))
-        if isinstance(self.rule, TopKRule):
-            self.rule.bias_E = self.expert_bias
-        routed = self.rule.route(logits_TE, tokens, decision)
-        if self.expert_bias is not None and decision is None and tokens.mode is RouterMode.TRAIN:
+        routed = self.rule.route(logits_TE, tokens, decision, bias_E=self.expert_bias)
+        if self.bias is not None and decision is None and tokens.mode is RouterMode.TRAIN:
             self._observe(logits_TE.detach(), routed.decision, tokens)
         return routed
 
     def _observe(self, logits_TE: Tensor, decision: RoutingDecision, tokens: TokenInfo) -> None:
-        """Note what the next bias needs to know of this pass."""
-        if self.scorer.bias_rule is BiasRule.SIGN:
-            self.local_counts_E += self._wanted_counts(decision)
+        """Note of this pass what the next bias follows from."""
+        assert self.bias is not None
+        if self.bias.rule is BiasRule.SIGN:
+            self.local_counts_E += decision.counts.requested_E
             return
         assert isinstance(self.config, TopKConfig) and self.expert_bias is not None
         scores_TE = choice_scores(logits_TE.float(), self.config.score)
         found_E = quantile_thresholds(
             scores_TE, self.expert_bias, top_k=self.config.top_k, padding_T=tokens.padding_T
         )
-        has_tokens = decision.wanted_TK.any().to(found_E.dtype)
+        has_tokens = decision.requested_TK.any().to(found_E.dtype)
         self.thresholds += torch.cat([found_E, has_tokens.view(1)])
 
     def begin_update(self) -> None:
@@ -154,20 +150,19 @@ class Router(nn.Module):
 
         The bias of a router whose parameters are frozen is frozen, too.
         """
-        if self.expert_bias is None or not self.weight.requires_grad:
+        if self.bias is None or self.expert_bias is None or not self.weight.requires_grad:
             return
-        if self.scorer.bias_rule is BiasRule.SIGN:
+        if self.bias.rule is BiasRule.SIGN:
             counts_E = self.sum_over_ranks(self.local_counts_E.clone())
-            self.expert_bias += sign_step(counts_E, rate=self.scorer.bias_update_rate)
+            self.expert_bias += sign_step(counts_E, rate=self.bias.update_rate)
         else:
             *sums, passes = self.sum_over_ranks(self.thresholds.clone()).split([self.num_experts, 1])
             mean_E = sums[0] / passes.clamp(min=1)
             self.expert_bias = torch.where(passes > 0, mean_E.mean() - mean_E, self.expert_bias)
 
     def set_num_updates(self, num_updates: int) -> None:
-        """fairseq tells every module how many updates are done; the capacity schedule goes by it."""
-        if isinstance(self.rule, TopKRule):
-            self.rule.num_updates = num_updates
+        """Pass on how many updates are done, which fairseq tells every module; the capacity schedule goes by it."""
+        self.rule.set_num_updates(num_updates)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Bias and thresholds stay float32 when a model is converted: the bias's steps are small."""
@@ -212,6 +207,3 @@ class Router(nn.Module):
     def _count_globally(self, counts_E: Tensor) -> Tensor:
         self.global_counts_E += self.sum_over_ranks(counts_E.clone())
         return self.global_counts_E.clone()
-
-    def _wanted_counts(self, decision: RoutingDecision) -> Tensor:
-        return count_choices(decision.expert_ids_TK, decision.wanted_TK, num_experts=self.num_experts)

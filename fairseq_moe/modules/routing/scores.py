@@ -1,4 +1,4 @@
-"""Scores of experts and the weights that follow from them: pure functions of router logits.
+"""Score experts, and weigh those that were chosen: pure functions of router logits.
 
 Three score functions: ``softmax`` over all experts, ``sigmoid`` (DeepSeek-V3, arXiv 2412.19437, equation 16)
 and ``sqrtsoftplus``. Each says by what experts are chosen, what a chosen expert weighs, and which normalised
@@ -29,7 +29,7 @@ _TINY = 1e-20
 
 
 class ScoreFunction(StrEnum):
-    """What a router logit means."""
+    """Say what a router logit means."""
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
@@ -37,7 +37,7 @@ class ScoreFunction(StrEnum):
 
 
 class GroupScore(StrEnum):
-    """A group's score: the sum of its best floor(k / groups kept), of its best two, or its maximum."""
+    """Say what a group's score is: the sum of its best floor(k / groups kept), of its best two, or its maximum."""
 
     SUM_OF_BEST = "sum"
     BEST_TWO = "best_two"
@@ -46,7 +46,7 @@ class GroupScore(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRule:
-    """How tokens choose experts.
+    """Configure how tokens choose experts.
 
     Args:
         top_k: K.
@@ -54,7 +54,7 @@ class ScoreRule:
         pre_softmax: with softmax, weights are probabilities over all experts, not renormalised; otherwise
             they are the softmax over the chosen logits. Ignored by the other functions.
         scaling_factor: multiplies all weights.
-        num_groups: G groups of neighbouring experts; None: no groups.
+        num_groups: groups of neighbouring experts; None: no groups.
         group_topk: groups from which a token may choose.
         group_score: how groups are compared.
     """
@@ -69,7 +69,7 @@ class ScoreRule:
 
 
 def raw_scores(logits_TE: Tensor, function: ScoreFunction) -> Tensor:
-    """Each expert's score in the dtype of the logits: (T, E) -> (T, E)."""
+    """Score each expert in the dtype of the logits: (T, E) -> (T, E)."""
     if function is ScoreFunction.SOFTMAX:
         return F.softmax(logits_TE, dim=-1)
     if function is ScoreFunction.SIGMOID:
@@ -78,7 +78,7 @@ def raw_scores(logits_TE: Tensor, function: ScoreFunction) -> Tensor:
 
 
 def normalized_scores(logits_TE: Tensor, function: ScoreFunction) -> Tensor:
-    """Scores over all experts that sum to 1 per token: what the balance losses take."""
+    """Normalise the scores to sum 1 per token, as the balance losses take them."""
     scores_TE = raw_scores(logits_TE, function)
     if function is ScoreFunction.SOFTMAX:
         return scores_TE
@@ -86,7 +86,7 @@ def normalized_scores(logits_TE: Tensor, function: ScoreFunction) -> Tensor:
 
 
 def choice_scores(logits_TE: Tensor, rule: ScoreRule, *, bias_E: Tensor | None = None) -> Tensor:
-    """What experts are compared by: float (T, E), -inf outside a token's groups.
+    """Compute the scores by which experts are compared: float (T, E), -inf outside a token's groups.
 
     Args:
         logits_TE: float router logits.
@@ -105,7 +105,7 @@ def choice_scores(logits_TE: Tensor, rule: ScoreRule, *, bias_E: Tensor | None =
 
 
 def _allowed_experts(scores_TE: Tensor, rule: ScoreRule) -> Tensor:
-    """bool (T, E): experts of the token's best groups (DeepSeek-V2, arXiv 2405.04434, section 2.2.2)."""
+    """Mark the experts of each token's best groups, bool (T, E) (DeepSeek-V2, arXiv 2405.04434, section 2.2.2)."""
     assert rule.num_groups is not None and rule.group_topk is not None
     num_tokens, num_experts = scores_TE.shape
     grouped = scores_TE.view(num_tokens, rule.num_groups, num_experts // rule.num_groups)
@@ -120,12 +120,12 @@ def _allowed_experts(scores_TE: Tensor, rule: ScoreRule) -> Tensor:
 
 
 def token_choice(scores_TE: Tensor, top_k: int) -> Tensor:
-    """The K best experts of each token, best first: int64 (T, K)."""
+    """Choose the K best experts of each token, best first: int64 (T, K)."""
     return scores_TE.topk(top_k, dim=-1).indices
 
 
 def weights_of_choice(logits_TE: Tensor, expert_ids_TK: Tensor, rule: ScoreRule) -> Tensor:
-    """Differentiable weight of each choice: (T, K); dropping some renormalises nothing."""
+    """Weigh each choice, differentiably: (T, K); dropping some renormalises nothing."""
     if rule.function is ScoreFunction.SOFTMAX and not rule.pre_softmax:
         weights_TK = F.softmax(logits_TE.gather(-1, expert_ids_TK), dim=-1)
     else:

@@ -1,17 +1,17 @@
-"""Numbers that describe one routing decision: pure functions, names and units as in fairseq's moe branch."""
+"""Describe one routing decision in numbers: pure functions, names and units as in fairseq's moe branch."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules.routing.contract import RoutingDecision, count_choices, count_ids
+from fairseq_moe.modules.routing.contract import AssignmentCounts
 
-__all__ = ["LAYER_STATS", "expert_load", "layer_stats", "load_violations"]
+__all__ = ["LAYER_STATS", "layer_stats", "load_violations"]
 
 # Order of the entries of a layer's statistics vector, with their units:
 LAYER_STATS = (
-    "overflow_expert1",  # % of wanted first choices that found no place
+    "overflow_expert1",  # % of requested first choices that found no slot
     "overflow_expert2",  # the same for second choices
     "entropy_gating",  # nats, mean over tokens
     "unused_expert1_count",  # experts that are nobody's first choice
@@ -22,7 +22,7 @@ LAYER_STATS = (
     "expert2_balance_bottom",
     "all_to_all_cpu_time_ms",  # this forward pass's two exchanges, host wall time
     "all_to_all_cuda_time_ms",  # the same between CUDA events
-    "drop_rate",  # % of all wanted assignments that found no place
+    "drop_rate",  # % of all requested assignments that found no slot
     "expert_bias_spread",  # largest minus smallest expert bias
 )
 
@@ -31,13 +31,14 @@ _SAMPLE_FRACTION = 0.2
 
 def layer_stats(
     gates_TE: Tensor,
-    decision: RoutingDecision,
+    counts: AssignmentCounts,
     *,
+    top_k: int,
     all_to_all_cpu_time_ms: float = 0.0,
     all_to_all_cuda_time_ms: float = 0.0,
     bias_E: Tensor | None = None,
 ) -> Tensor:
-    """The statistics of one layer and one micro-batch, in the order of ``LAYER_STATS``.
+    """Compute the statistics of one layer and one micro-batch, in the order of ``LAYER_STATS``.
 
     Histograms count raw choices, before padding, the second-expert policy and capacity. With one expert per
     token all ``expert2`` values are 0, and so is ``overflow_expert1`` (the branch logs it so; ``drop_rate``
@@ -45,7 +46,8 @@ def layer_stats(
 
     Args:
         gates_TE: float gate probabilities.
-        decision: a decision about the same tokens.
+        counts: of the same tokens' assignments.
+        top_k: K.
         all_to_all_cpu_time_ms: measured by the caller.
         all_to_all_cuda_time_ms: measured by the caller.
         bias_E: the router's expert bias, if it has one.
@@ -53,39 +55,29 @@ def layer_stats(
     Returns:
         float32 (len(LAYER_STATS),).
     """
-    num_tokens, num_experts = gates_TE.shape
-    top_k = decision.expert_ids_TK.shape[1]
+    num_experts = gates_TE.shape[-1]
     zero = torch.zeros((), device=gates_TE.device)
-    dropped_TK = decision.wanted_TK & ~decision.kept_TK
+    by_fate_33 = counts.histogram_33E.sum(-1)
+    dropped_3 = by_fate_33[:, 1]
+    requested_3 = by_fate_33[:, 0] + dropped_3
+    chosen_3E = counts.histogram_33E.sum(1)
+    share_3E = torch.sort(100.0 * chosen_3E / counts.num_tokens().clamp(min=1), descending=True).values
     values = {name: zero for name in LAYER_STATS}
     values["entropy_gating"] = _entropy(gates_TE)
-    values["drop_rate"] = _percent(dropped_TK.sum(), decision.wanted_TK.sum())
+    values["drop_rate"] = _percent(dropped_3.sum(), requested_3.sum())
     values["all_to_all_cpu_time_ms"] = zero + all_to_all_cpu_time_ms
     values["all_to_all_cuda_time_ms"] = zero + all_to_all_cuda_time_ms
     if bias_E is not None:
         values["expert_bias_spread"] = bias_E.max() - bias_E.min()
     for choice in range(min(top_k, 2)):
         name = f"expert{choice + 1}"
-        counts_E = count_ids(decision.expert_ids_TK[:, choice], size=num_experts)
-        share_E = torch.sort(100.0 * counts_E / max(num_tokens, 1), descending=True).values
         sample = max(math.ceil(num_experts * _SAMPLE_FRACTION), 1)
-        values[f"unused_{name}_count"] = (counts_E == 0).sum()
-        values[f"{name}_balance_top"] = share_E[:sample].sum()
-        values[f"{name}_balance_bottom"] = share_E[-sample:].sum()
+        values[f"unused_{name}_count"] = (chosen_3E[choice] == 0).sum()
+        values[f"{name}_balance_top"] = share_3E[choice, :sample].sum()
+        values[f"{name}_balance_bottom"] = share_3E[choice, -sample:].sum()
         if top_k > 1:
-            values[f"overflow_{name}"] = _percent(
-                dropped_TK[:, choice].sum(), decision.wanted_TK[:, choice].sum()
-            )
+            values[f"overflow_{name}"] = _percent(dropped_3[choice], requested_3[choice])
     return torch.stack([values[name].float() for name in LAYER_STATS])
-
-
-def expert_load(decision: RoutingDecision, *, num_experts: int) -> Tensor:
-    """Assignments per expert, wanted (row 0) and kept (row 1): float32 (2, E)."""
-    rows = [
-        count_choices(decision.expert_ids_TK, mask, num_experts=num_experts)
-        for mask in (decision.wanted_TK, decision.kept_TK)
-    ]
-    return torch.stack(rows).float()
 
 
 def _entropy(gates_TE: Tensor) -> Tensor:
@@ -100,7 +92,7 @@ def _percent(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def load_violations(loads_LE: Tensor) -> Tensor:
-    """How far the most and the least loaded expert are from the mean: max / mean - 1 and 1 - min / mean.
+    """Measure how far the most and the least loaded expert are from the mean: max / mean - 1 and 1 - min / mean.
 
     Args:
         loads_LE: float (layers, E), assignments summed over ranks and micro-batches.

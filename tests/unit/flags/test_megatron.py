@@ -8,7 +8,7 @@ import torch
 from fairseq_moe.flags.megatron import moe_layer_pattern
 from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.modules import BranchConfig, TopKConfig
-from fairseq_moe.modules.routing.bias import BiasRule
+from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule
 from fairseq_moe.modules.routing.capacity import DropPolicy
 from fairseq_moe.modules.routing.scores import GroupScore, ScoreFunction, ScoreRule
 from fairseq_moe.modules.routing.topk import CapacityConfig, Choice
@@ -37,7 +37,7 @@ def test_defaults_are_those_of_megatron() -> None:
     assert moe.megatron.balancing_types == ["aux_loss"]
     assert moe.loss_coefficients == {}
     scorer = moe.scorer_config()
-    assert (scorer.cosine, scorer.dtype, scorer.jitter_eps, scorer.bias_rule) == (False, None, None, None)
+    assert (scorer.cosine, scorer.dtype, scorer.jitter_eps, moe.bias_config()) == (False, None, None, None)
     assert problems() == []
 
 
@@ -118,19 +118,32 @@ def test_argument_reaches_the_rule(given: dict[str, Any], path: str, value: Any)
         ({"moe_router_dtype": "fp32"}, "dtype", torch.float32),
         ({"moe_router_dtype": "fp64"}, "dtype", torch.float64),
         ({"use_xmoe": True}, "cosine", True),
-        (SIGMOID | {"moe_router_enable_expert_bias": True}, "bias_rule", BiasRule.SIGN),
-        (SIGMOID | {"moe_router_enable_expert_bias": True}, "bias_update_rate", 1e-3),
-        (
-            SIGMOID | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01},
-            "bias_update_rate",
-            0.01,
-        ),
-        ({"moe_router_load_balancing_type": "quantile_balancing"}, "bias_rule", BiasRule.QUANTILE),
     ],
     ids=str,
 )
 def test_argument_reaches_the_scorer(given: dict[str, Any], name: str, value: Any) -> None:
     assert getattr(config(**given).scorer_config(), name) == value
+    assert problems(**given) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, None),
+        (SIGMOID | {"moe_router_enable_expert_bias": True}, BiasConfig(rule=BiasRule.SIGN, update_rate=1e-3)),
+        (
+            SIGMOID | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01},
+            BiasConfig(rule=BiasRule.SIGN, update_rate=0.01),
+        ),
+        (
+            {"moe_router_load_balancing_type": "quantile_balancing"},
+            BiasConfig(rule=BiasRule.QUANTILE, update_rate=1e-3),
+        ),
+    ],
+    ids=str,
+)
+def test_argument_reaches_the_bias(given: dict[str, Any], expected: BiasConfig | None) -> None:
+    assert config(**given).bias_config() == expected
     assert problems(**given) == []
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.modules.routing import branch, contract
+from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy
 from fairseq_moe.modules.routing.contract import TokenInfo
 from fairseq_moe.modules.routing.router import BranchConfig, Router, RouterMode
@@ -114,7 +115,7 @@ class TestCapacity:
         # every token: first expert 0, second expert 1; two places each
         decision = decide(logits_preferring(*[(0, 1)] * 5, num_experts=4), capacity=2)
         assert decision.kept_TK.tolist() == [[True, True]] * 2 + [[False, False]] * 3
-        assert decision.wanted_TK.all()
+        assert decision.requested_TK.all()
 
     def test_first_choices_push_out_second_choices(self) -> None:
         # expert 0 is first choice of t2 t3, second choice of t0 t1; expert 1 the other way round.
@@ -133,12 +134,12 @@ class TestPadding:
         # token 0 is padding: tokens 1 and 2 have the two places
         logits = logits_preferring(*[(0, 1)] * 4, num_experts=4)
         decision = decide(logits, capacity=2, padding_T=torch.tensor([True, False, False, False]))
-        assert decision.wanted_TK.tolist() == [[False, False]] + [[True, True]] * 3
+        assert decision.requested_TK.tolist() == [[False, False]] + [[True, True]] * 3
         assert decision.kept_TK.tolist() == [[False, False], [True, True], [True, True], [False, False]]
 
     def test_all_padding(self) -> None:
         decision = decide(torch.randn(5, 4), capacity=2, padding_T=torch.ones(5, dtype=torch.bool))
-        assert not decision.wanted_TK.any()
+        assert not decision.requested_TK.any()
         assert not decision.kept_TK.any()
 
     def test_top1(self) -> None:
@@ -162,8 +163,8 @@ class TestWeights:
 
     def decision(self, kept: list[list[bool]]) -> contract.RoutingDecision:
         wanted = torch.ones(2, 2, dtype=torch.bool)
-        return contract.RoutingDecision(
-            expert_ids_TK=self.IDS, wanted_TK=wanted, kept_TK=torch.tensor(kept), capacity=1
+        return contract.RoutingDecision.counted(
+            expert_ids_TK=self.IDS, requested_TK=wanted, kept_TK=torch.tensor(kept), num_experts=3, capacity=1
         )
 
     def test_normalised_over_both(self) -> None:
@@ -180,10 +181,11 @@ class TestWeights:
         torch.testing.assert_close(weights, torch.tensor([[0.0, 3 / 8], [6 / 9, 0.0]]))
 
     def test_one_expert_per_token_keeps_its_probability(self) -> None:
-        decision = contract.RoutingDecision(
+        decision = contract.RoutingDecision.counted(
             expert_ids_TK=self.IDS[:, :1],
-            wanted_TK=torch.ones(2, 1, dtype=torch.bool),
+            requested_TK=torch.ones(2, 1, dtype=torch.bool),
             kept_TK=torch.tensor([[True], [False]]),
+            num_experts=3,
             capacity=1,
         )
         weights = branch.combine_weights(self.GATES, decision)
@@ -248,12 +250,12 @@ class TestSecondExpert:
             policy=SecondExpertPolicy.RANDOM,
             normalize_before_dropping=normalize,
         )
-        seen = decision.wanted_TK[:, 1].view(num_draws, 3).float().mean(0)
+        seen = decision.requested_TK[:, 1].view(num_draws, 3).float().mean(0)
         first, second = rows[:, 0], rows.topk(2).values[:, 1]
         weight = second / (first + second) if normalize else second
         expected = (2 * weight).clamp(max=1)
         assert ((seen - expected).abs() <= 4 * (expected * (1 - expected) / num_draws).sqrt() + 1e-6).all()
-        assert decision.wanted_TK[:, 0].all()
+        assert decision.requested_TK[:, 0].all()
 
     @pytest.mark.parametrize("policy", list(SecondExpertPolicy))
     def test_evaluation_draws_nothing(self, policy: SecondExpertPolicy) -> None:
@@ -262,7 +264,7 @@ class TestSecondExpert:
         decisions = [decide(logits, policy=policy, training=False) for _ in range(2)]
         assert torch.equal(before, torch.get_rng_state())
         assert torch.equal(decisions[0].expert_ids_TK, decisions[1].expert_ids_TK)
-        assert torch.equal(decisions[0].wanted_TK, decisions[1].wanted_TK)
+        assert torch.equal(decisions[0].requested_TK, decisions[1].requested_TK)
         second = logits.topk(2).indices[:, 1]
         assert torch.equal(decisions[0].expert_ids_TK[:, 1], second)
 
@@ -275,7 +277,7 @@ class TestSecondExpert:
             policy=SecondExpertPolicy.RANDOM,
             training=False,
         )
-        assert decision.wanted_TK[:, 1].tolist() == [True, False, True]
+        assert decision.requested_TK[:, 1].tolist() == [True, False, True]
 
     def test_policy_all_draws_nothing_in_training(self) -> None:
         before = torch.get_rng_state()
@@ -294,3 +296,9 @@ def test_remembered_decision_is_obeyed() -> None:
 def test_count_ids() -> None:
     assert contract.count_ids(torch.tensor([2, 0, 2]), size=4).tolist() == [1, 0, 2, 0]
     assert contract.count_ids(torch.empty(0, dtype=torch.int64), size=2).tolist() == [0, 0]
+
+
+def test_no_expert_bias() -> None:
+    router = Router(model_dim=4, num_experts=2, config=BranchConfig(), bias=BiasConfig(rule=BiasRule.SIGN))
+    with pytest.raises(ValueError, match="no expert bias"):
+        router(torch.randn(3, 4), tokens=TokenInfo(mode=RouterMode.TRAIN))

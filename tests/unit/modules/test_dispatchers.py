@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
+from fairseq_moe.modules import Experts, LocalDispatcher, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
 from fairseq_moe.modules.dispatch.allgather import AllGatherDispatcher
 from fairseq_moe.modules.dispatch.exchange import LocalExchange
-from fairseq_moe.modules.dispatch.padded import PaddedDispatcher
+from fairseq_moe.modules.dispatch.padded import plan_padded
 from fairseq_moe.modules.routing.scores import ScoreRule
 from fairseq_moe.modules.routing.topk import CapacityConfig, Choice
 
@@ -23,9 +23,9 @@ def layer(kind: str, factor: float | None, max_tokens: int | None = None) -> MoE
         aux_losses=frozenset({"aux", "z"}),
     )
     dispatcher = {
-        "alltoall": Dispatcher(LocalExchange(), num_experts=E),
-        "padded": PaddedDispatcher(LocalExchange(), num_experts=E),
-        "allgather": AllGatherDispatcher(LocalExchange(), num_experts=E, first_expert_id=0),
+        "alltoall": LocalDispatcher(),
+        "padded": LocalDispatcher(plan=plan_padded),
+        "allgather": AllGatherDispatcher(LocalExchange(), first_expert_id=0),
     }[kind]
     experts = Experts(
         num_local_experts=E,
@@ -94,7 +94,7 @@ def test_nothing_of_every_token_at_every_expert_is_kept() -> None:
         experts=Experts(
             num_local_experts=num_experts, first_expert_id=0, model_dim=dim, hidden_dim=16, activation=F.gelu
         ),
-        dispatcher=PaddedDispatcher(LocalExchange(), num_experts=num_experts),
+        dispatcher=LocalDispatcher(plan=plan_padded),
     )
     largest = 0
 

@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
-from fairseq_moe.modules.dispatch.exchange import LocalExchange
+from fairseq_moe.modules import Experts, LocalDispatcher, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
 from fairseq_moe.modules.dispatch.rows import (
     ExpertWork,
     RowPlan,
-    count_rows,
     plan_order,
     plan_rows,
     take_weights,
@@ -27,9 +25,11 @@ T, D, H, E = 7, 8, 16, 4
 # Expert 3 is nobody's choice, token 4 lost one of its two experts and token 5 both.
 IDS = torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [1, 0], [2, 1], [2, 0]])
 KEPT = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 1], [1, 0], [0, 0], [1, 1]], dtype=torch.bool)
-DECISION = RoutingDecision(expert_ids_TK=IDS, wanted_TK=torch.ones_like(KEPT), kept_TK=KEPT, capacity=None)
-COUNTS = count_rows(DECISION, num_experts=E).tolist()
-PLAN = plan_rows(DECISION, num_experts=E, num_rows=sum(COUNTS))
+DECISION = RoutingDecision.counted(
+    expert_ids_TK=IDS, requested_TK=torch.ones_like(KEPT), kept_TK=KEPT, num_experts=E, capacity=None
+)
+COUNTS = DECISION.counts.kept_E.tolist()
+PLAN = plan_rows(DECISION).first(sum(COUNTS))
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swiglu": swiglu}
 KERNELS = list(Kernel)
 
@@ -195,7 +195,7 @@ def layer_of(activation: Callable[[Tensor], Tensor]) -> MoELayer:
         experts=Experts(
             num_local_experts=E, first_expert_id=0, model_dim=64, hidden_dim=256, activation=activation
         ),
-        dispatcher=Dispatcher(LocalExchange(), num_experts=E),
+        dispatcher=LocalDispatcher(),
     )
 
 

@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.modules import BranchConfig, Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo
-from fairseq_moe.modules.dispatch.exchange import ExchangeTimes, LocalExchange
+from fairseq_moe.modules import (
+    BranchConfig,
+    Experts,
+    LocalDispatcher,
+    MoELayer,
+    Router,
+    RouterMode,
+    TokenInfo,
+)
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy
 from fairseq_moe.modules.routing.stats import LAYER_STATS
@@ -22,7 +29,7 @@ def make_layer(**config: object) -> MoELayer:
     return MoELayer(
         router=Router(model_dim=D, num_experts=E, config=BranchConfig(**options)),  # type: ignore[arg-type]
         experts=Experts(num_local_experts=E, first_expert_id=0, model_dim=D, hidden_dim=8, activation=F.relu),
-        dispatcher=Dispatcher(LocalExchange(), num_experts=E),
+        dispatcher=LocalDispatcher(),
     )
 
 
@@ -173,7 +180,7 @@ def test_no_tensor_of_tokens_times_experts_times_capacity() -> None:
         experts=Experts(
             num_local_experts=num_experts, first_expert_id=0, model_dim=D, hidden_dim=8, activation=F.relu
         ),
-        dispatcher=Dispatcher(LocalExchange(), num_experts=num_experts),
+        dispatcher=LocalDispatcher(),
     )
     with Watch():
         y, aux = layer(torch.randn(num_tokens, D), tokens=TokenInfo(mode=RouterMode.TRAIN))
@@ -182,22 +189,6 @@ def test_no_tensor_of_tokens_times_experts_times_capacity() -> None:
     assert largest <= 2 * num_tokens * 8 < num_tokens * num_experts * capacity / 50
 
 
-class TestExchangeTimes:
-    def test_off_unless_asked_for(self) -> None:
-        times = ExchangeTimes(enabled=False)
-        rows = torch.ones(2, 2)
-        assert times.measure(lambda r, s, meanwhile: r, rows, [2]) is rows
-        assert (times.cpu_ms, times.cuda_ms) == (0.0, 0.0)
-
-    def test_two_exchanges_add_up(self) -> None:
-        times = ExchangeTimes(enabled=True)
-        times.measure(lambda r: r, torch.ones(2, 2))
-        once = times.cpu_ms
-        times.measure(lambda r: r, torch.ones(2, 2))
-        assert times.cpu_ms > once > 0
-
-    def test_one_rank_exchanges_nothing(self) -> None:
-        layer = make_layer()
-        layer.record_exchange_times = True
-        _, aux = layer(torch.randn(5, D), tokens=TokenInfo(mode=RouterMode.TRAIN))
-        assert dict(zip(LAYER_STATS, aux.stats.tolist(), strict=True))["all_to_all_cpu_time_ms"] == 0
+def test_one_rank_exchanges_nothing() -> None:
+    _, aux = make_layer()(torch.randn(5, D), tokens=TokenInfo(mode=RouterMode.TRAIN))
+    assert dict(zip(LAYER_STATS, aux.stats.tolist(), strict=True))["all_to_all_cpu_time_ms"] == 0

@@ -13,8 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_moe.flags.moe import MoEConfig
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterMode, SharedExperts, TokenInfo
-from fairseq_moe.modules.dispatch.exchange import LocalExchange
+from fairseq_moe.modules import (
+    Experts,
+    LocalDispatcher,
+    MoELayer,
+    Router,
+    RouterMode,
+    SharedExperts,
+    TokenInfo,
+)
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.modules.recompute import RECOMPUTABLE
 
@@ -35,10 +42,16 @@ def make_layer(flags: dict[str, Any] = FLAGS, *, dropout: float = 0.3, hidden: i
     moe = MoEConfig.from_args(flags)
     networks = {"activation": F.gelu, "activation_dropout": dropout, "dropout": dropout}
     return MoELayer(
-        router=Router(model_dim=D, num_experts=E, config=moe.router_config(), scorer=moe.scorer_config()),
+        router=Router(
+            model_dim=D,
+            num_experts=E,
+            config=moe.router_config(),
+            scorer=moe.scorer_config(),
+            bias=moe.bias_config(),
+        ),
         experts=Experts(num_local_experts=E, first_expert_id=0, model_dim=D, hidden_dim=hidden, **networks),
         shared_experts=SharedExperts(model_dim=D, hidden_dim=hidden, gated=True, **networks),
-        dispatcher=Dispatcher(LocalExchange(), num_experts=E),
+        dispatcher=LocalDispatcher(),
     )
 
 
@@ -106,9 +119,9 @@ def test_the_choice_is_remembered_and_not_taken_again(monkeypatch: pytest.Monkey
     decisions = []
     stock_route = layer.router.rule.route
 
-    def route(logits: Tensor, tokens: TokenInfo, decision: Any) -> Any:
+    def route(logits: Tensor, tokens: TokenInfo, decision: Any, **options: Any) -> Any:
         decisions.append(decision)
-        return stock_route(logits, tokens, decision)
+        return stock_route(logits, tokens, decision, **options)
 
     monkeypatch.setattr(layer.router.rule, "route", route)
     y, _ = layer(torch.randn(T, D, requires_grad=True), tokens=TokenInfo(mode=RouterMode.TRAIN))

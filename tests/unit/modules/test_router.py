@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fairseq_moe.modules import (
     BranchConfig,
-    Dispatcher,
     Experts,
+    LocalDispatcher,
     MoELayer,
     Router,
     RouterMode,
@@ -19,9 +19,8 @@ from fairseq_moe.modules import (
     TokenInfo,
     TopKConfig,
 )
-from fairseq_moe.modules.dispatch.exchange import LocalExchange
 from fairseq_moe.modules.moe_layer import RoutingMemo
-from fairseq_moe.modules.routing.bias import BiasRule, quantile_thresholds, sign_step
+from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule, quantile_thresholds, sign_step
 from fairseq_moe.modules.routing.capacity import DropPolicy
 from fairseq_moe.modules.routing.scores import ScoreFunction, ScoreRule
 from fairseq_moe.modules.routing.topk import CapacityConfig, Choice
@@ -30,6 +29,7 @@ from tests.helpers import slow_routing as slow
 E, D = 4, 6
 TRAIN = TokenInfo(mode=RouterMode.TRAIN)
 EVAL = TokenInfo(mode=RouterMode.EVAL)
+SIGN = BiasConfig(rule=BiasRule.SIGN)
 SIGMOID = ScoreRule(top_k=2, function=ScoreFunction.SIGMOID)
 
 
@@ -40,16 +40,16 @@ def make_router(
     choice: Choice = Choice.TOKEN,
     capacity: CapacityConfig | None = None,
     num_experts: int = E,
+    bias: BiasConfig | None = None,
     **scorer: Any,
 ) -> Router:
     torch.manual_seed(0)
     config = TopKConfig(
-        score=score,
-        choice=choice,
-        capacity=capacity or CapacityConfig(),
-        aux_losses=frozenset(losses or ()),
+        score=score, choice=choice, capacity=capacity or CapacityConfig(), aux_losses=frozenset(losses or ())
     )
-    return Router(model_dim=D, num_experts=num_experts, config=config, scorer=ScorerConfig(**scorer))
+    return Router(
+        model_dim=D, num_experts=num_experts, config=config, scorer=ScorerConfig(**scorer), bias=bias
+    )
 
 
 def tokens(number: int = 10, seed: int = 1) -> Tensor:
@@ -80,7 +80,7 @@ def test_jitter_leaves_the_experts_input_alone() -> None:
     layer = MoELayer(
         router=make_router(jitter_eps=0.5),
         experts=experts,
-        dispatcher=Dispatcher(LocalExchange(), num_experts=E),
+        dispatcher=LocalDispatcher(),
     )
     layer(tokens(), tokens=TRAIN)
     rows = {tuple(row) for row in seen[0].tolist()}
@@ -168,7 +168,7 @@ def balanced_logits() -> Tensor:
 
 def router_of(logits: Tensor, rate: float = 1e-2, **options: Any) -> tuple[Router, Tensor]:
     """A router and tokens that it gives these logits."""
-    router = make_router(bias_rule=BiasRule.SIGN, bias_update_rate=rate, **options)
+    router = make_router(bias=BiasConfig(rule=BiasRule.SIGN, update_rate=rate), **options)
     router.weight = torch.nn.Parameter(logits.t().contiguous())
     return router, torch.eye(len(logits))
 
@@ -233,7 +233,7 @@ def test_a_recomputed_pass_is_not_counted_again() -> None:
     layer = MoELayer(
         router=router,
         experts=Experts(num_local_experts=E, first_expert_id=0, model_dim=8, hidden_dim=8, activation=F.relu),
-        dispatcher=Dispatcher(LocalExchange(), num_experts=E),
+        dispatcher=LocalDispatcher(),
     )
     memo = RoutingMemo()
     first, first_aux = layer(x, tokens=TRAIN, memo=memo)
@@ -270,7 +270,7 @@ PLAIN = ScoreRule(top_k=2)
 
 
 def test_quantile_update_balances_at_once() -> None:
-    router = make_router(score=PLAIN, bias_rule=BiasRule.QUANTILE)
+    router = make_router(score=PLAIN, bias=BiasConfig(rule=BiasRule.QUANTILE))
     router.weight = torch.nn.Parameter(balanced_logits().t().contiguous())
     assert update(router, torch.eye(8)) == [6, 4, 4, 2]
     torch.testing.assert_close(router.expert_bias, -torch.tensor([0.84375, 0.0, 0.0, -0.84375]))
@@ -278,7 +278,7 @@ def test_quantile_update_balances_at_once() -> None:
 
 
 def test_quantiles_are_averaged_over_micro_batches_that_have_tokens() -> None:
-    router = make_router(score=PLAIN, bias_rule=BiasRule.QUANTILE)
+    router = make_router(score=PLAIN, bias=BiasConfig(rule=BiasRule.QUANTILE))
     parts = [tokens(8, seed) for seed in (2, 3)]
     router.begin_update()
     for x in parts:
@@ -386,7 +386,7 @@ def test_losses_ignore_bias_groups_and_drops() -> None:
     plain = make_router(losses={"aux", "seq_aux"})(tokens(), tokens=TRAIN).losses
     score = ScoreRule(top_k=2, function=ScoreFunction.SIGMOID, num_groups=2, group_topk=1)
     capacity = CapacityConfig(factor=0.5, policy=DropPolicy.POSITION)
-    router = make_router(losses={"aux", "seq_aux"}, score=score, capacity=capacity, bias_rule=BiasRule.SIGN)
+    router = make_router(losses={"aux", "seq_aux"}, score=score, capacity=capacity, bias=SIGN)
     router.expert_bias += torch.tensor([1.0, -1.0, 0.5, 0.0])
     found = router(tokens(), tokens=TRAIN).losses
     for name, loss in plain.items():

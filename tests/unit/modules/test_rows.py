@@ -5,7 +5,6 @@ import torch
 from fairseq_moe.modules.dispatch.rows import (
     RowPlan,
     combine_rows,
-    count_rows,
     plan_rows,
     take_rows,
     take_weights,
@@ -18,14 +17,16 @@ IDS = torch.tensor([[2, 0], [0, 1], [2, 1]])
 KEPT = torch.tensor([[True, True], [True, True], [True, False]])
 
 
-def decision_of(ids_TK: torch.Tensor, kept_TK: torch.Tensor) -> RoutingDecision:
-    return RoutingDecision(expert_ids_TK=ids_TK, wanted_TK=kept_TK, kept_TK=kept_TK, capacity=None)
+def decision_of(ids_TK: torch.Tensor, kept_TK: torch.Tensor, num_experts: int) -> RoutingDecision:
+    return RoutingDecision.counted(
+        expert_ids_TK=ids_TK, requested_TK=kept_TK, kept_TK=kept_TK, num_experts=num_experts, capacity=None
+    )
 
 
 def plan_of(ids_TK: torch.Tensor, kept_TK: torch.Tensor, num_experts: int) -> tuple[list[int], RowPlan]:
-    decision = decision_of(ids_TK, kept_TK)
-    counts = count_rows(decision, num_experts=num_experts).tolist()
-    return counts, plan_rows(decision, num_experts=num_experts, num_rows=sum(counts))
+    decision = decision_of(ids_TK, kept_TK, num_experts)
+    counts = decision.counts.kept_E.tolist()
+    return counts, plan_rows(decision).first(sum(counts))
 
 
 def test_rows_are_sorted_by_expert_then_token() -> None:

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.modules import Dispatcher, Experts, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
-from fairseq_moe.modules.dispatch.exchange import LocalExchange
+from fairseq_moe.modules import Experts, LocalDispatcher, MoELayer, Router, RouterMode, TokenInfo, TopKConfig
 from fairseq_moe.modules.routing.scores import ScoreRule
 from fairseq_moe.modules.shared_experts import SharedExperts
 
@@ -46,7 +45,7 @@ def test_added_to_the_experts_for_every_token(gated: bool) -> None:
             experts=Experts(
                 num_local_experts=E, first_expert_id=0, model_dim=D, hidden_dim=8, activation=F.relu
             ),
-            dispatcher=Dispatcher(LocalExchange(), num_experts=E),
+            dispatcher=LocalDispatcher(),
             shared_experts=shared,
         )
 

@@ -24,7 +24,8 @@ BRANCH_STATS = {
 
 
 def named(gates: torch.Tensor, decision: RoutingDecision, **times: float) -> dict[str, float]:
-    vector = stats.layer_stats(gates, decision, **times)
+    top_k = decision.expert_ids_TK.shape[1]
+    vector = stats.layer_stats(gates, decision.counts, top_k=top_k, **times)
     assert vector.dtype == torch.float32
     return dict(zip(stats.LAYER_STATS, vector.tolist(), strict=True))
 
@@ -38,10 +39,11 @@ def test_by_hand() -> None:
     # choice   0, 1   0, 1   0, 2   1, 0
     # wanted   + , +  + , -  + , +  +, +
     # kept     + , +  + , -  - , +  +, -
-    decision = RoutingDecision(
+    decision = RoutingDecision.counted(
         expert_ids_TK=torch.tensor([[0, 1], [0, 1], [0, 2], [1, 0]]),
-        wanted_TK=torch.tensor([[True, True], [True, False], [True, True], [True, True]]),
+        requested_TK=torch.tensor([[True, True], [True, False], [True, True], [True, True]]),
         kept_TK=torch.tensor([[True, True], [True, False], [False, True], [True, False]]),
+        num_experts=4,
         capacity=2,
     )
     gates = torch.tensor([[0.25] * 4] * 4)
@@ -64,14 +66,17 @@ def test_by_hand() -> None:
         },
         rel=1e-5,
     )
-    assert stats.expert_load(decision, num_experts=4).tolist() == [[4, 2, 1, 0], [2, 2, 1, 0]]
+    assert decision.counts.requested_E.tolist() == [4, 2, 1, 0]
+    assert decision.counts.kept_E.tolist() == [2, 2, 1, 0]
 
 
 def test_one_expert_per_token_logs_zeros_as_the_branch_and_a_true_drop_rate() -> None:
     ids = torch.zeros(4, 1, dtype=torch.int64)
     wanted = torch.ones(4, 1, dtype=torch.bool)
     kept = torch.tensor([[True], [False], [False], [False]])
-    decision = RoutingDecision(expert_ids_TK=ids, wanted_TK=wanted, kept_TK=kept, capacity=1)
+    decision = RoutingDecision.counted(
+        expert_ids_TK=ids, requested_TK=wanted, kept_TK=kept, num_experts=2, capacity=1
+    )
     found = named(torch.full((4, 2), 0.5), decision)
     assert found["overflow_expert1"] == 0
     assert all(found[name] == 0 for name in BRANCH_STATS if "expert2" in name)
@@ -85,7 +90,9 @@ def test_share_of_experts_counted_as_top(num_experts: int) -> None:
     # expert e is chosen e + 1 times
     ids = torch.cat([torch.full((e + 1,), e) for e in range(num_experts)]).view(-1, 1)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    decision = RoutingDecision(expert_ids_TK=ids, wanted_TK=mask, kept_TK=mask, capacity=None)
+    decision = RoutingDecision.counted(
+        expert_ids_TK=ids, requested_TK=mask, kept_TK=mask, num_experts=num_experts, capacity=None
+    )
     found = named(torch.full((len(ids), num_experts), 1 / num_experts), decision)
     k = max(math.ceil(0.2 * num_experts), 1)
     total = num_experts * (num_experts + 1) / 2
@@ -100,7 +107,9 @@ def test_share_of_experts_counted_as_top(num_experts: int) -> None:
 def test_nothing_wanted_is_never_nan(num_tokens: int, top_k: int) -> None:
     ids = torch.zeros(num_tokens, top_k, dtype=torch.int64)
     none = torch.zeros_like(ids, dtype=torch.bool)
-    decision = RoutingDecision(expert_ids_TK=ids, wanted_TK=none, kept_TK=none, capacity=0)
+    decision = RoutingDecision.counted(
+        expert_ids_TK=ids, requested_TK=none, kept_TK=none, num_experts=4, capacity=0
+    )
     assert all(math.isfinite(value) for value in named(torch.full((num_tokens, 4), 0.25), decision).values())
 
 
@@ -108,7 +117,11 @@ def test_nothing_wanted_is_never_nan(num_tokens: int, top_k: int) -> None:
 def test_certain_gates_have_no_entropy(dtype: torch.dtype) -> None:
     gates = torch.tensor([[1.0, 0.0, 0.0]], dtype=dtype)
     mask = torch.ones(1, 1, dtype=torch.bool)
-    decision = RoutingDecision(
-        expert_ids_TK=torch.zeros(1, 1, dtype=torch.int64), wanted_TK=mask, kept_TK=mask, capacity=None
+    decision = RoutingDecision.counted(
+        expert_ids_TK=torch.zeros(1, 1, dtype=torch.int64),
+        requested_TK=mask,
+        kept_TK=mask,
+        num_experts=3,
+        capacity=None,
     )
     assert named(gates, decision)["entropy_gating"] == pytest.approx(0.0, abs=1e-5)

@@ -1,5 +1,6 @@
 """The top-k family of routing rules against plain Python, and its invariants."""
 
+import functools
 import shutil
 from typing import Any
 
@@ -33,7 +34,10 @@ def make_rule(*, bias: list[float] | None = None, **options: Any) -> TopKRule:
     score = ScoreRule(**{"top_k": 2, **parts[ScoreRule]})
     config = TopKConfig(score=score, capacity=CapacityConfig(**parts[CapacityConfig]), **parts[TopKConfig])
     assert not options
-    return TopKRule(config, bias_E=None if bias is None else torch.tensor(bias))
+    rule = TopKRule(config)
+    if bias is not None:
+        rule.route = functools.partial(rule.route, bias_E=torch.tensor(bias))  # type: ignore[method-assign]
+    return rule
 
 
 def route(
@@ -146,7 +150,7 @@ def test_capacity(policy: DropPolicy, factor: float, minimum: int, capacity: int
         slow.routes(values, top_k=top_k), capacity=found.decision.capacity, policy=policy.value
     )
     assert_same(kept(found), expected)
-    assert found.decision.wanted_TK.all()
+    assert found.decision.requested_TK.all()
     assert (found.weights_TK[~found.decision.kept_TK] == 0).all()
 
 
@@ -167,7 +171,8 @@ def test_equal_weights_fall_to_earlier_tokens(policy: DropPolicy) -> None:
 def test_schedule_ends_the_limit() -> None:
     rule = make_rule(factor=0.5, num_warmup_updates=200)
     dropped = []
-    for rule.num_updates in (0, 199, 200, 1000):
+    for num_updates in (0, 199, 200, 1000):
+        rule.set_num_updates(num_updates)
         decision = rule.route(logits(), TokenInfo(mode=TRAIN), None).decision
         dropped.append(bool((~decision.kept_TK).any()))
     assert dropped == [True, True, False, False]
@@ -180,8 +185,7 @@ def test_evaluation_has_the_limit_and_generation_has_none() -> None:
 
 def test_places_of_padded_experts_do_not_depend_on_the_batch() -> None:
     places = [
-        route(logits(num_tokens=tokens), factor=1.0, max_tokens=T).decision.num_places
-        for tokens in (5, 17, T)
+        route(logits(num_tokens=tokens), factor=1.0, max_tokens=T).decision.num_slots for tokens in (5, 17, T)
     ]
     assert places == [6, 6, 6]
     with pytest.raises(
@@ -189,7 +193,7 @@ def test_places_of_padded_experts_do_not_depend_on_the_batch() -> None:
     ):
         route(logits(num_tokens=T + 1), factor=1.0, max_tokens=T)
     assert (
-        route(logits(num_tokens=T + 1), RouterMode.EVAL, factor=1.0, max_tokens=T).decision.num_places is None
+        route(logits(num_tokens=T + 1), RouterMode.EVAL, factor=1.0, max_tokens=T).decision.num_slots is None
     )
 
 
@@ -344,7 +348,7 @@ def test_padding_changes_nothing(name: str) -> None:
     )
     rows = kept(found)
     assert_same([row for row, is_padding in zip(rows, padding, strict=True) if not is_padding], kept(plain))
-    assert not found.decision.wanted_TK[padding].any()
+    assert not found.decision.requested_TK[padding].any()
     assert not found.weights_TK[padding].any()
     for loss in LOSSES:
         torch.testing.assert_close(found.losses[loss], plain.losses[loss], msg=loss)

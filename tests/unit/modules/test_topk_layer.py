@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fairseq_moe.distributed import ParallelMesh
 from fairseq_moe.models.decoder_layer import build_moe_layer
-from fairseq_moe.modules import MoELayer, RouterMode, TokenInfo
+from fairseq_moe.modules import LocalDispatcher, MoELayer, RouterMode, TokenInfo
 from fairseq_moe.modules.dispatch.allgather import AllGatherDispatcher
-from fairseq_moe.modules.dispatch.alltoall import Dispatcher
-from fairseq_moe.modules.dispatch.padded import PaddedDispatcher
+from fairseq_moe.modules.dispatch.dispatcher import plan_kept
+from fairseq_moe.modules.dispatch.padded import plan_padded
 from fairseq_moe.parallel.experts import ExpertLayout
 from tests.helpers.megatron import FACTOR, SIGMOID, config
 
@@ -39,18 +39,19 @@ def run(layer: MoELayer, mode: RouterMode = RouterMode.TRAIN) -> tuple[Tensor, A
 
 
 @pytest.mark.parametrize(
-    ("given", "kind"),
+    ("given", "kind", "plan"),
     [
-        ({}, Dispatcher),
-        ({"moe_token_dispatcher_type": "alltoall_seq"}, Dispatcher),
-        ({"moe_token_dispatcher_type": "allgather"}, AllGatherDispatcher),
-        (FACTOR | {"moe_pad_expert_input_to_capacity": True}, PaddedDispatcher),
+        ({}, LocalDispatcher, plan_kept),
+        ({"moe_token_dispatcher_type": "alltoall_seq"}, LocalDispatcher, plan_kept),
+        ({"moe_token_dispatcher_type": "allgather"}, AllGatherDispatcher, None),
+        (FACTOR | {"moe_pad_expert_input_to_capacity": True}, LocalDispatcher, plan_padded),
     ],
     ids=str,
 )
-def test_dispatchers(given: dict[str, Any], kind: type) -> None:
+def test_dispatchers(given: dict[str, Any], kind: type, plan: Any) -> None:
     layer = build(**given)
     assert type(layer.dispatcher) is kind
+    assert getattr(layer.dispatcher, "plan", None) is plan
     y, _ = run(layer)
     factor = {name: given[name] for name in given if name in FACTOR}
     torch.testing.assert_close(y, run(build(**factor))[0])

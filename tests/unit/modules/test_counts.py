@@ -1,0 +1,240 @@
+"""Assignments are counted once a pass, on the device; nothing waits for it before a kernel asks for sizes."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairseq_moe.modules import (
+    BranchConfig,
+    Experts,
+    LocalDispatcher,
+    MoELayer,
+    Router,
+    RouterMode,
+    TokenInfo,
+    TopKConfig,
+    experts,
+)
+from fairseq_moe.modules.dispatch.dispatcher import plan_kept
+from fairseq_moe.modules.dispatch.padded import plan_padded
+from fairseq_moe.modules.kernels.table import Kernel
+from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule
+from fairseq_moe.modules.routing.contract import AssignmentCounts, count_assignments
+from fairseq_moe.modules.routing.scores import ScoreFunction, ScoreRule
+from fairseq_moe.modules.routing.topk import CapacityConfig, Choice
+
+T, D, E = 24, 8, 6
+
+# token   0       1       2       3
+# choice  2,0,1   0,1,2   2,3,0   3,2,1
+# asks    +,+,+   +,+,-   +,-,-   +,+,+
+# kept    +,+,+   +,-,-   -,-,-   +,-,+
+IDS = torch.tensor([[2, 0, 1], [0, 1, 2], [2, 3, 0], [3, 2, 1]])
+REQUESTED = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], dtype=torch.bool)
+KEPT = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 0, 1]], dtype=torch.bool)
+
+
+def counts_of(tokens: slice = slice(None)) -> AssignmentCounts:
+    return count_assignments(IDS[tokens], REQUESTED[tokens], KEPT[tokens], num_experts=4)
+
+
+class TestByHand:
+    def test_requested_and_kept(self) -> None:
+        counts = counts_of()
+        assert counts.requested_E.tolist() == [2, 3, 3, 1]
+        assert counts.kept_E.tolist() == [2, 2, 1, 1]
+        assert counts.first_choices().tolist() == [1, 0, 2, 1]
+        assert int(counts.num_tokens()) == 4
+
+    def test_every_choice_and_fate(self) -> None:
+        first, second, later = counts_of().histogram_33E.tolist()
+        assert first == [[1, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
+        assert second == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+        assert later == [[0, 2, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]]
+
+    def test_counts_of_parts_add_up(self) -> None:
+        parts = [counts_of(slice(0, 1)), counts_of(slice(1, 3)), counts_of(slice(3, 4))]
+        total = AssignmentCounts.of(torch.stack([part.histogram_33E for part in parts]).sum(0))
+        for found, expected in zip(total, counts_of(), strict=True):
+            assert torch.equal(found, expected)
+
+
+# --- whole layers ---
+
+SOFTMAX = ScoreRule(top_k=2)
+LOSSES = frozenset({"aux", "seq_aux", "global_aux", "z"})
+LAYERS: dict[str, dict[str, Any]] = {
+    "branch": {"config": BranchConfig()},
+    "branch, one expert": {"config": BranchConfig(top_k=1)},
+    "softmax": {"config": TopKConfig(score=SOFTMAX, aux_losses=LOSSES)},
+    "capacity": {"config": TopKConfig(score=SOFTMAX, aux_losses=LOSSES, capacity=CapacityConfig(factor=1.0))},
+    "padded": {
+        "config": TopKConfig(score=SOFTMAX, aux_losses=LOSSES, capacity=CapacityConfig(factor=1.0)),
+        "plan": plan_padded,
+    },
+    "bias": {
+        "config": TopKConfig(score=ScoreRule(top_k=2, function=ScoreFunction.SIGMOID)),
+        "bias": BiasConfig(rule=BiasRule.SIGN),
+    },
+}
+# Here the loss goes by plain choices, which are not the choices made.
+BIAS_AND_LOSS = {
+    "config": TopKConfig(score=ScoreRule(top_k=2, function=ScoreFunction.SIGMOID), aux_losses=LOSSES),
+    "bias": BiasConfig(rule=BiasRule.SIGN),
+}
+
+
+def layer_of(*, plan: Any = plan_kept, **router: Any) -> MoELayer:
+    torch.manual_seed(0)
+    return MoELayer(
+        router=Router(model_dim=D, num_experts=E, **router),
+        experts=Experts(num_local_experts=E, first_expert_id=0, model_dim=D, hidden_dim=8, activation=F.relu),
+        dispatcher=LocalDispatcher(plan=plan),
+    )
+
+
+def run(layer: MoELayer, *, padded: bool = True) -> None:
+    padding_T = torch.arange(T) % 12 >= 10 if padded else None
+    layer(torch.randn(T, D), tokens=TokenInfo(mode=RouterMode.TRAIN, padding_T=padding_T, num_sequences=2))
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__.rstrip("_")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _histograms(layer: MoELayer) -> int:
+    with Calls() as calls:
+        run(layer)
+    return sum(calls.names[name] for name in ("scatter_add", "bincount", "histc", "one_hot", "index_put"))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_histogram_serves_loss_dispatch_statistics_and_bias(name: str) -> None:
+    assert _histograms(layer_of(**LAYERS[name])) == 1
+
+
+def test_a_loss_that_goes_by_other_choices_counts_those_too() -> None:
+    assert _histograms(layer_of(**BIAS_AND_LOSS)) == 2
+
+
+def test_plain_choices_are_taken_once() -> None:
+    found = {}
+    for name, options in {"plain": LAYERS["softmax"], "bias": BIAS_AND_LOSS}.items():
+        with Calls() as calls:
+            run(layer_of(**options))
+        found[name] = calls.names["topk"]
+    assert found == {
+        "plain": 1,
+        "bias": 3,
+    }  # the choice, the losses of all tokens, and those of each sequence
+
+
+class AskedError(Exception):
+    """A number was brought to the host."""
+
+
+class ReachedError(Exception):
+    """The experts were called."""
+
+
+def _stop_where_numbers_come_to_the_host(monkeypatch: pytest.MonkeyPatch) -> TorchDispatchMode:
+    """``tolist`` of a tensor of the CPU calls no operator; the others all end in those named below."""
+    waits = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "unique"}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ in waits:
+                raise AskedError
+            return func(*args, **(kwargs or {}))
+
+    def tolist(self: Tensor) -> Any:
+        raise AskedError
+
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    return Watch()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_on_one_rank_nothing_waits_for_the_device_before_the_kernel_asks(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layer_of(**LAYERS[name])
+
+    def reached(*args: Any) -> None:
+        raise ReachedError
+
+    hook = layer.experts.register_forward_pre_hook(reached)
+    with (
+        monkeypatch.context() as patch,
+        _stop_where_numbers_come_to_the_host(patch),
+        pytest.raises(ReachedError),
+    ):
+        run(layer)
+    hook.remove()
+    if name == "padded":  # sizes are fixed: not even kernels ask
+        with monkeypatch.context() as patch, _stop_where_numbers_come_to_the_host(patch):
+            run(layer)
+    else:
+        with (
+            monkeypatch.context() as patch,
+            _stop_where_numbers_come_to_the_host(patch),
+            pytest.raises(AskedError),
+        ):
+            run(layer)
+
+
+def test_the_grouped_kernel_asks_for_no_size_where_nothing_can_be_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = layer_of(**LAYERS["softmax"])
+    monkeypatch.setattr(experts, "choose_kernel", lambda *args, **kwargs: Kernel.GROUPED)
+    with monkeypatch.context() as patch, _stop_where_numbers_come_to_the_host(patch):
+        run(layer, padded=False)
+    with (
+        monkeypatch.context() as patch,
+        _stop_where_numbers_come_to_the_host(patch),
+        pytest.raises(AskedError),
+    ):
+        run(layer)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_kernels_agree_about_counts_on_the_device(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for kernel in Kernel:
+        monkeypatch.setattr(experts, "choose_kernel", lambda *args, kernel=kernel, **kwargs: kernel)
+        layer = layer_of(**LAYERS["capacity" if padded else "softmax"])
+        x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        padding_T = torch.arange(T) % 12 >= 10 if padded else None
+        y_TD, _ = layer(x_TD, tokens=TokenInfo(mode=RouterMode.TRAIN, padding_T=padding_T, num_sequences=2))
+        y_TD.square().sum().backward()
+        found[kernel] = [y_TD, x_TD.grad, *(parameter.grad for parameter in layer.parameters())]
+    for kernel in Kernel:
+        for one, other in zip(found[kernel], found[Kernel.SLICED], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("choice", Choice)
+def test_what_says_that_all_is_kept_keeps_all(choice: Choice) -> None:
+    for factor, padding_T in ((None, None), (0.5, None), (None, torch.arange(T) >= 20)):
+        config = TopKConfig(score=SOFTMAX, choice=choice, capacity=CapacityConfig(factor=factor))
+        router = layer_of(config=config).router
+        for mode in RouterMode:
+            tokens = TokenInfo(mode=mode, padding_T=padding_T, ids_T=torch.arange(T))
+            decision = router(torch.randn(T, D), tokens=tokens).decision
+            assert decision.kept_TK.all() or not decision.keeps_all
+            if choice is not Choice.EXPERT and padding_T is None:
+                assert decision.keeps_all == (factor is None or mode is RouterMode.GENERATE)
