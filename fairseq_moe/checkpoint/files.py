@@ -24,7 +24,9 @@ __all__ = [
     "check_records",
     "copy_atomically",
     "damage_as_sentence",
+    "flush_directory",
     "load_plain",
+    "make_directory",
     "plain_globals",
     "sha256_of",
     "unreadable",
@@ -68,7 +70,7 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview], *, kind: 
     Raises:
         OSError: the disk is full, the directory cannot be written, ...
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    directories = make_directory(path.parent)
     temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
     digest, written, is_half = hashlib.sha256(), 0, False
     try:
@@ -90,7 +92,8 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview], *, kind: 
         fault(f"save.{kind}_renamed")
     finally:
         temporary.unlink(missing_ok=True)
-    _flush_directory(path.parent)
+    for directory in directories:
+        flush_directory(directory)
     return digest.hexdigest()
 
 
@@ -104,7 +107,7 @@ def write_plain(path: Path, state: dict[str, Any]) -> None:
 
 def write_large(path: Path, state: dict[str, Any]) -> None:
     """``write_plain`` for a state of any size: it goes straight to the disk, past the places of ``faults``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    directories = make_directory(path.parent)
     temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -114,7 +117,8 @@ def write_large(path: Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush_directory(path.parent)
+    for directory in directories:
+        flush_directory(directory)
 
 
 def copy_atomically(source: Path, target: Path) -> None:
@@ -205,7 +209,23 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush_directory(path: Path) -> None:
+def make_directory(path: Path) -> list[Path]:
+    """Make a directory and those above it; returns the ones to flush once a file has been put into it.
+
+    They are the directory itself, for the file's entry, and the parent of each one that was missing: after a power
+    cut a file is lost with any directory on the way to it that has no entry of its own.
+    """
+    missing = []
+    step = path
+    while not step.exists():
+        missing.append(step)
+        step = step.parent
+    path.mkdir(parents=True, exist_ok=True)
+    return [path, *(directory.parent for directory in missing)]
+
+
+def flush_directory(path: Path) -> None:
+    """Flush the entries of a directory to the disk, so that a file that was renamed keeps its name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
