@@ -74,13 +74,15 @@ def eval_lm(
 
 
 def perplexity(result: CommandResult) -> float:
-    """What fairseq-eval-lm printed, to two decimals."""
+    """Parse the perplexity that fairseq-eval-lm printed, to two decimals."""
     found = re.findall(r"Perplexity: ([\d.]+)", result.outputs[0])
     assert len(found) == 1, result.output[-3000:]
     return float(found[0])
 
 
 def json_lines(result: CommandResult, name: str) -> list[dict[str, str]]:
-    """The records that the logger ``name`` (train_inner, train, valid) of rank 0 printed."""
+    """Parse the records that the logger ``name`` (train_inner, train, valid) of rank 0 printed; at least one."""
     pattern = rf"\| {name} \| (\{{.*\}})"
-    return [json.loads(line) for line in re.findall(pattern, result.outputs[0])]
+    found = [json.loads(line) for line in re.findall(pattern, result.outputs[0])]
+    assert found, f"rank 0 printed no record of {name}: {result.outputs[0][-3000:]}"
+    return found

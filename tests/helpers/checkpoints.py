@@ -1,4 +1,4 @@
-"""What is in a checkpoint, read without this package's reader."""
+"""Small checkpoints, and their content read without this package's reader."""
 
 import json
 import tempfile
@@ -74,7 +74,7 @@ def manifest_of(main: Path) -> dict[str, Any]:
 
 
 def contents(main: Path) -> dict[str, Any]:
-    """Everything a checkpoint says about parameters, experts in the order of their global ids."""
+    """Read all parameters and optimizer state of a checkpoint, experts in the order of their global ids."""
     found: dict[str, Any] = {}
     rows: dict[str, dict[int, torch.Tensor]] = {}
     for shard in manifest_of(main)["shards"]:
@@ -88,13 +88,14 @@ def contents(main: Path) -> dict[str, Any]:
                     found[key] = tensor
             for name, values in json.loads(file.metadata()["optimizer"]).items():
                 found |= {f"optimizer/{name}/{key}": value for key, value in values.items()}
-    return found | {
-        key: torch.stack([by_id[expert] for expert in sorted(by_id)]) for key, by_id in rows.items()
-    }
+    found |= {key: torch.stack([by_id[expert] for expert in sorted(by_id)]) for key, by_id in rows.items()}
+    assert found, f"{main} names no shard that holds a tensor"
+    return found
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Two results of ``contents`` are equal to the bit."""
+    """Compare two results of ``contents`` to the bit; nothing equals nothing would say nothing."""
+    assert expected, "there is nothing to compare with"
     assert sorted(found) == sorted(expected)
     for key, value in expected.items():
         same = torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value

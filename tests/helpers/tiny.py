@@ -188,4 +188,5 @@ def _merged(trainer: Trainer, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for other in gather_values(own):
         for name, tensor in other.items():
             assert torch.equal(whole.setdefault(name, tensor), tensor), f"ranks hold different {name}"
+    assert whole, "the model has no parameters"
     return whole
