@@ -100,7 +100,7 @@ def shard_problem(main: Path, manifest: Manifest, entry: ShardEntry) -> str | No
     except OSError as error:
         return f"{shard} cannot be read ({error})."
     said = _said(path)
-    other = None if said is None or manifest.version == 1 else _difference(said, main, manifest)
+    other = None if said is None else _difference(said, main, manifest)
     if digest == entry.sha256:
         return None if other is None else f"{shard} {other}."
     found = f"{num_bytes} bytes" if digest is None else f"sha256 {digest}"

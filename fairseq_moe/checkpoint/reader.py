@@ -17,7 +17,7 @@ from torch import Tensor
 from fairseq_moe.checkpoint.files import load_plain
 from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ShardEntry
 from fairseq_moe.checkpoint.opened import OpenShard, shard_problem
-from fairseq_moe.checkpoint.plan import find_aliases, split_content
+from fairseq_moe.checkpoint.plan import split_content
 from fairseq_moe.checkpoint.shards import (
     LazyTensor,
     ShardContent,
@@ -55,8 +55,6 @@ class Checkpoint:
     path: Path
     state: dict[str, Any]
     manifest: Manifest
-    _old_dense: dict[str, Tensor]
-    _old_optimizer: dict[str, dict[str, Any]]
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
@@ -74,16 +72,8 @@ class Checkpoint:
 
     @classmethod
     def from_state(cls, path: Path, state: dict[str, Any]) -> "Checkpoint":
-        """The same for a main file that is loaded already; takes manifest and tensors out of ``state``."""
-        manifest = Manifest.from_dict(state.pop(MANIFEST_KEY), source=path)
-        if manifest.version > 1:
-            return cls(path, state, manifest, {}, {})
-        try:
-            dense, state["model"] = state["model"], {}
-            optimizer = (state["last_optimizer_state"] or {}).pop("named", {})
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is of format 1 and damaged ({error}).") from error
-        return cls(path, state, manifest, dense, optimizer)
+        """Open a main file that is loaded already; takes the manifest out of ``state``."""
+        return cls(path, state, Manifest.from_dict(state.pop(MANIFEST_KEY), source=path))
 
     # --- step one
 
@@ -122,8 +112,6 @@ class Checkpoint:
         if not places:
             raise CheckpointError(f"{self.path} has no tensor {key}.")
         first = places[0]
-        if isinstance(first, Tensor):
-            return LazyTensor(dtype=first.dtype, shape=tuple(first.shape), load=lambda: first)
         shape, dtype = first.shard.shapes[first.key], first.shard.dtypes[first.key]
         if not (has_expert_rows(key) and shape):
             return LazyTensor(dtype=dtype, shape=shape, load=lambda: self._same(key))
@@ -139,10 +127,7 @@ class Checkpoint:
         Raises:
             CheckpointError: shards disagree on that of an expert parameter, so it cannot be merged.
         """
-        merged = {
-            name: {state: value for state, value in values.items() if not isinstance(value, Tensor)}
-            for name, values in self._old_optimizer.items()
-        }
+        merged: dict[str, dict[str, Any]] = {}
         for shard in self._shards:
             for name, values in shard.scalars.items():
                 for state, value in values.items():
@@ -152,8 +137,7 @@ class Checkpoint:
 
     def aliases(self) -> dict[str, str]:
         """Further names of parameters (tied weights), with the name under which the tensor is stored."""
-        found = {alias: name for shard in self._shards for alias, name in shard.aliases.items()}
-        return found | find_aliases(self._old_dense)
+        return {alias: name for shard in self._shards for alias, name in shard.aliases.items()}
 
     def content(self, *, expert_ids: Sequence[int], with_optimizer: bool = True) -> ShardContent:
         """Everything, with these experts, as tensors that are read when they are used.
@@ -202,9 +186,9 @@ class Checkpoint:
         return [OpenShard.open(self.path, entry) for entry in self.manifest.shards]
 
     @cached_property
-    def _places(self) -> dict[str, list[Any]]:
-        """For each key the shards that hold it, as ``_Place``, or its tensor (dense, of version 1)."""
-        places: dict[str, list[Any]] = {}
+    def _places(self) -> dict[str, list[_Place]]:
+        """Find the shards that hold each key: one for a dense tensor, any number for one with expert rows."""
+        places: dict[str, list[_Place]] = {}
         for shard in self._shards:
             for key in shard.shapes:
                 places.setdefault(key, []).append(_Place(shard, key))
@@ -215,12 +199,6 @@ class Checkpoint:
                     raise CheckpointError(
                         f"{key} has different shapes or types in {first.path} and {shard.path}."
                     )
-        for name, tensor in self._old_dense.items():
-            places[key_of(name)] = [tensor]
-        for name, values in self._old_optimizer.items():
-            for state, value in values.items():
-                if isinstance(value, Tensor):
-                    places[key_of(name, state)] = [value]
         for alias, name in self.aliases().items():
             places[key_of(alias)] = places[key_of(name)]
         return places

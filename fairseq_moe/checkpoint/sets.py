@@ -17,8 +17,6 @@ __all__ = ["commit_main", "newest_intact", "prune_sets", "remove_set", "write_ch
 
 logger = logging.getLogger(__name__)
 
-_SETS_DIRS = (SETS_DIR, "experts")  # the second is that of format version 1
-
 
 def write_checkpoint(
     path: Path,
@@ -127,7 +125,7 @@ def prune_sets(directory: Path, *, committed: Path) -> None:
     except CheckpointError as error:
         logger.warning("Old shards are kept, because a main file might name them: %s", error)
         return
-    for path in (path for name in _SETS_DIRS for path in (directory / name).glob("*")):
+    for path in (directory / SETS_DIR).glob("*"):
         if path.is_dir() and path not in named and _newest_ns(path) < now_ns:
             shutil.rmtree(path, ignore_errors=True)
             fault("save.pruned_one")

@@ -2,7 +2,7 @@
 
 The command is ``fairseq-moe-checkpoint TOOL PATH ...``, or ``python -m fairseq_moe.checkpoint_tools``.
 
-One process, no process group: a tool opens a checkpoint of any kind (``source``: ours in both formats, the moe
+One process, no process group: a tool opens a checkpoint of any kind (``source``: ours, the moe
 branch's, stock's dense ones), compares it with its digests, and streams it, tensor by tensor, into a new one.
 What is written appears at once and complete, or not at all, and nothing is ever overwritten.
 """

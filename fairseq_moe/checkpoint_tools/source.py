@@ -43,7 +43,7 @@ class Source:
         state: what the main file holds besides tensors.
         files: all files, the main file first.
         update: optimizer updates done; None if it does not say.
-        run_id: of the training run, in our format 2.
+        run_id: of the training run, in our format.
         set_id: names the save: two main files with the same one are copies of each other.
         shape: of the model; None for a dense one.
         entries: the shards as its manifest lists them; none for other kinds than ours.
@@ -153,7 +153,7 @@ def _open_ours(path: Path, state: dict[str, Any]) -> Source:
         update=manifest.update,
         run_id=manifest.run_id,
         set_id=manifest.set_dir,
-        shape=manifest.shape if manifest.version > 1 else _shape(state),
+        shape=manifest.shape,
         entries=manifest.shards,
         content_of=lambda ids, with_optimizer: checkpoint.content(
             expert_ids=ids, with_optimizer=with_optimizer

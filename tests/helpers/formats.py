@@ -1,12 +1,9 @@
 """One small MoE model in every format of a checkpoint that the tools read, each written without the package."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fairseq_moe.checkpoint import ModelShape, ShardContent, write_checkpoint
@@ -19,7 +16,7 @@ __all__ = [
     "state",
     "write_branch",
     "write_dense",
-    "write_old",
+    "write_format_1",
     "write_ours",
 ]
 
@@ -105,39 +102,12 @@ def write_ours(
     return path
 
 
-def write_old(path: Path, tensors: dict[str, Tensor]) -> Path:
-    """Format 1, which had the dense part in the main file and experts below ``experts/``: two shards."""
-    moments = optimizer(tensors)
-    entries = []
-    for index, ids in enumerate(([0, 1], [2, 3])):
-        rows = {
-            f"model/{name}": tensor[ids].clone() for name, tensor in tensors.items() if EXPERTS in name
-        } | {
-            f"optimizer/{name}/{key}": value[ids].clone()
-            for name, values in moments.items()
-            for key, value in values.items()
-            if EXPERTS in name and key != "step"
-        }
-        numbers = {name: {"step": 7} for name in tensors if EXPERTS in name}
-        file = path.parent / "experts" / "7-old" / f"shard-{index}-of-2.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(rows, file, metadata={"expert_ids": json.dumps(ids), "optimizer": json.dumps(numbers)})
-        entries.append(
-            {
-                "file": str(file.relative_to(path.parent)),
-                "expert_ids": ids,
-                "num_bytes": file.stat().st_size,
-                "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-            }
-        )
-    main = state()
-    main["model"] = {name: tensor for name, tensor in tensors.items() if EXPERTS not in name}
-    main["model"] |= {alias: tensors[name] for alias, name in _TIED.items()}
-    main["last_optimizer_state"]["named"] = {
-        name: values for name, values in moments.items() if EXPERTS not in name
-    }
-    main["fairseq_moe"] = {"version": 1, "update": 7, "num_experts": NUM_EXPERTS, "shards": entries}
-    torch.save(main, path)
+def write_format_1(path: Path) -> Path:
+    """The main file of format 1, which is no longer read: dense tensors in it, experts below ``experts/``."""
+    shards = [{"file": "experts/7-old/shard-0-of-1.safetensors", "expert_ids": list(range(NUM_EXPERTS))}]
+    manifest = {"version": 1, "update": 7, "num_experts": NUM_EXPERTS, "shards": shards}
+    dense = {name: tensor for name, tensor in model().items() if EXPERTS not in name}
+    torch.save({**state(), "model": dense, "fairseq_moe": manifest}, path)
     return path
 
 

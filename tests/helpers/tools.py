@@ -9,19 +9,17 @@ import pytest
 from torch import Tensor
 
 from fairseq_moe.checkpoint_tools.command import main
-from tests.helpers.formats import write_branch, write_old, write_ours
+from tests.helpers.formats import write_branch, write_ours
 
 __all__ = ["FORMATS", "ends_with_sentence", "flip", "run", "write"]
 
-FORMATS = ["format 2", "format 1", "moe branch", "moe branch, -shardN"]
+FORMATS = ["format 2", "moe branch", "moe branch, -shardN"]
 
 
 def write(kind: str, directory: Path, tensors: dict[str, Tensor]) -> Path:
     """A checkpoint of that kind; returns what is to be typed."""
     if kind == "format 2":
         return write_ours(directory / "checkpoint_last.pt", tensors, num_shards=2)
-    if kind == "format 1":
-        return write_old(directory / "checkpoint_last.pt", tensors)
     return write_branch(directory, tensors, suffix="" if kind == "moe branch" else "-shard0")
 
 
