@@ -1,4 +1,8 @@
-"""Checkpoints of MoE models: files, digests and layouts. No fairseq, no collectives.
+"""What is a checkpoint on disk? Files, digests, and which tensor lies in which of them; docs/checkpoints.md.
+
+``checkpoint_tools`` answers what one can do with a checkpoint from the command line, ``stock/checkpoint`` how stock's
+trainer saves and loads one. Both are built on this folder, which knows neither fairseq nor other ranks: it imports
+``errors`` and ``faults``.
 
 A checkpoint is a small main file ``checkpoint*.pt``, which stock fairseq names, copies and deletes, and a set
 of shards beside it, ``shards/<update>-<id>/shard-<i>-of-<n>.safetensors``, which hold all tensors: dense ones,
@@ -39,6 +43,7 @@ from fairseq_moe.checkpoint.plan import find_aliases, share_of, split_content
 from fairseq_moe.checkpoint.reader import Checkpoint
 from fairseq_moe.checkpoint.sets import (
     commit_main,
+    name_intact,
     newest_intact,
     prune_sets,
     remove_set,
@@ -76,6 +81,7 @@ __all__ = [
     "key_of",
     "load_plain",
     "make_directory",
+    "name_intact",
     "newest_intact",
     "plain_globals",
     "prune_sets",

@@ -1,4 +1,4 @@
-"""The list of shards that a main file carries, and what it says about the model."""
+"""Describe a checkpoint in its main file: shards with sizes and digests, run, update, and sizes of the model."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -14,7 +14,7 @@ _VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One shard.
+    """One shard as the manifest lists it.
 
     Args:
         file: path relative to the main file's directory, with forward slashes.
@@ -50,7 +50,7 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What belongs to one checkpoint.
+    """The list of the shards of one checkpoint, and what run, update and model they belong to.
 
     Args:
         version: of the format.
@@ -68,16 +68,16 @@ class Manifest:
 
     @property
     def set_dir(self) -> str:
-        """The directory of the shards, relative to the main file's directory; also names the set."""
+        """Name the set by the directory of its shards, relative to that of the main file."""
         return str(PurePosixPath(self.shards[0].file).parent)
 
     @property
     def num_bytes(self) -> int:
-        """Size of all shards together."""
+        """Add up the sizes of all shards."""
         return sum(entry.num_bytes for entry in self.shards)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the main file."""
+        """Convert to the plain values that the main file holds."""
         return asdict(self)
 
     @classmethod

@@ -1,5 +1,6 @@
 """The file format by itself: what is written comes back, by any part; what is not understood is refused."""
 
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -218,3 +219,16 @@ def test_optimizer_state_that_differs_between_shards_cannot_be_merged(tmp_path: 
     assert checkpoint.load(expert_ids=[1], with_optimizer=False)[1] == {}
     with pytest.raises(CheckpointError, match="differs between shards and cannot be merged"):
         checkpoint.load(expert_ids=[0, 1], with_optimizer=True)
+
+
+def test_the_format_needs_neither_fairseq_nor_other_ranks() -> None:
+    known, seen, waiting = {"checkpoint", "errors", "faults"}, set(), ["checkpoint"]
+    package = Path(__file__).resolve().parents[3] / "fairseq_moe"
+    while waiting:
+        unit = waiting.pop()
+        seen.add(unit)
+        for path in (package / unit).glob("*.py") if (package / unit).is_dir() else [package / f"{unit}.py"]:
+            imported = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert not [name for name in imported if name.split(".")[0] == "fairseq" or ".distributed" in name], path
+            waiting += {name.split(".")[1] for name in imported if name.startswith("fairseq_moe.")} - seen
+    assert seen == known
