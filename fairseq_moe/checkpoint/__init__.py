@@ -1,4 +1,4 @@
-"""What is a checkpoint on disk? Files, digests, and which tensor lies in which of them; docs/checkpoints.md.
+"""How is a checkpoint laid out on disk, written and read? The format is described in docs/checkpoints.md.
 
 ``checkpoint_tools`` answers what one can do with a checkpoint from the command line, ``stock/checkpoint`` how stock's
 trainer saves and loads one. Both are built on this folder, which knows neither fairseq nor other ranks: it imports

@@ -106,7 +106,7 @@ def write_plain(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_large(path: Path, state: dict[str, Any]) -> None:
-    """Save a state of any size atomically: like ``write_plain``, but not through memory and without places for faults."""
+    """Save a state of any size atomically: straight to the disk, and past the places for faults of ``write_plain``."""
     directories = make_directory(path.parent)
     temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
     try:

@@ -1,7 +1,7 @@
-"""What can be done with a checkpoint from the command line? ``fairseq-moe-checkpoint TOOL PATH ...`` says, and does it.
+"""How does one look at, check, copy and convert checkpoints from the command line?
 
 ``checkpoint`` answers what the files are that the tools read and write; ``stock/checkpoint`` how stock's trainer saves
-and loads them. Also ``python -m fairseq_moe.checkpoint_tools``.
+and loads them. The command is ``fairseq-moe-checkpoint TOOL PATH ...``, or ``python -m fairseq_moe.checkpoint_tools``.
 
 One process, no process group: a tool opens a checkpoint of any kind (``source``: ours, the moe
 branch's, stock's dense ones), compares it with its digests, and streams it, tensor by tensor, into a new one.

@@ -1,4 +1,4 @@
-"""Command lines that the end-to-end tests share: a tiny model, trained and evaluated in forked processes."""
+"""Run the commands that the end-to-end tests share: a tiny model, trained and evaluated in forked processes."""
 
 import json
 import re
@@ -37,7 +37,7 @@ MOE = [*EXPERTS, "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01
 
 
 def train_argv(data: Path, save_dir: Path, *flags: Any, model: list[str] = DENSE + MOE) -> list[Any]:
-    """Arguments of fairseq-train for 4 updates of the tiny model, the plugin's --user-dir included."""
+    """Make arguments of fairseq-train for 4 updates of the tiny model, the plugin's --user-dir included."""
     return [data, *PLUGIN, *BASE, *model, "--max-update", "4", "--save-dir", save_dir, *flags]
 
 
@@ -57,7 +57,7 @@ def train(data: Path, save_dir: Path, *flags: Any, world_size: int = 1, **kwargs
 
 
 def eval_lm_argv(data: Path, checkpoint: Path, *flags: Any, plugin: bool = True) -> list[Any]:
-    """Arguments of fairseq-eval-lm on the ``valid`` split, one block per batch."""
+    """Make arguments of fairseq-eval-lm on the ``valid`` split, one block per batch."""
     argv = [data, *(PLUGIN if plugin else []), "--cpu", "--num-workers", "0", "--path", checkpoint]
     argv += ["--task", "language_modeling", "--tokens-per-sample", "32", "--sample-break-mode", "none"]
     return [*argv, "--gen-subset", "valid", "--batch-size", "1", *flags]

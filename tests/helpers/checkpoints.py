@@ -1,4 +1,4 @@
-"""Small checkpoints, and their content read without this package's reader."""
+"""Write small checkpoints, and read the content of any without this package's reader."""
 
 import json
 import tempfile
@@ -16,7 +16,7 @@ EXPERTS = "decoder.layers.1.moe_layer.experts.fc1_weight"
 
 
 def small_content(num_experts: int, *, seed: int = 1) -> ShardContent:
-    """Two expert parameters, three dense ones of different sizes, tied weights, and Adam's state of all."""
+    """Draw two expert parameters, three dense ones of different sizes, tied weights, and Adam's state of all."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ def small_checkpoint(
     update: int = 7,
     run_id: str = "a",
 ) -> Path:
-    """A complete checkpoint of ``small_content``; returns ``path``."""
+    """Write a complete checkpoint of ``small_content``; returns ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {
         "state": {"cfg": None, "extra_state": {"train_iterator": {"epoch": 1}}, "last_optimizer_state": {}},
@@ -69,7 +69,7 @@ def small_checkpoint(
 
 
 def manifest_of(main: Path) -> dict[str, Any]:
-    """The list of shards in a main file, as it stands there."""
+    """Read the list of shards in a main file, as it stands there."""
     return torch.load(main, weights_only=True)["fairseq_moe"]
 
 

@@ -1,4 +1,4 @@
-"""An MoE layer whose router sends all tokens to one expert, and the flags that build it for each dispatcher."""
+"""Build an MoE layer whose router sends all tokens to one expert, for each dispatcher."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ ALLGATHER = DROPLESS | {"moe_token_dispatcher_type": "allgather"}
 
 
 def layer_of(flags: dict[str, Any], mesh: Any) -> Any:
-    """A layer whose router sends every token with a positive mean to expert 0, then to expert 1."""
+    """Build a layer whose router sends every token with a positive mean to expert 0, then to expert 1."""
     from fairseq_moe.flags.moe import MoEConfig
     from fairseq_moe.models.decoder_layer import build_moe_layer
 

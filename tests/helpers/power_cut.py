@@ -1,4 +1,4 @@
-"""What a power cut would leave of files: the bytes and directory entries that have been flushed to the disk."""
+"""Find out what a power cut would leave of files: the bytes and directory entries that have been flushed."""
 
 import os
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ class PowerCut:
         monkeypatch.setattr(os, "rename", recording(rename))
 
     def lost(self) -> list[str]:
-        """What lies below ``root`` and would not be there after a power cut; temporary names aside."""
+        """List what lies below ``root`` and would not be there after a power cut; temporary names aside."""
         return self._unflushed(self.root)
 
     def _unflushed(self, top: Path) -> list[str]:
@@ -74,7 +74,7 @@ def _below(top: Path) -> Iterator[Path]:
 
 
 def _held(path: Path) -> object:
-    """A file's bytes, or a directory's inodes by name."""
+    """Read a file's bytes, or a directory's inodes by name."""
     if path.is_dir():
         return {entry.name: entry.stat().st_ino for entry in path.iterdir() if _TEMPORARY not in entry.name}
     return path.read_bytes()

@@ -1,4 +1,4 @@
-"""Flags and batches of a tiny model with Megatron's routing: expert bias, shared experts, balance losses, capacity."""
+"""Give flags and batches to a tiny model with Megatron's routing: expert bias, shared experts, losses, capacity."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ GLOBAL = ("--moe-router-load-balancing-type", "aux_loss,global_aux_loss")
 
 
 def router_batches(rank: int, world_size: int, num_micro: int) -> list[Any]:
-    """The micro-batches of ``rank``, with one padding token in each longer one."""
+    """Make the micro-batches of ``rank``, with one padding token in each longer one."""
     from tests.helpers.tiny import make_batch
 
     found = []
@@ -32,7 +32,7 @@ def router_batches(rank: int, world_size: int, num_micro: int) -> list[Any]:
 
 
 def routers(trainer: Any) -> list[Any]:
-    """The routers of a trainer's MoE layers, in the order of layers."""
+    """Find the routers of a trainer's MoE layers, in the order of layers."""
     from fairseq_moe.stock.find_experts import moe_decoder
 
     decoder = moe_decoder(trainer.get_model())

@@ -1,4 +1,4 @@
-"""Running the tools for checkpoints in this process, and damaging what they read."""
+"""Run the tools for checkpoints in this process, and damage what they read."""
 
 import struct
 import zipfile
@@ -17,14 +17,14 @@ FORMATS = ["format 2", "moe branch", "moe branch, -shardN"]
 
 
 def write(kind: str, directory: Path, tensors: dict[str, Tensor]) -> Path:
-    """A checkpoint of that kind; returns what is to be typed."""
+    """Write a checkpoint of that kind; returns the path that one would type."""
     if kind == "format 2":
         return write_ours(directory / "checkpoint_last.pt", tensors, num_shards=2)
     return write_branch(directory, tensors, suffix="" if kind == "moe branch" else "-shard0")
 
 
 def ends_with_sentence(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
-    """What the command says on its way to exit code 2."""
+    """Run a command that must end with exit code 2; returns what it says on stderr."""
     assert main([str(part) for part in argv]) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
@@ -33,6 +33,7 @@ def ends_with_sentence(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
 
 
 def run(*argv: Any) -> None:
+    """Run a command that must end with exit code 0."""
     assert main([str(part) for part in argv]) == 0
 
 

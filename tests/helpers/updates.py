@@ -1,4 +1,4 @@
-"""One update of a tiny MoE model on any number of ranks, and the same on one process, to be compared.
+"""Do one update of a tiny MoE model on any number of ranks, and the same on one process, to compare them.
 
 W ranks must equal one process that takes the ranks' batches as the micro-batches of ``--update-freq W``.
 """
@@ -21,7 +21,7 @@ BATCHES = [(3, 1, 9), (19, 2, 3), (38, 3, 3), (54, 1, 5), (19, 1, 13), (38, 1, 6
 
 
 def _micro_batches(world_size: int, flags: list[Any], *, even: bool) -> list[list[Any]]:
-    """The micro-batches of each rank, of different sizes and lengths, or of one size if ``even``."""
+    """Make the micro-batches of each rank, of different sizes and lengths, or of one size if ``even``."""
     from tests.helpers.tiny import make_batch
 
     update_freq = int(flags[flags.index("--update-freq") + 1]) if "--update-freq" in flags else 1
@@ -36,7 +36,7 @@ def _micro_batches(world_size: int, flags: list[Any], *, even: bool) -> list[lis
 
 
 def _joined(micro_batches: list[Any]) -> Any:
-    """One large batch of batches of one length."""
+    """Join batches of one length into one large batch."""
     names = ("src_tokens", "src_lengths")
     inputs = {name: torch.cat([batch["net_input"][name] for batch in micro_batches]) for name in names}
     target = torch.cat([batch["target"] for batch in micro_batches])
@@ -77,7 +77,7 @@ def _update_alone(
 
 
 def on_ranks(flags: tuple[Any, ...], world_size: int, **options: Any) -> list[dict[str, Any]]:
-    """Logged numbers, gradients and parameters after one update, from each rank.
+    """Do one update on all ranks; returns each one's logged numbers, gradients and parameters.
 
     Args:
         flags: in addition to those of ``tests.helpers.tiny``.
@@ -96,7 +96,7 @@ def alone(
     joined: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """What one process finds that takes the ranks' batches as micro-batches; computed once for each set of arguments.
+    """Do the update on one process, which takes the ranks' batches as micro-batches; computed once for these arguments.
 
     Args:
         flags: as those of the ranks, without what concerns ranks alone.
@@ -118,7 +118,7 @@ def assert_equal(
     of_norm: float = 1e-6,
     drops: bool = False,
 ) -> None:
-    """Each difference is within ``relative`` of the tensor's norm plus ``of_norm`` of the global norm."""
+    """Compare two updates; differences may be ``relative`` of a tensor's norm plus ``of_norm`` of the global norm."""
     assert (found["logged"]["drop_rate"] > 0) is drops
     gnorm = expected["logged"]["gnorm"]
     for name, value in expected["logged"].items():
@@ -132,7 +132,7 @@ def assert_equal(
 
 
 def assert_all_equal(by_rank: list[dict[str, Any]], expected: dict[str, Any], **bounds: float) -> None:
-    """Every rank's result is the expected one; bounds as those of ``assert_equal``."""
+    """Compare every rank's update with the expected one; bounds as those of ``assert_equal``."""
     assert by_rank
     for found in by_rank:
         assert_equal(found, expected, **bounds)

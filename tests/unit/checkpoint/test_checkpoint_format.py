@@ -228,7 +228,11 @@ def test_the_format_needs_neither_fairseq_nor_other_ranks() -> None:
         unit = waiting.pop()
         seen.add(unit)
         for path in (package / unit).glob("*.py") if (package / unit).is_dir() else [package / f"{unit}.py"]:
-            imported = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-            assert not [name for name in imported if name.split(".")[0] == "fairseq" or ".distributed" in name], path
+            imported = re.findall(
+                r"^\s*(?:from|import) ([\w.]+)", path.read_text(encoding="utf-8"), re.MULTILINE
+            )
+            assert not [
+                name for name in imported if name.split(".")[0] == "fairseq" or ".distributed" in name
+            ], path
             waiting += {name.split(".")[1] for name in imported if name.startswith("fairseq_moe.")} - seen
     assert seen == known
