@@ -26,8 +26,9 @@ from fairseq_moe.checkpoint import (
     shard_problem,
 )
 from fairseq_moe.checkpoint.branch import ExpertRows
+from fairseq_moe.checkpoint.groups import hyperparameters
 from fairseq_moe.errors import CheckpointError
-from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.stock.checkpoint.main_state import model_shape
 
 __all__ = ["Source", "open_source"]
 
@@ -159,15 +160,12 @@ def _open_ours(path: Path, state: dict[str, Any]) -> Source:
 
 def _open_branch(branch: BranchCheckpoint) -> Source:
     state = load_plain(branch.shared, lazily=True)
-    shape = _shape(state)
+    shape = model_shape(state["cfg"]["model"])
     saved = state.get("last_optimizer_state")
     groups = None
     if saved is not None:
         groups = {name: value for name, value in saved.items() if name != "state"}
-        groups["param_groups"] = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in saved["param_groups"]
-        ]
+        groups["param_groups"] = hyperparameters(saved["param_groups"])
     # All experts at once, however few are asked for: each file is checked as a whole and then mapped, not read.
     rows = partial(
         branch.expert_rows, num_experts=shape.num_experts, expert_ids=range(shape.num_experts), lazily=True
@@ -259,16 +257,3 @@ def _update(state: Mapping[str, Any]) -> int | None:
     history = state.get("optimizer_history") or [{}]
     update = history[-1].get("num_updates")
     return update if isinstance(update, int) else None
-
-
-def _shape(state: Mapping[str, Any]) -> ModelShape:
-    """Compute a model's sizes from the flags in a checkpoint, where no manifest says them."""
-    flags = state["cfg"]["model"]
-    moe = MoEConfig.from_args(flags)
-    return ModelShape(
-        num_experts=moe.num_experts,
-        top_k=moe.top_k,
-        model_dim=flags["decoder_embed_dim"],
-        expert_dim=moe.expert_dim or flags["decoder_ffn_embed_dim"],
-        num_layers=flags["decoder_layers"],
-    )
