@@ -22,6 +22,9 @@ verifies no content. What it would give is resharding, which rows by expert id a
 matter of reading other rows. Later kinds of parallelism fit in the same way: a shard that holds part of a
 tensor (FSDP2, tensor parallelism) would say which slice in its metadata, as ``expert_ids`` now says which
 rows, and the reader would put slices together as it puts rows together now.
+
+Tests: tests/unit/checkpoint; branch: tests/unit/checkpoint_tools, tests/numerics/test_branch_eval.py; sets:
+tests/reliability/test_r26_retention.py; safetensors_bytes: tests/unit/convert/test_convert_files.py.
 """
 
 from fairseq_moe.checkpoint.branch import BranchCheckpoint, find_branch_checkpoint

@@ -1,6 +1,7 @@
-"""Helpers that find nothing say so, and tests share code through tests/helpers alone."""
+"""Helpers that find nothing say so, tests share code through tests/helpers alone, and folders name their tests."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tests.helpers.ranks import CommandResult
 from tests.helpers.updates import assert_all_equal
 
 TESTS = Path(__file__).resolve().parents[1]
+REPOSITORY = TESTS.parent
+FOLDERS = sorted(path.parent for path in (REPOSITORY / "fairseq_moe").rglob("__init__.py"))
 SILENT = CommandResult(exit_codes=[0], outputs=['| train | {"loss": "1.0"}\n'])
 
 
@@ -48,3 +51,19 @@ def test_no_test_imports_another(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and node.module is not None
     ]
     assert not [module for module in imported if module.rpartition(".")[2].startswith("test_")]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(REPOSITORY)))
+def test_folders_say_where_they_are_tested(folder: Path) -> None:
+    """The last paragraph of the folder's docstring; ``NAME: FILE`` in it is about that module of the folder."""
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    last = text.split("\n\n")[-1].replace("\n", " ")
+    assert last.startswith("Tests: "), (
+        "end the docstring with a paragraph 'Tests: tests/..., ...; NAME: tests/....'"
+    )
+    paths = re.findall(r"tests/[\w/]+(?:\.py)?", last)
+    assert paths
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+    modules = [name for names in re.findall(r"; ([\w, ]+): tests/", last) for name in names.split(", ")]
+    known = {path.stem for path in folder.iterdir()}
+    assert [name for name in modules if " " not in name and name not in known] == []
