@@ -202,7 +202,7 @@ class StoredModel:
                     parts.setdefault(name, []).append(_Part(entry.expert_ids, stored))
         if _EMBEDDING not in parts:
             raise CheckpointError(
-                f"{path} has no {_EMBEDDING}, which every model has; its shards are incomplete."
+                f"{path} has no {_EMBEDDING}, which every model has; give the checkpoint of a whole model."
             )
         with damage_as_sentence(path):
             cfg = checkpoint.state.get("cfg") or {}
