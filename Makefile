@@ -1,8 +1,8 @@
 # fairseq_moe: from a fresh clone, `make demo` and `make test` set up all they need in .venv and run.
 #
 #   make demo     train a small MoE language model beside a dense one, evaluate, sample, draw (3 minutes)
-#   make test     the test suite
-#   make test-reliability   the slow tests of faults, which make test leaves out
+#   make test     the test suite, but for tests that take more than about ten seconds each
+#   make test-reliability   those slow tests
 #   make check    ruff and mypy
 #   make bench    time of the MoE layer against its dense limit
 #   make clean    remove .venv and everything that was built
@@ -52,10 +52,10 @@ demo: $(call ready,demo)
 	$(RUN) scripts/demo.py $(if $(TEXT),--text '$(TEXT)') $(if $(UPDATES),--updates '$(UPDATES)')
 
 test: $(call ready,test)
-	$(PYTEST) -m 'not slow_reliability' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow and not slow_reliability' $(PYTEST_ARGS)
 
 test-reliability: $(call ready,test)
-	$(PYTEST) -m slow_reliability $(PYTEST_ARGS)
+	$(PYTEST) -m 'slow or slow_reliability' $(PYTEST_ARGS)
 
 check: $(call ready,dev)
 	$(RUN) -m ruff check .

@@ -2,6 +2,8 @@
 
 Importing the package registers its model, criterion and tasks and installs the adapter to stock fairseq
 (``fairseq_moe.stock``), in any order with ``import fairseq`` and any number of times.
+
+Tests: tests/unit/test_imports.py; faults: tests/reliability/test_faults.py; progress: tests/unit/checkpoint_tools.
 """
 
 from fairseq_moe import criterions, stock, tasks  # noqa: F401  (register themselves)

@@ -1,4 +1,4 @@
-"""Faults on request, for the reliability tests: one named place in the code, one rank, one action.
+"""Inject a fault that a reliability test asks for: one named place in the code, one rank, one action.
 
 ``FAIRSEQ_MOE_FAULT="save.main_half@0=kill"`` kills rank 0 when it has written half of a main file.
 ``point@rank@nth=action`` waits for the nth time that the rank comes by (from 1). Without the variable,
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fairseq_moe.errors import ConfigError
 
@@ -57,7 +56,6 @@ ACTIONS = {
     "raise": "InjectedError",
     "enospc": "OSError: no space left on device",
     "oom": "torch.OutOfMemoryError",
-    "nan": "fills the tensor that the place hands over with NaN",
     "sleep:SECONDS": "sleeps",
 }
 
@@ -84,12 +82,11 @@ def ask_rank(rank: Callable[[], int]) -> None:
     _rank_of_process = rank
 
 
-def fault(point: str, tensor: Tensor | None = None) -> None:
-    """A place at which a test may ask for a fault; nothing happens unless ``FAIRSEQ_MOE_FAULT`` names it.
+def fault(point: str) -> None:
+    """Fail here as ``FAIRSEQ_MOE_FAULT`` asks, if it names this place; else do nothing.
 
     Args:
         point: one of ``POINTS``.
-        tensor: what the action ``nan`` fills.
 
     Raises:
         ConfigError: the variable names no known point or action.
@@ -102,7 +99,7 @@ def fault(point: str, tensor: Tensor | None = None) -> None:
         return
     _counts[text] = _counts.get(text, 0) + 1
     if _counts[text] == wanted.nth:
-        _act(wanted, tensor)
+        _act(wanted)
 
 
 def _parse(text: str) -> _Wanted:
@@ -123,7 +120,7 @@ def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdigit()
 
 
-def _act(wanted: _Wanted, tensor: Tensor | None) -> None:
+def _act(wanted: _Wanted) -> None:
     match wanted.action:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -135,12 +132,5 @@ def _act(wanted: _Wanted, tensor: Tensor | None) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         case "oom":
             raise torch.OutOfMemoryError(f"out of memory (injected at {wanted.point})")
-        case "nan":
-            if tensor is None:
-                raise ConfigError(
-                    [f"{VARIABLE}: {wanted.point} hands over no tensor, so nan is no action there."]
-                )
-            with torch.no_grad():
-                tensor.fill_(torch.nan)
         case _:
             time.sleep(float(wanted.action.removeprefix("sleep:")))

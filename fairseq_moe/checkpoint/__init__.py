@@ -1,4 +1,8 @@
-"""Checkpoints of MoE models: files, digests and layouts. No fairseq, no collectives.
+"""How is a checkpoint laid out on disk, written and read? The format is described in docs/checkpoints.md.
+
+``checkpoint_tools`` answers what one can do with a checkpoint from the command line, ``stock/checkpoint`` how stock's
+trainer saves and loads one. Both are built on this folder, which knows neither fairseq nor other ranks: it imports
+``errors`` and ``faults``.
 
 A checkpoint is a small main file ``checkpoint*.pt``, which stock fairseq names, copies and deletes, and a set
 of shards beside it, ``shards/<update>-<id>/shard-<i>-of-<n>.safetensors``, which hold all tensors: dense ones,
@@ -18,6 +22,9 @@ verifies no content. What it would give is resharding, which rows by expert id a
 matter of reading other rows. Later kinds of parallelism fit in the same way: a shard that holds part of a
 tensor (FSDP2, tensor parallelism) would say which slice in its metadata, as ``expert_ids`` now says which
 rows, and the reader would put slices together as it puts rows together now.
+
+Tests: tests/unit/checkpoint; branch: tests/unit/checkpoint_tools, tests/numerics/test_branch_eval.py; sets:
+tests/reliability/test_r26_retention.py; safetensors_bytes: tests/unit/convert/test_convert_files.py.
 """
 
 from fairseq_moe.checkpoint.branch import BranchCheckpoint, find_branch_checkpoint
@@ -26,7 +33,9 @@ from fairseq_moe.checkpoint.files import (
     check_records,
     copy_atomically,
     damage_as_sentence,
+    flush_directory,
     load_plain,
+    make_directory,
     plain_globals,
     unreadable,
     write_large,
@@ -37,6 +46,7 @@ from fairseq_moe.checkpoint.plan import find_aliases, share_of, split_content
 from fairseq_moe.checkpoint.reader import Checkpoint
 from fairseq_moe.checkpoint.sets import (
     commit_main,
+    name_intact,
     newest_intact,
     prune_sets,
     remove_set,
@@ -69,9 +79,12 @@ __all__ = [
     "damage_as_sentence",
     "find_aliases",
     "find_branch_checkpoint",
+    "flush_directory",
     "has_expert_rows",
     "key_of",
     "load_plain",
+    "make_directory",
+    "name_intact",
     "newest_intact",
     "plain_globals",
     "prune_sets",

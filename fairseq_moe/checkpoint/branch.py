@@ -1,5 +1,4 @@
-"""Checkpoints of fairseq's moe branch: ``NAME-shared.pt`` and ``NAME-rank-<r>.pt``, both maybe with
-``-shard<r>``.
+"""Read checkpoints of fairseq's moe branch: ``NAME-shared.pt`` and ``NAME-rank-<r>.pt``, both maybe ``-shard<r>``.
 
 The shared file holds the dense part, each rank file the experts of one rank under local numbers. Names and
 numbers become ours here: the gate's matrix is the router's weight, expert j of file r is global expert
@@ -32,7 +31,7 @@ _EXPERT = re.compile(
 
 
 def find_branch_checkpoint(path: Path) -> "BranchCheckpoint | None":
-    """The branch checkpoint that ``path`` means: its plain name, its shared file or one of its rank files."""
+    """Find the branch checkpoint that ``path`` names: by its plain name, its shared file or one of its rank files."""
     match = _FILE.fullmatch(path.name)
     stem = match["stem"] if match else path.name.removesuffix(".pt")
     for shared_suffix, rank_suffix in (("", ""), ("-shard0", "-shard*")):
@@ -63,7 +62,7 @@ def _in_order(files: dict[int, Path], shared: Path) -> list[Path]:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchCheckpoint:
-    """The files of one checkpoint.
+    """The files of one checkpoint of the branch, in the order of ranks.
 
     Args:
         shared: the dense part.
@@ -79,7 +78,7 @@ class BranchCheckpoint:
         return self._named(state, list(state["model"])) if with_optimizer else {}
 
     def experts(self, *, num_experts: int, expert_ids: Sequence[int], with_optimizer: bool) -> ExpertState:
-        """The given experts as stacks.
+        """Read the given experts, stacked as our expert parameters are.
 
         Args:
             num_experts: E.
@@ -100,7 +99,7 @@ class BranchCheckpoint:
     def expert_rows(
         self, *, num_experts: int, expert_ids: Sequence[int], with_optimizer: bool, lazily: bool = False
     ) -> ExpertRows:
-        """The same one by one, not stacked: by name (and state), then by expert.
+        """Read the given experts one by one, not stacked: by parameter (and state), then by expert.
 
         Args:
             num_experts: E.
@@ -139,7 +138,7 @@ class BranchCheckpoint:
         return f"{match['prefix']}.{match['matrix']}_{match['kind']}", first_expert + int(match["local"])
 
     def _named(self, state: dict[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
-        """Optimizer state by name: the branch numbers parameters in model order, skipping tied ones."""
+        """Name optimizer state, which the branch numbers in the order of the model, skipping tied parameters."""
         saved = (state.get("last_optimizer_state") or {}).get("state", {})
         if not saved:
             return {}

@@ -1,4 +1,4 @@
-"""Whole files: written under a temporary name, flushed and then renamed; read without executing anything."""
+"""Write whole files (temporary name, flush, rename, flush of the directory); read files without executing anything."""
 
 import argparse
 import hashlib
@@ -24,7 +24,9 @@ __all__ = [
     "check_records",
     "copy_atomically",
     "damage_as_sentence",
+    "flush_directory",
     "load_plain",
+    "make_directory",
     "plain_globals",
     "sha256_of",
     "unreadable",
@@ -68,7 +70,7 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview], *, kind: 
     Raises:
         OSError: the disk is full, the directory cannot be written, ...
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    directories = make_directory(path.parent)
     temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
     digest, written, is_half = hashlib.sha256(), 0, False
     try:
@@ -90,7 +92,8 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview], *, kind: 
         fault(f"save.{kind}_renamed")
     finally:
         temporary.unlink(missing_ok=True)
-    _flush_directory(path.parent)
+    for directory in directories:
+        flush_directory(directory)
     return digest.hexdigest()
 
 
@@ -103,8 +106,8 @@ def write_plain(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_large(path: Path, state: dict[str, Any]) -> None:
-    """``write_plain`` for a state of any size: it goes straight to the disk, past the places of ``faults``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Save a state of any size atomically: straight to the disk, and past the places for faults of ``write_plain``."""
+    directories = make_directory(path.parent)
     temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -114,7 +117,8 @@ def write_large(path: Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush_directory(path.parent)
+    for directory in directories:
+        flush_directory(directory)
 
 
 def copy_atomically(source: Path, target: Path) -> None:
@@ -124,13 +128,13 @@ def copy_atomically(source: Path, target: Path) -> None:
 
 
 def _pieces(data: memoryview) -> Iterator[memoryview]:
-    """At least two of them, so that half a file is something that can happen."""
+    """Cut a file into at least two pieces, so that a test can interrupt it when half of it is written."""
     size = max(1, min(_CHUNK_BYTES, (len(data) + 1) // 2))
     return (data[start : start + size] for start in range(0, len(data), size))
 
 
 def unreadable(path: Path | str, error: Exception) -> CheckpointError:
-    """The sentence about a file whose reading has ended in ``error``, one of ``UNREADABLE``."""
+    """Make the error for a file whose reading has ended in ``error``, one of ``UNREADABLE``."""
     reason = str(error).split("\n")[0][:200]
     return CheckpointError(
         f"cannot read checkpoint file {path} ({type(error).__name__}: {reason}); restore it from a copy or "
@@ -140,7 +144,7 @@ def unreadable(path: Path | str, error: Exception) -> CheckpointError:
 
 @contextmanager
 def damage_as_sentence(path: Path) -> Iterator[None]:
-    """Inside, values of ``path`` are used that may be of any form, since anybody may have written them."""
+    """Turn what values of an unexpected form raise inside into one sentence that names the file they came from."""
     try:
         yield
     except MoEError:  # some are ValueErrors, and sentences already
@@ -189,7 +193,7 @@ def check_records(path: Path) -> None:
 
 
 def plain_globals() -> AbstractContextManager[None]:
-    """Inside, ``weights_only`` loading knows argparse.Namespace: a record of values, which runs nothing.
+    """Let ``weights_only`` loading read argparse.Namespace inside: a record of values, which runs nothing.
 
     fairseq saves the flags of its older parts in one (--optimizer sgd, and every checkpoint before 2021).
     """
@@ -197,7 +201,7 @@ def plain_globals() -> AbstractContextManager[None]:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal digest of the file's bytes."""
+    """Compute the hexadecimal sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -205,7 +209,23 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush_directory(path: Path) -> None:
+def make_directory(path: Path) -> list[Path]:
+    """Make a directory and those above it; returns the ones to flush once a file has been put into it.
+
+    They are the directory itself, for the file's entry, and the parent of each one that was missing: after a power
+    cut a file is lost with any directory on the way to it that has no entry of its own.
+    """
+    missing = []
+    step = path
+    while not step.exists():
+        missing.append(step)
+        step = step.parent
+    path.mkdir(parents=True, exist_ok=True)
+    return [path, *(directory.parent for directory in missing)]
+
+
+def flush_directory(path: Path) -> None:
+    """Flush the entries of a directory to the disk, so that a file that was renamed keeps its name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

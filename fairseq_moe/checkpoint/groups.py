@@ -1,4 +1,4 @@
-"""The parameter groups of an optimizer, as checkpoints keep them."""
+"""Reduce the parameter groups of an optimizer to what checkpoints keep of them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ __all__ = ["hyperparameters"]
 
 
 def hyperparameters(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each group without ``params``, torch's numbers of its parameters.
+    """Copy each group without ``params``, torch's numbers of its parameters.
 
     Numbers depend on the backend and on the ranks; checkpoints store optimizer state by name instead.
 

@@ -1,4 +1,4 @@
-"""The list of shards that a main file carries, and what it says about the model."""
+"""Describe a checkpoint in its main file: shards with sizes and digests, run, update, and sizes of the model."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -14,7 +14,7 @@ _VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One shard.
+    """One shard as the manifest lists it.
 
     Args:
         file: path relative to the main file's directory, with forward slashes.
@@ -35,73 +35,66 @@ class ModelShape:
 
     Args:
         num_experts: E of every MoE layer.
-        top_k: K, experts per token; None in files of version 1.
-        model_dim: D, width of the model; None in files of version 1.
-        expert_dim: F, hidden width of an expert; None in files of version 1.
-        num_layers: of the decoder, dense layers included; None in files of version 1.
+        top_k: K, experts per token.
+        model_dim: D, width of the model.
+        expert_dim: F, hidden width of an expert.
+        num_layers: of the decoder, dense layers included.
     """
 
     num_experts: int
-    top_k: int | None = None
-    model_dim: int | None = None
-    expert_dim: int | None = None
-    num_layers: int | None = None
+    top_k: int
+    model_dim: int
+    expert_dim: int
+    num_layers: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What belongs to one checkpoint.
+    """The list of the shards of one checkpoint, and what run, update and model they belong to.
 
     Args:
-        version: 2 (all tensors in the shards), or 1 (dense tensors in the main file; read, never written).
-        run_id: of the training run, kept by resumed ones; None in version 1.
+        version: of the format.
+        run_id: of the training run, kept by resumed ones.
         update: optimizer updates done.
         shape: of the model.
         shards: together they hold every expert once.
     """
 
     version: int = _VERSION
-    run_id: str | None
+    run_id: str
     update: int
     shape: ModelShape
     shards: list[ShardEntry]
 
     @property
     def set_dir(self) -> str:
-        """The directory of the shards, relative to the main file's directory; also names the set."""
+        """Name the set by the directory of its shards, relative to that of the main file."""
         return str(PurePosixPath(self.shards[0].file).parent)
 
     @property
     def num_bytes(self) -> int:
-        """Size of all shards together."""
+        """Add up the sizes of all shards."""
         return sum(entry.num_bytes for entry in self.shards)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the main file."""
+        """Convert to the plain values that the main file holds."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any, *, source: Path) -> "Manifest":
-        """Check and read what ``to_dict`` made, now or in version 1.
+        """Check and read what ``to_dict`` made.
 
         Raises:
             CheckpointError: another version, missing fields, experts missing or twice, or a path that leaves
                 the checkpoint's directory.
         """
         try:
-            version = values["version"]
-            if version not in (1, _VERSION):
-                raise CheckpointError(
-                    f"{source} has checkpoint format {version!r}, expected 1 or {_VERSION}; use the "
-                    "fairseq_moe that wrote it or a newer one."
-                )
+            if (version := values["version"]) != _VERSION:
+                raise _other_format(source, version)
             manifest = cls(
-                version=version,
-                run_id=values["run_id"] if version > 1 else None,
+                run_id=values["run_id"],
                 update=int(values["update"]),
-                shape=ModelShape(**values["shape"])
-                if version > 1
-                else ModelShape(num_experts=values["num_experts"]),
+                shape=ModelShape(**values["shape"]),
                 shards=[ShardEntry(**entry) for entry in values["shards"]],
             )
             manifest._check(source)
@@ -125,3 +118,16 @@ class Manifest:
                 )
         if len({str(PurePosixPath(entry.file).parent) for entry in self.shards}) != 1:
             raise CheckpointError(f"{source} names shards of several sets, expected one.")
+
+
+def _other_format(source: Path, version: Any) -> CheckpointError:
+    if version == 1:
+        return CheckpointError(
+            f"{source} has checkpoint format 1 (dense tensors in the main file, experts below experts/), which was "
+            f"written before the first release and which no release reads, expected {_VERSION}; load a checkpoint "
+            "that a release wrote, or train again."
+        )
+    return CheckpointError(
+        f"{source} has checkpoint format {version!r}, expected {_VERSION}; use the fairseq_moe that wrote it or a "
+        "newer one."
+    )

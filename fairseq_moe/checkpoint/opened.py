@@ -1,4 +1,4 @@
-"""A shard that somebody wrote: whether it is the one that a main file names, and what is in it."""
+"""Open a shard, and check that it is the one that a main file names."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ __all__ = ["OpenShard", "shard_problem"]
 
 @dataclass(kw_only=True)
 class OpenShard:
-    """A shard whose header is read.
+    """A shard whose header is read and whose tensors can be.
 
     Args:
         path: of the file.
@@ -72,14 +72,14 @@ class OpenShard:
             raise _unreadable(path, error) from error
 
     def tensor(self, key: str) -> Tensor:
-        """All that the shard holds of the tensor ``key``."""
+        """Read all that the shard holds of the tensor ``key``."""
         try:
             return self._file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise _unreadable(self.path, error) from error
 
     def rows(self, key: str, first: int, last: int) -> Tensor:
-        """Rows ``first`` to ``last``, exclusive, of the tensor ``key``."""
+        """Read rows ``first`` to ``last``, exclusive, of the tensor ``key``."""
         try:
             return self._file.get_slice(key)[first:last]
         except (SafetensorError, OSError) as error:
@@ -87,7 +87,7 @@ class OpenShard:
 
 
 def shard_problem(main: Path, manifest: Manifest, entry: ShardEntry) -> str | None:
-    """One sentence if a shard is not, to the byte, the one that ``main`` names; else None."""
+    """Compare a shard with what ``main`` says of it; one sentence if it differs by a byte or is missing, else None."""
     path = main.parent / entry.file
     shard = f"shard {path} (experts {', '.join(map(str, entry.expert_ids)) or 'none'}, and dense tensors)"
     try:
@@ -99,8 +99,8 @@ def shard_problem(main: Path, manifest: Manifest, entry: ShardEntry) -> str | No
         digest = sha256_of(path) if num_bytes == entry.num_bytes else None
     except OSError as error:
         return f"{shard} cannot be read ({error})."
-    said = _said(path)
-    other = None if said is None or manifest.version == 1 else _difference(said, main, manifest)
+    said = _read_metadata(path)
+    other = None if said is None else _difference(said, main, manifest)
     if digest == entry.sha256:
         return None if other is None else f"{shard} {other}."
     found = f"{num_bytes} bytes" if digest is None else f"sha256 {digest}"
@@ -111,7 +111,7 @@ def shard_problem(main: Path, manifest: Manifest, entry: ShardEntry) -> str | No
 
 
 def _link(main: Path, entry: ShardEntry) -> str | None:
-    """One sentence if the way from the main file's directory to the shard leads over a symbolic link."""
+    """Look for a symbolic link on the way from the main file's directory to the shard; one sentence if there is one."""
     path = main.parent / entry.file
     for step in (path, *path.parents[:2]):
         if step.is_symlink():
@@ -119,8 +119,8 @@ def _link(main: Path, entry: ShardEntry) -> str | None:
     return None
 
 
-def _said(path: Path) -> dict[str, str] | None:
-    """A shard's metadata, if it can be read at all."""
+def _read_metadata(path: Path) -> dict[str, str] | None:
+    """Read a shard's metadata; None if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -129,7 +129,7 @@ def _said(path: Path) -> dict[str, str] | None:
 
 
 def _difference(said: dict[str, str], main: Path, manifest: Manifest) -> str | None:
-    """How a shard's word about itself differs from the main file's."""
+    """Say how run, update and set in a shard's metadata differ from the main file's; None if they do not."""
     expected = {
         "run_id": str(manifest.run_id),
         "update": str(manifest.update),

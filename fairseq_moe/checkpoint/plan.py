@@ -1,4 +1,4 @@
-"""Who writes what: each tensor once, about the same number of bytes for every writer."""
+"""Assign tensors to shards: each tensor once, about the same number of bytes to every writer."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,7 +13,7 @@ __all__ = ["assign_owners", "find_aliases", "share_of", "split_content"]
 def share_of(
     index: int, *, expert_bytes: Sequence[int], dense_bytes: Mapping[str, int], aliases: Mapping[str, str]
 ) -> Callable[[str], bool]:
-    """Whether writer ``index`` writes the tensor (and the optimizer state) of a name.
+    """Make the function that says whether writer ``index`` writes the tensor (and the optimizer state) of a name.
 
     Args:
         index: of the writer.
@@ -53,7 +53,7 @@ def assign_owners(sizes: Mapping[str, int], loads: Sequence[int]) -> dict[str, i
 
 
 def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names whose tensor is also there under an earlier name (tied weights), with that name."""
+    """Find names whose tensor is also there under an earlier name (tied weights); returns that name for each."""
     first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
     aliases = {}
     for name, tensor in tensors.items():
@@ -70,7 +70,7 @@ def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def split_content(
     content_of: Callable[[Sequence[int]], ShardContent], *, num_experts: int, num_shards: int
 ) -> list[ShardContent]:
-    """Everything of a checkpoint, divided over ``num_shards`` shards as that many ranks would write it.
+    """Divide the content of a checkpoint over ``num_shards`` shards, as that many ranks would write it.
 
     Args:
         content_of: everything, with the given experts.

@@ -1,4 +1,4 @@
-"""Reading a checkpoint: all of it or any part, for any number of ranks, one tensor at a time.
+"""Read a checkpoint: all of it or any part, for any number of ranks, one tensor at a time.
 
 Reading takes two steps, so that ranks can share the first: ``verify`` compares shards with the digests of the
 main file; then tensors are read by name. A reader trusts nothing else of a file: it executes nothing, follows
@@ -17,7 +17,7 @@ from torch import Tensor
 from fairseq_moe.checkpoint.files import load_plain
 from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ShardEntry
 from fairseq_moe.checkpoint.opened import OpenShard, shard_problem
-from fairseq_moe.checkpoint.plan import find_aliases, split_content
+from fairseq_moe.checkpoint.plan import split_content
 from fairseq_moe.checkpoint.shards import (
     LazyTensor,
     ShardContent,
@@ -55,8 +55,6 @@ class Checkpoint:
     path: Path
     state: dict[str, Any]
     manifest: Manifest
-    _old_dense: dict[str, Tensor]
-    _old_optimizer: dict[str, dict[str, Any]]
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
@@ -74,16 +72,8 @@ class Checkpoint:
 
     @classmethod
     def from_state(cls, path: Path, state: dict[str, Any]) -> "Checkpoint":
-        """The same for a main file that is loaded already; takes manifest and tensors out of ``state``."""
-        manifest = Manifest.from_dict(state.pop(MANIFEST_KEY), source=path)
-        if manifest.version > 1:
-            return cls(path, state, manifest, {}, {})
-        try:
-            dense, state["model"] = state["model"], {}
-            optimizer = (state["last_optimizer_state"] or {}).pop("named", {})
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is of format 1 and damaged ({error}).") from error
-        return cls(path, state, manifest, dense, optimizer)
+        """Open a main file that is loaded already; takes the manifest out of ``state``."""
+        return cls(path, state, Manifest.from_dict(state.pop(MANIFEST_KEY), source=path))
 
     # --- step one
 
@@ -105,11 +95,11 @@ class Checkpoint:
     # --- step two
 
     def keys(self) -> list[str]:
-        """The key of every tensor, ``model/<parameter>`` or ``optimizer/<parameter>/<state>``, aliases too."""
+        """List the key of every tensor, ``model/<parameter>`` or ``optimizer/<parameter>/<state>``, aliases too."""
         return sorted(self._places)
 
     def tensor(self, key: str, expert_ids: Sequence[int] | None = None) -> LazyTensor:
-        """One tensor, whole, read when its ``load`` is called.
+        """Find one tensor, whole; it is read when its ``load`` is called.
 
         Args:
             key: one of ``keys``.
@@ -122,8 +112,6 @@ class Checkpoint:
         if not places:
             raise CheckpointError(f"{self.path} has no tensor {key}.")
         first = places[0]
-        if isinstance(first, Tensor):
-            return LazyTensor(dtype=first.dtype, shape=tuple(first.shape), load=lambda: first)
         shape, dtype = first.shard.shapes[first.key], first.shard.dtypes[first.key]
         if not (has_expert_rows(key) and shape):
             return LazyTensor(dtype=dtype, shape=shape, load=lambda: self._same(key))
@@ -134,15 +122,12 @@ class Checkpoint:
         )
 
     def scalars(self) -> dict[str, dict[str, Any]]:
-        """Optimizer state that is no tensor, by parameter and state name.
+        """Merge the shards' optimizer state that is no tensor, by parameter and state name.
 
         Raises:
             CheckpointError: shards disagree on that of an expert parameter, so it cannot be merged.
         """
-        merged = {
-            name: {state: value for state, value in values.items() if not isinstance(value, Tensor)}
-            for name, values in self._old_optimizer.items()
-        }
+        merged: dict[str, dict[str, Any]] = {}
         for shard in self._shards:
             for name, values in shard.scalars.items():
                 for state, value in values.items():
@@ -151,12 +136,11 @@ class Checkpoint:
         return merged
 
     def aliases(self) -> dict[str, str]:
-        """Further names of parameters (tied weights), with the name under which the tensor is stored."""
-        found = {alias: name for shard in self._shards for alias, name in shard.aliases.items()}
-        return found | find_aliases(self._old_dense)
+        """Map further names of parameters (tied weights) to the name under which the tensor is stored."""
+        return {alias: name for shard in self._shards for alias, name in shard.aliases.items()}
 
     def content(self, *, expert_ids: Sequence[int], with_optimizer: bool = True) -> ShardContent:
-        """Everything, with these experts, as tensors that are read when they are used.
+        """Collect all tensors, with these experts' rows, to be read when they are used.
 
         Args:
             expert_ids: global ids, in this order.
@@ -175,7 +159,7 @@ class Checkpoint:
         return content
 
     def split(self, num_shards: int, *, with_optimizer: bool = True) -> list[ShardContent]:
-        """Everything, divided over ``num_shards`` shards; see ``split_content``."""
+        """Divide all tensors over ``num_shards`` shards; see ``split_content``."""
         return split_content(
             lambda expert_ids: self.content(expert_ids=expert_ids, with_optimizer=with_optimizer),
             num_experts=self.manifest.shape.num_experts,
@@ -185,7 +169,7 @@ class Checkpoint:
     def load(
         self, *, expert_ids: Sequence[int], with_optimizer: bool
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-        """``content`` in memory: parameters by name, aliases included, and optimizer state by name."""
+        """Read ``content`` into memory: parameters by name, aliases included, and optimizer state by name."""
         content = self.content(expert_ids=expert_ids, with_optimizer=with_optimizer)
         model = {name: _loaded(tensor) for name, tensor in content.model.items()}
         model |= {alias: model[name] for alias, name in content.aliases.items()}
@@ -202,9 +186,9 @@ class Checkpoint:
         return [OpenShard.open(self.path, entry) for entry in self.manifest.shards]
 
     @cached_property
-    def _places(self) -> dict[str, list[Any]]:
-        """For each key the shards that hold it, as ``_Place``, or its tensor (dense, of version 1)."""
-        places: dict[str, list[Any]] = {}
+    def _places(self) -> dict[str, list[_Place]]:
+        """Find the shards that hold each key: one for a dense tensor, any number for one with expert rows."""
+        places: dict[str, list[_Place]] = {}
         for shard in self._shards:
             for key in shard.shapes:
                 places.setdefault(key, []).append(_Place(shard, key))
@@ -215,18 +199,12 @@ class Checkpoint:
                     raise CheckpointError(
                         f"{key} has different shapes or types in {first.path} and {shard.path}."
                     )
-        for name, tensor in self._old_dense.items():
-            places[key_of(name)] = [tensor]
-        for name, values in self._old_optimizer.items():
-            for state, value in values.items():
-                if isinstance(value, Tensor):
-                    places[key_of(name, state)] = [value]
         for alias, name in self.aliases().items():
             places[key_of(alias)] = places[key_of(name)]
         return places
 
     def _same(self, key: str) -> Tensor:
-        """A tensor that every shard that has it must have alike."""
+        """Read a whole tensor, which every shard that has it must have alike."""
         found = [place.shard.tensor(place.key) for place in self._places[key]]
         if not all(torch.equal(found[0], other) for other in found[1:]):
             raise self._differs(key)
@@ -239,17 +217,21 @@ class Checkpoint:
         )
 
     def _rows(self, key: str, ids: list[int], out: Tensor) -> Tensor:
-        """The rows of the experts ``ids``, in that order, in ``out``."""
-        where = {expert: row for row, expert in enumerate(ids)}
+        """Copy the slices of the experts ``ids`` from all shards into ``out``, in that order."""
+        position_of = {expert: position for position, expert in enumerate(ids)}
         found = 0
         for shard, stored_key in self._places[key]:
-            here = [i for i, expert in enumerate(shard.expert_ids) if expert in where]
+            # A shard lists its experts in the order of its rows, which need not be ours: another layout wrote it.
+            here = [i for i, expert in enumerate(shard.expert_ids) if expert in position_of]
             if here:
+                # One read of the range that covers them all, not one for each: a layout asks for neighbours.
                 first = min(here)
                 rows = shard.rows(stored_key, first, max(here) + 1)
                 for i in here:
-                    out[where[shard.expert_ids[i]]] = rows[i - first]
+                    out[position_of[shard.expert_ids[i]]] = rows[i - first]
                 found += len(here)
+        # The manifest says that each expert is in some shard, not that each shard has every tensor of its experts; and
+        # ``out`` is uninitialised memory, so a slice that no shard fills would pass for weights.
         if found != len(ids):
             raise CheckpointError(f"{key} of {self.path} has {found} of the experts {ids}.")
         return out

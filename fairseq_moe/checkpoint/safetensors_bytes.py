@@ -1,4 +1,4 @@
-"""The bytes of a safetensors file, for writers that have one tensor at a time.
+"""Lay out the bytes of a safetensors file, for writers that have one tensor at a time.
 
 Eight bytes with the length of a JSON header, the header (name, dtype, shape and place of each tensor), the
 tensors. The library writes a file from tensors that all exist at once.
@@ -25,7 +25,7 @@ NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 def file_header(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
 ) -> tuple[bytes, int]:
-    """What stands in front of the first tensor, and the size of the tensors together, in bytes.
+    """Make the bytes in front of the first tensor; returns them and the size of all tensors together, in bytes.
 
     Args:
         tensors: dtype and shape by name, in the order in which they will be written.
@@ -42,6 +42,6 @@ def file_header(
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A CPU tensor's bytes, without a copy if it is contiguous."""
+    """View the bytes of a CPU tensor, without a copy if it is contiguous."""
     view: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return view

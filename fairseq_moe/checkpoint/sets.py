@@ -1,4 +1,4 @@
-"""Whole checkpoints in a directory: writing one, finding the newest that is intact, deleting what is old."""
+"""Write a whole checkpoint into a directory, find the newest one that is intact, delete sets of shards without one."""
 
 import logging
 import shutil
@@ -13,11 +13,9 @@ from fairseq_moe.checkpoint.shards import SETS_DIR, SetId, ShardContent, write_s
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.faults import fault
 
-__all__ = ["commit_main", "newest_intact", "prune_sets", "remove_set", "write_checkpoint"]
+__all__ = ["commit_main", "name_intact", "newest_intact", "prune_sets", "remove_set", "write_checkpoint"]
 
 logger = logging.getLogger(__name__)
-
-_SETS_DIRS = (SETS_DIR, "experts")  # the second is that of format version 1
 
 
 def write_checkpoint(
@@ -89,7 +87,7 @@ def remove_set(directory: Path, set_id: SetId) -> None:
 
 
 def newest_intact(directory: Path) -> Path | None:
-    """The main file of the checkpoint with the most updates of which every byte is as it was written.
+    """Find the checkpoint with the most updates of which every byte is as it was written; returns its main file.
 
     Reads whole checkpoints, newest first, until one is intact. Dense checkpoints do not count.
     """
@@ -107,6 +105,11 @@ def newest_intact(directory: Path) -> Path | None:
             continue
         return checkpoint.path
     return None
+
+
+def name_intact(intact: Path | None) -> str:
+    """Write the sentence that an error ends with where ``newest_intact`` has found a checkpoint; else nothing."""
+    return "" if intact is None else f" The newest intact checkpoint there is {intact}."
 
 
 def prune_sets(directory: Path, *, committed: Path) -> None:
@@ -127,7 +130,7 @@ def prune_sets(directory: Path, *, committed: Path) -> None:
     except CheckpointError as error:
         logger.warning("Old shards are kept, because a main file might name them: %s", error)
         return
-    for path in (path for name in _SETS_DIRS for path in (directory / name).glob("*")):
+    for path in (directory / SETS_DIR).glob("*"):
         if path.is_dir() and path not in named and _newest_ns(path) < now_ns:
             shutil.rmtree(path, ignore_errors=True)
             fault("save.pruned_one")

@@ -1,4 +1,4 @@
-"""One shard: a safetensors file with whole dense tensors and some rows of each expert tensor.
+"""Write one shard: a safetensors file with whole dense tensors and some experts' slices of each expert tensor.
 
 Keys are ``model/<parameter>`` and ``optimizer/<parameter>/<state>``. The tensors of an expert parameter have
 one row per expert of the shard, in the order of its ``expert_ids``; every other tensor is whole. What is no
@@ -56,7 +56,7 @@ StoredTensor = Tensor | LazyTensor
 
 @dataclass(frozen=True, kw_only=True)
 class SetId:
-    """What makes the shards of one save belong together.
+    """The run, update and name that the shards of one save have in common.
 
     Args:
         run_id: of the training run, kept when it is resumed.
@@ -70,19 +70,19 @@ class SetId:
 
     @classmethod
     def new(cls, *, run_id: str | None, update: int) -> "SetId":
-        """A name that no other save has; ``run_id`` None starts a new run."""
+        """Make a name that no other save has; ``run_id`` None starts a new run."""
         return cls(
             run_id=run_id or os.urandom(8).hex(), update=update, name=f"{update}-{os.urandom(4).hex()}"
         )
 
     def metadata(self) -> dict[str, str]:
-        """What each shard of the set says about itself."""
+        """Convert to the metadata of each shard of the set."""
         return {"format": "2", "run_id": self.run_id, "update": str(self.update), "set": self.name}
 
 
 @dataclass(kw_only=True)
 class ShardContent:
-    """What one shard holds.
+    """The tensors, optimizer state and aliases of one shard.
 
     Args:
         expert_ids: global ids of the rows of the expert tensors.
@@ -97,7 +97,7 @@ class ShardContent:
     aliases: dict[str, str] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor by its key, with all expert rows checked to be there."""
+        """Collect every tensor by its key, once it is checked that expert tensors have a row for each expert."""
         found = {key_of(name): tensor for name, tensor in self.model.items()}
         for name, values in self.optimizer.items():
             found |= {key_of(name, state): value for state, value in values.items() if _is_tensor(value)}
@@ -111,7 +111,7 @@ class ShardContent:
         return found
 
     def copied(self, into: "ShardContent | None" = None) -> "ShardContent":
-        """The same in CPU memory of its own, for training to go on while it is written.
+        """Copy all tensors into CPU memory of their own, for training to go on while they are written.
 
         Args:
             into: an earlier copy that nobody needs any more: its tensors are filled again where they fit, which
@@ -132,7 +132,7 @@ class ShardContent:
         )
 
     def part(self, is_written: Callable[[str], bool]) -> "ShardContent":
-        """The tensors and the state of those names; see ``share_of``."""
+        """Select tensors and optimizer state by parameter name; see ``share_of``."""
         return ShardContent(
             expert_ids=self.expert_ids,
             model={name: tensor for name, tensor in self.model.items() if is_written(name)},
@@ -141,15 +141,15 @@ class ShardContent:
         )
 
     def expert_bytes(self) -> int:
-        """Bytes of all expert tensors, of the model alone."""
+        """Add up the bytes of the model's expert tensors."""
         return sum(_num_bytes(tensor) for name, tensor in self.model.items() if has_expert_rows(name))
 
     def dense_bytes(self) -> dict[str, int]:
-        """Bytes of each dense tensor of the model that has a place of its own."""
+        """Measure the bytes of each dense tensor of the model, tied ones once."""
         return {name: _num_bytes(tensor) for name, tensor in self.model.items() if not has_expert_rows(name)}
 
     def scalars(self) -> dict[str, dict[str, Any]]:
-        """The optimizer state that is no tensor."""
+        """Select the optimizer state that is no tensor."""
         return {
             name: {state: value for state, value in values.items() if not _is_tensor(value)}
             for name, values in self.optimizer.items()
@@ -157,17 +157,22 @@ class ShardContent:
 
 
 def has_expert_rows(name: str) -> bool:
-    """Whether the parameter (or key) of that name has one row per expert."""
+    """Tell by its name or key whether a tensor has one row per expert.
+
+    The format defines it so, and docs/checkpoints.md promises it to other readers: the tensors below
+    ``moe_layer.experts``, and no others, have a row for each of the shard's ``expert_ids``. A model's expert parameters
+    must therefore have such a name; ``ShardContent.tensors`` refuses one with another number of rows.
+    """
     return ".moe_layer.experts." in name
 
 
 def key_of(name: str, state: str | None = None) -> str:
-    """The key of a parameter, or of one tensor of its optimizer state."""
+    """Make the key of a parameter, or of one tensor of its optimizer state."""
     return f"model/{name}" if state is None else f"optimizer/{name}/{state}"
 
 
 def split_key(key: str) -> tuple[str, str | None]:
-    """The inverse of ``key_of``.
+    """Split a key into the names of parameter and optimizer state (None: the parameter itself).
 
     Raises:
         ValueError: it is no key of this format.

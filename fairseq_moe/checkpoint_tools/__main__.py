@@ -1,4 +1,4 @@
-"""``python -m fairseq_moe.checkpoint_tools``."""
+"""Run ``fairseq-moe-checkpoint`` as ``python -m fairseq_moe.checkpoint_tools``."""
 
 import sys
 

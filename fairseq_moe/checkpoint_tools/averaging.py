@@ -1,4 +1,4 @@
-"""The mean of several checkpoints of one model."""
+"""Average the weights of several checkpoints of one model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +73,7 @@ def _check_distinct(sources: Sequence[Source]) -> None:
 
 
 def _check_alike(sources: Sequence[Source]) -> None:
-    """Refuse models of different names or shapes."""
+    """Refuse checkpoints whose tensors differ in names or shapes."""
     first, *others = sources
     expected = _shapes(first)
     for other in others:
@@ -121,7 +121,7 @@ def _tensor(content: ShardContent, name: str) -> LazyTensor:
 
 
 def mean_of(tensors: Sequence[LazyTensor], name: str) -> LazyTensor:
-    """Their mean, read one after the other and summed in float64; float32 or wider.
+    """Average tensors, which are read one after the other and summed in float64; the mean is float32 or wider.
 
     Args:
         tensors: of one shape.
@@ -158,7 +158,7 @@ def _modified_ns(path: Path) -> int:
 
 
 def last_checkpoints(count: int, directory: Path) -> list[Source]:
-    """The last ``count`` saves of the run in a directory; copies of one save count once, means not at all.
+    """Open the last ``count`` saves of the run in a directory; copies of one save count once, means not at all.
 
     Raises:
         CheckpointError: there are fewer, they are of several runs, or a file in the directory cannot be read

@@ -1,4 +1,4 @@
-"""The command line of ``fairseq-moe-checkpoint``."""
+"""Parse and run the command line of ``fairseq-moe-checkpoint``."""
 
 import argparse
 import importlib.util
@@ -21,7 +21,7 @@ _PROGRAM = "fairseq-moe-checkpoint"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run one tool for checkpoints.
 
     Args:
         arguments: command line without the program's name; None: the process's own.
@@ -86,7 +86,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _problems(path: Path) -> Iterator[str]:
-    """Everything that is wrong with one checkpoint; prints a line if it is nothing."""
+    """Verify one checkpoint: a sentence for each problem; prints a line if there is none."""
     try:
         source = open_source(path)
         with progress(f"verifying {path.name}", source.unverified_bytes) as advance:

@@ -1,4 +1,4 @@
-"""The same checkpoint in another number of files."""
+"""Copy a checkpoint into another number of shard files."""
 
 from pathlib import Path
 

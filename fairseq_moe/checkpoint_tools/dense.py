@@ -1,4 +1,4 @@
-"""A stock dense checkpoint out of an MoE checkpoint: one expert, or the mean of them, is the layer's network."""
+"""Make a stock dense checkpoint of an MoE checkpoint: one expert, or the mean of them, is the layer's network."""
 
 import re
 from argparse import Namespace
@@ -95,7 +95,7 @@ def _check_blocks(path: Path, model_flags: dict[str, Any]) -> None:
 
 
 def _dense_content(source: Source, ids: Iterable[int]) -> ShardContent:
-    """The dense tensors, and networks made of those experts."""
+    """Collect the dense tensors, and the networks that those experts become."""
     contents = [source.content([expert], with_optimizer=False) for expert in ids]
     content = ShardContent(aliases=contents[0].aliases)
     for name in contents[0].model:
@@ -120,7 +120,7 @@ def _lazy(value: LazyTensor | Tensor) -> LazyTensor:
 
 
 def _network(experts: list[LazyTensor], name: str) -> LazyTensor:
-    """The mean of one row each, in the type of the experts."""
+    """Average one row of each expert tensor into a dense one, in the type of the experts."""
     first = experts[0]
     mean = mean_of(experts, name)
     return LazyTensor(
@@ -129,7 +129,7 @@ def _network(experts: list[LazyTensor], name: str) -> LazyTensor:
 
 
 def _width(path: Path, content: ShardContent) -> int:
-    """The hidden width of all layers, of which a stock model has one."""
+    """Find the hidden width of all layers, which must be one in a stock model."""
     widths = {name: tensor.shape[0] for name, tensor in content.model.items() if _WIDTH.fullmatch(name)}
     if len(set(widths.values())) != 1:
         raise CheckpointError(
@@ -140,7 +140,7 @@ def _width(path: Path, content: ShardContent) -> int:
 
 
 def _stock_state(state: dict[str, Any], width: int) -> dict[str, Any]:
-    """The main file's other content, without what only this package knows.
+    """Remove from the main file's content what only this package knows.
 
     Flags that stock keeps in a Namespace become a dictionary: its own loader refuses the former since torch 2.6.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in facts and a table of its files."""
+"""Describe a checkpoint: facts, and a table of its files."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ __all__ = ["Description", "describe"]
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What ``inspect`` prints.
+    """The facts and the table of files that ``inspect`` prints.
 
     Args:
         facts: pairs of name and value.
@@ -24,7 +24,7 @@ class Description:
 
 
 def describe(source: Source) -> Description:
-    """Read headers, not tensors.
+    """Describe a checkpoint by its headers, without reading a tensor.
 
     Raises:
         CheckpointError: a file is missing or is no shard of this checkpoint.
@@ -85,7 +85,7 @@ def _files(source: Source) -> list[tuple[str, str, str]]:
 
 
 def _ranges(ids: list[int]) -> str:
-    """0-3, 8 for 0, 1, 2, 3, 8."""
+    """Abbreviate expert numbers: 0-3, 8 for 0, 1, 2, 3, 8."""
     parts: list[list[int]] = []
     for expert in ids:
         if parts and expert == parts[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""New checkpoints: never over an existing file, at once and complete, or not at all."""
+"""Write new checkpoints: never over an existing file, at once and complete, or not at all."""
 
 import fcntl
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,7 @@ def check_target(to: Path) -> None:
 
 
 def _is_locked(lock: Path) -> bool:
-    """Whether a running process holds the lock of a save directory."""
+    """Tell whether a running process holds the lock of a save directory."""
     if not lock.is_file():
         return False
     with lock.open() as file:
@@ -59,7 +59,7 @@ def write_shards(
     content_of: Callable[[Sequence[int]], ShardContent],
     num_shards: int,
 ) -> None:
-    """Write a checkpoint of our format.
+    """Write an MoE checkpoint of our format, its shards tensor by tensor.
 
     Args:
         to: its main file.

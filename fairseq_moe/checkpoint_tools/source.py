@@ -1,4 +1,4 @@
-"""A checkpoint of any kind, found out by looking at it, as tensors that are read when they are used."""
+"""Open a checkpoint of any kind, found out by looking at it; its tensors are read when they are used."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +21,14 @@ from fairseq_moe.checkpoint import (
     find_aliases,
     find_branch_checkpoint,
     load_plain,
+    name_intact,
     newest_intact,
     shard_problem,
 )
 from fairseq_moe.checkpoint.branch import ExpertRows
+from fairseq_moe.checkpoint.groups import hyperparameters
 from fairseq_moe.errors import CheckpointError
-from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.stock.checkpoint.main_state import model_shape
 
 __all__ = ["Source", "open_source"]
 
@@ -35,7 +37,7 @@ Advance = Callable[[int], None]
 
 @dataclass(kw_only=True)
 class Source:
-    """One checkpoint.
+    """An opened checkpoint of any kind: ours, the moe branch's or a dense one.
 
     Args:
         path: of the main file (of the moe branch: the shared file).
@@ -43,7 +45,7 @@ class Source:
         state: what the main file holds besides tensors.
         files: all files, the main file first.
         update: optimizer updates done; None if it does not say.
-        run_id: of the training run, in our format 2.
+        run_id: of the training run, in our format.
         set_id: names the save: two main files with the same one are copies of each other.
         shape: of the model; None for a dense one.
         entries: the shards as its manifest lists them; none for other kinds than ours.
@@ -64,16 +66,16 @@ class Source:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files together, as far as they are there."""
+        """Add up the sizes of all files that are there."""
         return sum(file.stat().st_size for file in self.files if file.is_file())
 
     @property
     def unverified_bytes(self) -> int:
-        """Size of the files that ``problems`` compares; the main file was checked when it was opened."""
+        """Add up the sizes of the files that ``problems`` compares; the main file was checked when it was opened."""
         return sum(entry.num_bytes for entry in self.entries)
 
     def content(self, expert_ids: Sequence[int] | None = None, *, with_optimizer: bool) -> ShardContent:
-        """Everything as tensors that are read when they are used.
+        """Collect all tensors, to be read when they are used.
 
         Args:
             expert_ids: global ids, in this order (None: all).
@@ -87,7 +89,7 @@ class Source:
             return self.content_of(every if expert_ids is None else expert_ids, with_optimizer)
 
     def problems(self, advance: Advance) -> Iterator[str]:
-        """One sentence for each thing that is not as it was written.
+        """Compare all files with their digests; one sentence for each that is not as it was written.
 
         Args:
             advance: told the number of bytes that have been compared.
@@ -108,23 +110,17 @@ class Source:
             yield str(error)
 
     def require_intact(self, advance: Advance) -> None:
-        """Raise the first problem, and say which checkpoint beside it is intact.
+        """Raise an error with the first problem, which also names the newest intact checkpoint beside this one.
 
         Copying what is damaged would give it digests of its own.
         """
         found = next(self.problems(advance), None)
         if found is not None:
-            raise CheckpointError(found + advice(self.path.parent))
-
-
-def advice(directory: Path) -> str:
-    """A further sentence that names the newest intact checkpoint of a directory, if there is one."""
-    intact = newest_intact(directory)
-    return "" if intact is None else f" The newest intact checkpoint there is {intact}."
+            raise CheckpointError(found + name_intact(newest_intact(self.path.parent)))
 
 
 def open_source(path: Path) -> Source:
-    """Look at a file and open it as what it is.
+    """Open a checkpoint, whatever kind it is.
 
     Raises:
         CheckpointError: it is no checkpoint, or damaged.
@@ -153,7 +149,7 @@ def _open_ours(path: Path, state: dict[str, Any]) -> Source:
         update=manifest.update,
         run_id=manifest.run_id,
         set_id=manifest.set_dir,
-        shape=manifest.shape if manifest.version > 1 else _shape(state),
+        shape=manifest.shape,
         entries=manifest.shards,
         content_of=lambda ids, with_optimizer: checkpoint.content(
             expert_ids=ids, with_optimizer=with_optimizer
@@ -164,15 +160,12 @@ def _open_ours(path: Path, state: dict[str, Any]) -> Source:
 
 def _open_branch(branch: BranchCheckpoint) -> Source:
     state = load_plain(branch.shared, lazily=True)
-    shape = _shape(state)
+    shape = model_shape(state["cfg"]["model"])
     saved = state.get("last_optimizer_state")
     groups = None
     if saved is not None:
         groups = {name: value for name, value in saved.items() if name != "state"}
-        groups["param_groups"] = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in saved["param_groups"]
-        ]
+        groups["param_groups"] = hyperparameters(saved["param_groups"])
     # All experts at once, however few are asked for: each file is checked as a whole and then mapped, not read.
     rows = partial(
         branch.expert_rows, num_experts=shape.num_experts, expert_ids=range(shape.num_experts), lazily=True
@@ -214,7 +207,7 @@ def _branch_content(
 
 
 def _stack(rows: list[Any]) -> Any:
-    """Rows of experts as one tensor; numbers, such as Adam's step, are the same for all of them."""
+    """Stack rows of experts into one tensor; of numbers, such as Adam's step, take the first: they are all the same."""
     return _stack_tensors(rows) if isinstance(rows[0], Tensor) else rows[0]
 
 
@@ -264,16 +257,3 @@ def _update(state: Mapping[str, Any]) -> int | None:
     history = state.get("optimizer_history") or [{}]
     update = history[-1].get("num_updates")
     return update if isinstance(update, int) else None
-
-
-def _shape(state: Mapping[str, Any]) -> ModelShape:
-    """The sizes that the flags in a checkpoint give, where no manifest says them."""
-    flags = state["cfg"]["model"]
-    moe = MoEConfig.from_args(flags)
-    return ModelShape(
-        num_experts=moe.num_experts,
-        top_k=moe.top_k,
-        model_dim=flags["decoder_embed_dim"],
-        expert_dim=moe.expert_dim or flags["decoder_ffn_embed_dim"],
-        num_layers=flags["decoder_layers"],
-    )

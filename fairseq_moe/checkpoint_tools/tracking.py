@@ -1,4 +1,4 @@
-"""Sizes of contents, and contents that tell how much of them has been read."""
+"""Measure the content of a checkpoint, and count how much of it has been read, for progress bars."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +13,7 @@ __all__ = ["content_bytes", "tracked"]
 
 
 def tracked(content: ShardContent, advance: Callable[[int], None]) -> ShardContent:
-    """The same content, which tells ``advance`` the size of each tensor that has been read."""
+    """Copy a content so that it tells ``advance`` the size of each tensor that has been read."""
 
     def track(value: Any) -> Any:
         if not isinstance(value, LazyTensor):
@@ -37,7 +37,7 @@ def tracked(content: ShardContent, advance: Callable[[int], None]) -> ShardConte
 
 
 def content_bytes(content: ShardContent) -> int:
-    """Size of all its tensors."""
+    """Add up the bytes of all tensors of a content."""
     states = [value for values in content.optimizer.values() for value in values.values()]
     return sum(
         value.dtype.itemsize * torch.Size(value.shape).numel()

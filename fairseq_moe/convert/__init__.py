@@ -1,6 +1,9 @@
 """Published mixture-of-experts models: from Hugging Face directories to our checkpoints and back.
 
 Works on files: no GPU, no network, no process group, no transformers, and memory for one tensor at a time.
+
+Tests: tests/unit/convert, tests/e2e/test_convert.py, tests/numerics/test_convert_logits.py; preprocess:
+tests/unit/data.
 """
 
 from fairseq_moe.convert.from_hf import Conversion, from_hf

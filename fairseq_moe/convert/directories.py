@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fairseq_moe.checkpoint import flush_directory, make_directory
 from fairseq_moe.errors import CheckpointError
 
 __all__ = ["appearing", "copy_companions"]
@@ -24,7 +25,7 @@ def appearing(target: Path) -> Iterator[Path]:
     if target.exists():
         raise CheckpointError(f"{target} exists; nothing is overwritten, so give another place or remove it.")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        parents = make_directory(target.parent)
         # A name that nobody else has: on shared storage other machines have processes of the same number.
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
     except OSError as error:
@@ -33,11 +34,25 @@ def appearing(target: Path) -> Iterator[Path]:
         filling = temporary / target.name  # with the usual permissions, which mkdtemp does not give
         filling.mkdir()
         yield filling
+        _flush_tree(filling)
         os.rename(filling, target)
+        for parent in parents:
+            flush_directory(parent)
     except OSError as error:
         raise _not_written(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush_tree(directory: Path) -> None:
+    """Flush every file below a directory to the disk, and the entries of all directories."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            flush_directory(path)
+    flush_directory(directory)
 
 
 def _not_written(target: Path, error: OSError) -> CheckpointError:

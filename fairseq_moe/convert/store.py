@@ -200,8 +200,10 @@ class StoredModel:
                 name, state = split_key(key)
                 if state is None:
                     parts.setdefault(name, []).append(_Part(entry.expert_ids, stored))
-        if checkpoint.manifest.version == 1 or _EMBEDDING not in parts:
-            raise CheckpointError(f"{path} is a checkpoint of an older format, which no converted model has.")
+        if _EMBEDDING not in parts:
+            raise CheckpointError(
+                f"{path} has no {_EMBEDDING}, which every model has; give the checkpoint of a whole model."
+            )
         with damage_as_sentence(path):
             cfg = checkpoint.state.get("cfg") or {}
             spec = _spec(path, cfg.get("model") or {}, vocab_size=parts[_EMBEDDING][0].stored.shape[0])

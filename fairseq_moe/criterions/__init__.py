@@ -11,6 +11,8 @@ T      tokens: B x S, batch-major
 V      words of the vocabulary
 E      experts of a layer
 ====== ==========================================================
+
+Tests: tests/unit/criterions, tests/e2e/test_training.py.
 """
 
 from fairseq_moe.criterions.moe_cross_entropy import MoECrossEntropyCriterion

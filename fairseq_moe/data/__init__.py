@@ -1,1 +1,4 @@
-"""How does text become token ids? The identity dictionary and tokenizer of converted models."""
+"""How does text become token ids? The identity dictionary and tokenizer of converted models.
+
+Tests: tests/unit/data.
+"""

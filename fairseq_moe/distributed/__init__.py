@@ -1,6 +1,9 @@
 """How do ranks talk to one another? Process groups, the expert exchange, a few agreed reductions, the watchdog.
 
 Nothing outside this folder uses torch.distributed.
+
+Tests: tests/distributed/test_exchange.py; collectives: all tests of several ranks; sharding:
+tests/distributed/test_fsdp.py; watchdog: tests/reliability/test_r22_lost_rank.py.
 """
 
 from fairseq_moe.distributed.all_to_all import GroupExchange

@@ -8,4 +8,6 @@ letter meaning
 N      layers with experts
 E      experts of a layer
 ====== ==========================================================
+
+Tests: tests/unit/expert_load; watch: tests/reliability/test_r14_one_expert_takes_all.py.
 """

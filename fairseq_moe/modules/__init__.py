@@ -19,6 +19,8 @@ S      source of the experts' rows: tokens, or rows that other ranks sent
 
 A padding mask is True where a token is padding, as in fairseq. Nothing here knows fairseq or
 torch.distributed.
+
+Tests: tests/unit/modules, tests/numerics/test_layer_against_reference.py, tests/distributed/test_recompute.py.
 """
 
 from fairseq_moe.modules.dispatch.alltoall import AllToAllDispatcher

@@ -78,15 +78,6 @@ class ExpertLayout:
         first = (rank % self.ep_size) * self.num_local_experts
         return range(first, first + self.num_local_experts)
 
-    def exchange_ranks(self, rank: int) -> list[int]:
-        """List the ranks that ``rank`` exchanges tokens with, itself included, in the order of their experts."""
-        first = rank - rank % self.ep_size
-        return list(range(first, first + self.ep_size))
-
-    def replica_ranks(self, rank: int) -> list[int]:
-        """List the ranks that hold the same experts as ``rank``, itself included."""
-        return list(range(rank % self.ep_size, self.world_size, self.ep_size))
-
     def is_owner(self, rank: int) -> bool:
         """Tell whether ``rank`` is the replica that writes its experts into a checkpoint."""
         return rank < self.ep_size

@@ -5,6 +5,9 @@ stock's behaviour to the bit: every seam that concerns experts asks first whethe
 
 Folders import one way: ``run`` (what is remembered of a run) < ``start`` < ``checkpoint`` < ``sharding`` < ``step``
 < ``evaluate``.
+
+Tests: tests/unit/stock, and the one that each seam names; evaluate: tests/e2e/test_commands.py; dictionary:
+tests/unit/data; optim: tests/unit/optim.
 """
 
 from fairseq_moe.distributed import rank

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_training_equality import BATCHES, _assert_equal
 from tests.helpers.ranks import run_ranks
+from tests.helpers.updates import BATCHES, assert_equal
 
 _EXPERTS = (
     "--moe-freq", 0, "--moe-expert-count", 0, "--moe-second-expert-policy", "sampling", "--moe-gate-loss-wt", 1,
@@ -51,7 +51,7 @@ def _on_rank(rank: int, flags: list[Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def _alone(flags: tuple[Any, ...], num_ranks: int) -> dict[str, Any]:
+def alone(flags: tuple[Any, ...], num_ranks: int) -> dict[str, Any]:
     found: dict[str, Any] = run_ranks(_report, 1, list(flags), list(range(num_ranks)))[0]
     return found
 
@@ -62,10 +62,10 @@ def _alone(flags: tuple[Any, ...], num_ranks: int) -> dict[str, Any]:
 @pytest.mark.parametrize("name", MODELS)
 def test_ranks_equal_one_process_with_their_micro_batches(name: str, world_size: int, backend: str) -> None:
     flags = MODELS[name]
-    expected = _alone(flags, world_size)
+    expected = alone(flags, world_size)
     assert expected["logged"]["gnorm"] > 0 and ("mtp_loss" in expected["logged"]) is (name == "latent")
     for found in run_ranks(_on_rank, world_size, [*flags, "--ddp-backend", backend]):
-        _assert_equal(found, expected, relative=1e-5, of_norm=2e-6)
+        assert_equal(found, expected, relative=1e-5, of_norm=2e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)

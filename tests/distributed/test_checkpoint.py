@@ -3,8 +3,6 @@
 Run: ``OMP_NUM_THREADS=1 pytest tests/distributed/test_checkpoint.py``.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from tests.helpers.checkpoints import assert_same, contents, manifest_of
 from tests.helpers.ranks import USER_DIR, run_cli, run_ranks
@@ -160,47 +156,25 @@ def test_another_optimizer_is_refused_with_its_flag(trained: Path, text_data: Pa
     assert "Traceback" not in result.output
 
 
-def make_version_1(main: Path) -> None:
-    """Turn a checkpoint of one shard into one of the format before: dense tensors in the main file."""
-    state = torch.load(main, weights_only=True)
-    manifest = state["fairseq_moe"]
-    (shard,) = manifest["shards"]
-    old = main.parent / "experts" / "x" / "shard-0-of-1.safetensors"
-    old.parent.mkdir(parents=True)
-    with safe_open(main.parent / shard["file"], framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        scalars, aliases = (json.loads(file.metadata()[name]) for name in ("optimizer", "aliases"))
-    experts = {key: tensor for key, tensor in tensors.items() if ".experts." in key}
-    whole = {name: values for name, values in scalars.items() if ".experts." in name}
-    save_file(experts, old, metadata={"expert_ids": "[0, 1, 2, 3]", "optimizer": json.dumps(whole)})
-    named = {name: values for name, values in scalars.items() if ".experts." not in name}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        if key not in experts and kind == "model":
-            state["model"][name] = tensor
-        elif key not in experts:
-            named[name.rpartition("/")[0]][name.rpartition("/")[2]] = tensor
-    state["model"] |= {alias: state["model"][name] for alias, name in aliases.items()}
-    state["last_optimizer_state"]["named"] = named
-    digest = hashlib.sha256(old.read_bytes()).hexdigest()
-    shard |= {"file": "experts/x/" + old.name, "sha256": digest, "num_bytes": old.stat().st_size}
-    state["fairseq_moe"] = {"version": 1, "update": 3, "num_experts": 4, "shards": [shard]}
-    torch.save(state, main)
-
-
-@pytest.mark.parametrize(("world_size", "backend"), [(2, "fully_sharded"), (1, "legacy_ddp")])
-def test_the_format_before_loads(
-    trained: Path, text_data: Path, tmp_path: Path, world_size: int, backend: str
+@pytest.mark.parametrize("command", ["train", "eval_lm"])
+def test_the_format_before_the_first_release_is_named(
+    command: str, trained: Path, text_data: Path, tmp_path: Path
 ) -> None:
-    one = tmp_path / "one"
-    resave(text_data, trained / "checkpoint_last.pt", one, world_size=1, backend="legacy_ddp")
-    make_version_1(one / "checkpoint_last.pt")
-    shutil.rmtree(one / "shards")
-    updates = resave(
-        text_data, one / "checkpoint_last.pt", tmp_path / "two", world_size=world_size, backend=backend
-    )
-    assert updates == [3] * world_size
-    assert_same(contents(tmp_path / "two" / "checkpoint_last.pt"), contents(trained / "checkpoint_last.pt"))
+    old = tmp_path / "old.pt"
+    state = torch.load(trained / "checkpoint_last.pt", weights_only=True)
+    shards = [{"file": "experts/3-old/shard-0-of-1.safetensors", "expert_ids": [0, 1, 2, 3]}]
+    manifest = {"version": 1, "update": 3, "num_experts": 4, "shards": shards}
+    torch.save({**state, "fairseq_moe": manifest}, old)
+    if command == "train":
+        result = train(text_data, tmp_path / "new", "--restore-file", old, "--max-update", "6")
+    else:
+        argv = [text_data, "--user-dir", USER_DIR, "--cpu", "--path", old, "--gen-subset", "valid"]
+        result = run_cli("fairseq_cli.eval_lm", argv)
+    assert set(result.exit_codes) == {2}, result.output
+    said = [line for line in result.output.splitlines() if "fairseq_moe: error" in line]
+    assert len(said) == 1, result.output
+    assert f"{old} has checkpoint format 1 (dense tensors in the main file" in said[0]
+    assert "Traceback" not in result.output
 
 
 def test_retention_deletes_the_sets_that_no_file_names(text_data: Path, tmp_path: Path) -> None:

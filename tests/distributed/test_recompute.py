@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_router_family import MEGATRON
 from tests.helpers.ranks import run_ranks
+from tests.helpers.router_family import GLOBAL, MEGATRON, router_batches, routers
 
 NOISE = (
     "--dropout",
@@ -23,18 +23,16 @@ NOISE = (
     "--moe-input-jitter-eps",
     0.2,
 )
-GLOBAL = ("--moe-router-load-balancing-type", "aux_loss,global_aux_loss")
 WRAP_ALL = ("--min-params-to-wrap", 1)
 
 
 def _two_updates(rank: int, flags: list[Any]) -> dict[str, Any]:
-    from tests.distributed.test_router_family import _batches, _routers
     from tests.helpers.tiny import build_trainer, gradients, parameters, update
 
     trainer = build_trainer(flags)
-    logged = [update(trainer, _batches(rank, 2, 2)) for _ in range(2)]
+    logged = [update(trainer, router_batches(rank, 2, 2)) for _ in range(2)]
     timing = {"ups", "wps", "wall", "train_wall"}
-    counters = {f"bias{index}": router.expert_bias for index, router in enumerate(_routers(trainer))}
+    counters = {f"bias{index}": router.expert_bias for index, router in enumerate(routers(trainer))}
     return {
         "logged": [
             {name: value for name, value in entry.items() if name not in timing and "time" not in name}

@@ -17,44 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.test_training_equality import BATCHES, _assert_equal
 from tests.helpers.ranks import run_ranks
+from tests.helpers.router_family import EXPERTS, GLOBAL, MEGATRON, WIDTH, router_batches, routers
+from tests.helpers.updates import assert_equal
 
-EXPERTS, WIDTH = 4, 8
-# Sizes differ between ranks, the last micro-batch is the smallest, and some tokens are dropped (checked).
-MEGATRON = (
-    "--moe-freq", 0, "--moe-expert-count", 0, "--moe-second-expert-policy", "sampling", "--moe-gate-loss-wt", 1,
-    "--num-experts", EXPERTS, "--moe-layer-freq", "[0,1]", "--decoder-layers", 2,
-    "--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias", "--moe-router-bias-update-rate", 0.01,
-    "--moe-router-load-balancing-type", "aux_loss,seq_aux_loss", "--moe-aux-loss-coeff", "0.2,0.1",
-    "--moe-z-loss-coeff", 0.05, "--moe-expert-capacity-factor", 1.0, "--moe-shared-expert-intermediate-size", 6,
-    "--moe-shared-expert-gate", "--use-moe-pad-mask",
-)  # fmt: skip
-GLOBAL = ("--moe-router-load-balancing-type", "aux_loss,global_aux_loss")
 ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
 PADDED = ("--moe-pad-expert-input-to-capacity",)
 EP2 = ("--expert-model-parallel-size", 2)
 BIAS = "decoder.layers.1.moe_layer.router.expert_bias"
-
-
-def _batches(rank: int, world_size: int, num_micro: int) -> list[Any]:
-    """The micro-batches of ``rank``, with one padding token in each longer one."""
-    from tests.helpers.tiny import make_batch
-
-    found = []
-    for micro in range(num_micro):
-        seed, sequences, length = BATCHES[(rank + world_size * micro) % len(BATCHES)]
-        padded = 1 if length > 8 else 0
-        found.append(make_batch(seed, num_sequences=sequences, length=length, num_padded=padded))
-    return found
-
-
-def _routers(trainer: Any) -> list[Any]:
-    from fairseq_moe.stock.find_experts import moe_decoder
-
-    decoder = moe_decoder(trainer.get_model())
-    assert decoder is not None
-    return decoder.routers()
 
 
 def _report(trainer: Any, micro_batches: list[Any]) -> dict[str, Any]:
@@ -62,14 +32,14 @@ def _report(trainer: Any, micro_batches: list[Any]) -> dict[str, Any]:
 
     logged = update(trainer, micro_batches)
     found = {"logged": logged, "gradients": gradients(trainer), "parameters": parameters(trainer)}
-    bias = [router.expert_bias for router in _routers(trainer)]
+    bias = [router.expert_bias for router in routers(trainer)]
     return {**found, "bias": [None if bias_E is None else bias_E.clone() for bias_E in bias]}
 
 
 def _update_on_rank(rank: int, flags: list[Any], world_size: int, num_micro: int) -> dict[str, Any]:
     from tests.helpers.tiny import build_trainer
 
-    return _report(build_trainer(flags), _batches(rank, world_size, num_micro))
+    return _report(build_trainer(flags), router_batches(rank, world_size, num_micro))
 
 
 def _update_alone(rank: int, flags: list[Any], world_size: int, num_micro: int) -> dict[str, Any]:
@@ -77,7 +47,7 @@ def _update_alone(rank: int, flags: list[Any], world_size: int, num_micro: int) 
     from tests.helpers.tiny import build_trainer
 
     trainer = build_trainer(flags)
-    by_rank = [_batches(other, world_size, num_micro) for other in range(world_size)]
+    by_rank = [router_batches(other, world_size, num_micro) for other in range(world_size)]
     if "global_aux_loss" in str(flags):
         _tell_global_counts(trainer, by_rank)
     return _report(trainer, [batch for batches in by_rank for batch in batches])
@@ -86,7 +56,7 @@ def _update_alone(rank: int, flags: list[Any], world_size: int, num_micro: int) 
 def _tell_global_counts(trainer: Any, by_rank: list[list[Any]]) -> None:
     """Let each micro-batch's global loss see the choices of all ranks up to that micro-batch."""
     model = trainer.get_model().train()
-    for router in _routers(trainer):
+    for router in routers(trainer):
         seen: list[Tensor] = []
         router.rule.global_counts = lambda counts_E, seen=seen: seen.append(counts_E) or counts_E
         router.seen = seen
@@ -94,7 +64,7 @@ def _tell_global_counts(trainer: Any, by_rank: list[list[Any]]) -> None:
         for batches in by_rank:
             for batch in batches:
                 model(**batch["net_input"])
-    for router in _routers(trainer):
+    for router in routers(trainer):
         own = torch.stack(router.seen).view(len(by_rank), -1, router.num_experts)
         told = own.sum(0).cumsum(0).expand_as(own).flatten(0, 1)  # by rank and micro-batch
         upcoming: Iterator[Tensor] = iter(told)
@@ -103,17 +73,17 @@ def _tell_global_counts(trainer: Any, by_rank: list[list[Any]]) -> None:
 
 
 @functools.cache
-def _alone(flags: tuple[Any, ...], world_size: int, num_micro: int) -> dict[str, Any]:
+def alone(flags: tuple[Any, ...], world_size: int, num_micro: int) -> dict[str, Any]:
     result: dict[str, Any] = run_ranks(_update_alone, 1, list(flags), world_size, num_micro)[0]
     return result
 
 
 def _assert_ranks_equal_one(flags: tuple[Any, ...], placement: tuple[Any, ...], world_size: int) -> None:
     flags = (*flags, "--update-freq", 2)
-    expected = _alone(flags, world_size, 2)
+    expected = alone(flags, world_size, 2)
     by_rank = run_ranks(_update_on_rank, world_size, [*flags, *placement], world_size, 2)
     for found in by_rank:
-        _assert_equal(found, expected, drops=True)
+        assert_equal(found, expected, drops=True)
         for bias_E, expected_E in zip(found["bias"], expected["bias"], strict=True):
             assert (bias_E is None) == (expected_E is None)
             assert bias_E is None or torch.equal(bias_E, expected_E)
@@ -163,7 +133,7 @@ def test_the_global_loss_sees_all_ranks_up_to_this_micro_batch(
 def test_the_micro_batches_of_one_process_are_not_those_of_ranks_for_the_global_loss() -> None:
     """What the test above stands on: told nothing, a single process computes something else."""
     flags = (*MEGATRON, *GLOBAL)
-    told = _alone((*flags, "--update-freq", 2), 2, 2)
+    told = alone((*flags, "--update-freq", 2), 2, 2)
     untold = run_ranks(_update_untold, 1, [*flags, "--update-freq", 2])[0]
     assert told["logged"]["moe_global_aux_loss"] != pytest.approx(untold["moe_global_aux_loss"], rel=1e-4)
     assert told["logged"]["moe_aux_loss"] == pytest.approx(untold["moe_aux_loss"], rel=1e-6)
@@ -172,7 +142,7 @@ def test_the_micro_batches_of_one_process_are_not_those_of_ranks_for_the_global_
 def _update_untold(rank: int, flags: list[Any]) -> dict[str, float]:
     from tests.helpers.tiny import build_trainer, update
 
-    return update(build_trainer(flags), [*_batches(0, 2, 2), *_batches(1, 2, 2)])
+    return update(build_trainer(flags), [*router_batches(0, 2, 2), *router_batches(1, 2, 2)])
 
 
 # --- the expert bias travels with checkpoints ---
@@ -185,10 +155,10 @@ def _save(rank: int, flags: list[Any], world_size: int) -> Tensor:
 
     trainer = build_trainer(flags)
     for _ in range(3):
-        update(trainer, _batches(rank, world_size, 1))
+        update(trainer, router_batches(rank, world_size, 1))
     epoch = SimpleNamespace(epoch=1, end_of_epoch=lambda: True, state_dict=lambda: {"epoch": 1})
     checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, epoch, None)
-    return _routers(trainer)[0].expert_bias
+    return routers(trainer)[0].expert_bias
 
 
 def _load(rank: int, flags: list[Any], path: str) -> tuple[Tensor, torch.dtype]:
@@ -196,7 +166,7 @@ def _load(rank: int, flags: list[Any], path: str) -> tuple[Tensor, torch.dtype]:
 
     trainer = build_trainer(flags)
     trainer.load_checkpoint(path)
-    bias_E = _routers(trainer)[0].expert_bias
+    bias_E = routers(trainer)[0].expert_bias
     return bias_E, bias_E.dtype
 
 
@@ -247,7 +217,7 @@ def _count_exchange(rank: int, flags: list[Any], world_size: int) -> dict[str, A
     exchange._Flight.start, GroupExchange.counts = start, own_counts  # type: ignore[method-assign]
     for router in decoder.routers():
         router.register_forward_hook(note)
-    update(trainer, _batches(rank, world_size, 1))
+    update(trainer, router_batches(rank, world_size, 1))
     return {"sent": sent, "counts": counts, "needed": needed}
 
 

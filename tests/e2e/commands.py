@@ -1,4 +1,4 @@
-"""Command lines that the end-to-end tests share: a tiny model, trained and evaluated in forked processes."""
+"""Run the commands that the end-to-end tests share: a tiny model, trained and evaluated in forked processes."""
 
 import json
 import re
@@ -37,7 +37,7 @@ MOE = [*EXPERTS, "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01
 
 
 def train_argv(data: Path, save_dir: Path, *flags: Any, model: list[str] = DENSE + MOE) -> list[Any]:
-    """Arguments of fairseq-train for 4 updates of the tiny model, the plugin's --user-dir included."""
+    """Make arguments of fairseq-train for 4 updates of the tiny model, the plugin's --user-dir included."""
     return [data, *PLUGIN, *BASE, *model, "--max-update", "4", "--save-dir", save_dir, *flags]
 
 
@@ -57,7 +57,7 @@ def train(data: Path, save_dir: Path, *flags: Any, world_size: int = 1, **kwargs
 
 
 def eval_lm_argv(data: Path, checkpoint: Path, *flags: Any, plugin: bool = True) -> list[Any]:
-    """Arguments of fairseq-eval-lm on the ``valid`` split, one block per batch."""
+    """Make arguments of fairseq-eval-lm on the ``valid`` split, one block per batch."""
     argv = [data, *(PLUGIN if plugin else []), "--cpu", "--num-workers", "0", "--path", checkpoint]
     argv += ["--task", "language_modeling", "--tokens-per-sample", "32", "--sample-break-mode", "none"]
     return [*argv, "--gen-subset", "valid", "--batch-size", "1", *flags]
@@ -74,13 +74,15 @@ def eval_lm(
 
 
 def perplexity(result: CommandResult) -> float:
-    """What fairseq-eval-lm printed, to two decimals."""
+    """Parse the perplexity that fairseq-eval-lm printed, to two decimals."""
     found = re.findall(r"Perplexity: ([\d.]+)", result.outputs[0])
     assert len(found) == 1, result.output[-3000:]
     return float(found[0])
 
 
 def json_lines(result: CommandResult, name: str) -> list[dict[str, str]]:
-    """The records that the logger ``name`` (train_inner, train, valid) of rank 0 printed."""
+    """Parse the records that the logger ``name`` (train_inner, train, valid) of rank 0 printed; at least one."""
     pattern = rf"\| {name} \| (\{{.*\}})"
-    return [json.loads(line) for line in re.findall(pattern, result.outputs[0])]
+    found = [json.loads(line) for line in re.findall(pattern, result.outputs[0])]
+    assert found, f"rank 0 printed no record of {name}: {result.outputs[0][-3000:]}"
+    return found

@@ -1,4 +1,4 @@
-"""Real processes, for the few tests that need a new interpreter."""
+"""Start real processes, for the few tests that need a new interpreter."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ def run_process(
 
 
 def start_process(*command: Any, cwd: Path, python_path: Path = REPOSITORY) -> subprocess.Popen[str]:
-    """``command`` as the leader of a process group, with all that it prints in one pipe."""
+    """Start ``command`` as the leader of a process group, with all that it prints in one pipe."""
     return subprocess.Popen(
         [str(part) for part in command],
         cwd=cwd,
@@ -40,11 +40,11 @@ def start_process(*command: Any, cwd: Path, python_path: Path = REPOSITORY) -> s
 
 
 def console_script(name: str) -> Path:
-    """The installed command."""
+    """Find an installed command beside the interpreter."""
     return Path(sys.executable).parent / name
 
 
 def torchrun(num_processes: int) -> list[str]:
-    """The start of a command line."""
+    """Make the start of a command line that runs the rest under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, "--nproc-per-node", str(num_processes)]

@@ -1,4 +1,4 @@
-"""Other ways to start a command, as entry points for ``run_cli``: its first argument is the command's module.
+"""Start a command in other ways, as entry points for ``run_cli``: its first argument is the command's module.
 
 ``run_cli`` starts ranks with torchrun's environment; some functions here trade it for another launcher's.
 """
@@ -17,12 +17,12 @@ __all__ = ["as_main_module", "as_script", "by_init_method", "by_srun", "then_dra
 
 
 def as_main_module() -> None:
-    """``python -m MODULE``."""
+    """Run the command as ``python -m MODULE`` does."""
     runpy.run_module(_pop_module(), run_name="__main__", alter_sys=True)
 
 
 def as_script() -> None:
-    """``python /path/of/module.py``."""
+    """Run the command as ``python /path/of/module.py`` does."""
     found = importlib.util.find_spec(_pop_module())
     assert found is not None
     assert found.origin is not None
@@ -30,7 +30,7 @@ def as_script() -> None:
 
 
 def by_init_method() -> None:
-    """Every rank on its own, with an explicit address and rank."""
+    """Start every rank on its own, with an explicit address and rank."""
     env = _pop_torchrun()
     sys.argv += ["--distributed-init-method", f"tcp://127.0.0.1:{env['MASTER_PORT']}"]
     sys.argv += ["--distributed-world-size", env["WORLD_SIZE"], "--distributed-rank", env["RANK"]]
@@ -39,7 +39,7 @@ def by_init_method() -> None:
 
 
 def by_srun() -> None:
-    """A SLURM step of one task per rank on one node; the variables are those that srun sets."""
+    """Start the command as a SLURM step of one task per rank on one node; the variables are those that srun sets."""
     env = _pop_torchrun()
     os.environ.update(
         SLURM_JOB_ID=env["MASTER_PORT"],  # stock and we derive the port from it
@@ -55,7 +55,7 @@ def by_srun() -> None:
 
 
 def then_draw() -> None:
-    """The command in this process; then one number of each random generator shows what it has consumed."""
+    """Run the command in this process; then one number of each random generator shows what it has consumed."""
     random.seed(0)  # fairseq seeds the other two
     if "RANK" in os.environ:
         by_init_method()

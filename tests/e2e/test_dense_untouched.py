@@ -50,7 +50,6 @@ def _numbers(result: CommandResult) -> list[Any]:
     draws = [line for line in result.output.splitlines() if line.startswith("then drawn:")]
     assert len(draws) == len(result.outputs)
     records = json_lines(result, "train_inner") + json_lines(result, "valid")
-    assert records
     keys = ("loss", "gnorm", "ppl", "valid_loss", "valid_ppl")
     return [draws, *({key: record[key] for key in keys if key in record} for record in records)]
 

@@ -1,1 +1,1 @@
-"""What tests share: ranks and commands in forked processes, a tiny text data set, tiny models."""
+"""Share code between tests: ranks and commands in forked processes, a tiny text data set, tiny models."""

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, read without this package's reader."""
+"""Write small checkpoints, and read the content of any without this package's reader."""
 
 import json
 import tempfile
@@ -16,7 +16,7 @@ EXPERTS = "decoder.layers.1.moe_layer.experts.fc1_weight"
 
 
 def small_content(num_experts: int, *, seed: int = 1) -> ShardContent:
-    """Two expert parameters, three dense ones of different sizes, tied weights, and Adam's state of all."""
+    """Draw two expert parameters, three dense ones of different sizes, tied weights, and Adam's state of all."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ def small_checkpoint(
     update: int = 7,
     run_id: str = "a",
 ) -> Path:
-    """A complete checkpoint of ``small_content``; returns ``path``."""
+    """Write a complete checkpoint of ``small_content``; returns ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {
         "state": {"cfg": None, "extra_state": {"train_iterator": {"epoch": 1}}, "last_optimizer_state": {}},
@@ -69,12 +69,12 @@ def small_checkpoint(
 
 
 def manifest_of(main: Path) -> dict[str, Any]:
-    """The list of shards in a main file, as it stands there."""
+    """Read the list of shards in a main file, as it stands there."""
     return torch.load(main, weights_only=True)["fairseq_moe"]
 
 
 def contents(main: Path) -> dict[str, Any]:
-    """Everything a checkpoint says about parameters, experts in the order of their global ids."""
+    """Read all parameters and optimizer state of a checkpoint, experts in the order of their global ids."""
     found: dict[str, Any] = {}
     rows: dict[str, dict[int, torch.Tensor]] = {}
     for shard in manifest_of(main)["shards"]:
@@ -88,13 +88,14 @@ def contents(main: Path) -> dict[str, Any]:
                     found[key] = tensor
             for name, values in json.loads(file.metadata()["optimizer"]).items():
                 found |= {f"optimizer/{name}/{key}": value for key, value in values.items()}
-    return found | {
-        key: torch.stack([by_id[expert] for expert in sorted(by_id)]) for key, by_id in rows.items()
-    }
+    found |= {key: torch.stack([by_id[expert] for expert in sorted(by_id)]) for key, by_id in rows.items()}
+    assert found, f"{main} names no shard that holds a tensor"
+    return found
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Two results of ``contents`` are equal to the bit."""
+    """Compare two results of ``contents`` to the bit; nothing equals nothing would say nothing."""
+    assert expected, "there is nothing to compare with"
     assert sorted(found) == sorted(expected)
     for key, value in expected.items():
         same = torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value

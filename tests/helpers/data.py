@@ -1,4 +1,4 @@
-"""A tiny data set of real text, Python's own documentation, binarised with fairseq's code."""
+"""Make a tiny data set of real text, Python's own documentation, binarised with fairseq's code."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ def build_text_data(rank: int, folder: str) -> None:
 
 
 def _lines(count: int) -> Iterator[str]:
-    """``count`` lines of words in lower case, the same in every run on one Python."""
+    """Take ``count`` lines of words in lower case, the same in every run on one Python."""
     words = [word for name in sorted(topics) for word in topics[name].lower().split() if word.isalpha()]
     for index in range(count):
         yield " ".join(words[index * _WORDS_PER_LINE : (index + 1) * _WORDS_PER_LINE])

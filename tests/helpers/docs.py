@@ -1,4 +1,4 @@
-"""Commands as docs/ prints them."""
+"""Find commands in docs/, so that tests run what is printed there."""
 
 import shlex
 from pathlib import Path
@@ -9,7 +9,7 @@ _DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def documented_command(page: str, command: str) -> list[str]:
-    """The arguments of the one line of a page that runs ``fairseq-moe-convert`` with this command."""
+    """Find the arguments of the one line of a page that runs ``fairseq-moe-convert`` with this command."""
     start = f"fairseq-moe-convert {command} "
     lines = (_DOCS / page).read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith(start))

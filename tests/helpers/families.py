@@ -1,4 +1,4 @@
-"""Tiny models of every published family: transformers' configuration, our flags, and the same weights in both."""
+"""Build tiny models of every published family: transformers' configuration, our flags, and the same weights in both."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +57,7 @@ _MLA_FLAGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family.
+    """A published family as tests build it: transformers' configuration and our flags.
 
     Args:
         kind: prefix of transformers' classes.
@@ -188,7 +188,7 @@ FAMILIES = {
 
 
 def build_pair(name: str, more_flags: str = "") -> tuple[Any, Any]:
-    """transformers' model with random weights, norms and biases included, and ours with the same.
+    """Build transformers' model with random weights, norms and biases included, and ours with the same.
 
     Args:
         name: of the family.
@@ -235,7 +235,7 @@ _PARTS = {
 
 
 def our_state(state: dict[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
-    """transformers' tensors (or their gradients) under our names: gate rows, then up rows, in one matrix."""
+    """Convert transformers' tensors (or their gradients) to our names: gate rows, then up rows, in one matrix."""
     found: dict[str, Tensor] = {}
     for key, value in state.items():
         if key.endswith("up_proj.weight"):

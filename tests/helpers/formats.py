@@ -1,12 +1,9 @@
-"""One small MoE model in every format of a checkpoint that the tools read, each written without the package."""
+"""Write one small MoE model in every format of a checkpoint that the tools know."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fairseq_moe.checkpoint import ModelShape, ShardContent, write_checkpoint
@@ -19,7 +16,7 @@ __all__ = [
     "state",
     "write_branch",
     "write_dense",
-    "write_old",
+    "write_format_1",
     "write_ours",
 ]
 
@@ -30,7 +27,7 @@ _D, _F = 4, 6
 
 
 def model(seed: int = 1, *, num_experts: int = NUM_EXPERTS, expert_dim: int = _F) -> dict[str, Tensor]:
-    """A dense layer and one with experts, without attention; tied names left out."""
+    """Draw the tensors of a dense layer and one with experts, without attention; tied names left out."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         "decoder.embed_tokens.weight": (10, _D),
@@ -48,14 +45,14 @@ def model(seed: int = 1, *, num_experts: int = NUM_EXPERTS, expert_dim: int = _F
 
 
 def optimizer(tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Adam's state, made of the parameters."""
+    """Make Adam's state out of the parameters."""
     return {
         name: {"exp_avg": tensor / 2, "exp_avg_sq": tensor**2, "step": 7} for name, tensor in tensors.items()
     }
 
 
 def state(update: int = 7, **model_flags: Any) -> dict[str, Any]:
-    """What a main file holds besides tensors."""
+    """Make what a main file holds besides tensors."""
     flags = {
         **{"_name": "transformer_lm_gpt", "decoder_embed_dim": _D, "decoder_ffn_embed_dim": _F},
         **{"decoder_layers": 2, "tokens_per_sample": 16, "moe_freq": 2, "moe_expert_count": NUM_EXPERTS},
@@ -84,7 +81,7 @@ def write_ours(
     num_shards: int = 1,
     **model_flags: Any,
 ) -> Path:
-    """Format 2, with empty shards beside the full one; returns ``path``."""
+    """Write our format, with empty shards beside the full one; returns ``path``."""
     tensors = model() if tensors is None else tensors
     num_experts = len(tensors[f"{EXPERTS}.fc1_bias"])
     full = ShardContent(
@@ -105,44 +102,17 @@ def write_ours(
     return path
 
 
-def write_old(path: Path, tensors: dict[str, Tensor]) -> Path:
-    """Format 1, which had the dense part in the main file and experts below ``experts/``: two shards."""
-    moments = optimizer(tensors)
-    entries = []
-    for index, ids in enumerate(([0, 1], [2, 3])):
-        rows = {
-            f"model/{name}": tensor[ids].clone() for name, tensor in tensors.items() if EXPERTS in name
-        } | {
-            f"optimizer/{name}/{key}": value[ids].clone()
-            for name, values in moments.items()
-            for key, value in values.items()
-            if EXPERTS in name and key != "step"
-        }
-        numbers = {name: {"step": 7} for name in tensors if EXPERTS in name}
-        file = path.parent / "experts" / "7-old" / f"shard-{index}-of-2.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(rows, file, metadata={"expert_ids": json.dumps(ids), "optimizer": json.dumps(numbers)})
-        entries.append(
-            {
-                "file": str(file.relative_to(path.parent)),
-                "expert_ids": ids,
-                "num_bytes": file.stat().st_size,
-                "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-            }
-        )
-    main = state()
-    main["model"] = {name: tensor for name, tensor in tensors.items() if EXPERTS not in name}
-    main["model"] |= {alias: tensors[name] for alias, name in _TIED.items()}
-    main["last_optimizer_state"]["named"] = {
-        name: values for name, values in moments.items() if EXPERTS not in name
-    }
-    main["fairseq_moe"] = {"version": 1, "update": 7, "num_experts": NUM_EXPERTS, "shards": entries}
-    torch.save(main, path)
+def write_format_1(path: Path) -> Path:
+    """Write the main file of format 1, which is no longer read: dense tensors in it, experts below ``experts/``."""
+    shards = [{"file": "experts/7-old/shard-0-of-1.safetensors", "expert_ids": list(range(NUM_EXPERTS))}]
+    manifest = {"version": 1, "update": 7, "num_experts": NUM_EXPERTS, "shards": shards}
+    dense = {name: tensor for name, tensor in model().items() if EXPERTS not in name}
+    torch.save({**state(), "model": dense, "fairseq_moe": manifest}, path)
     return path
 
 
 def write_branch(directory: Path, tensors: dict[str, Tensor], *, suffix: str = "") -> Path:
-    """The moe branch's files of two ranks; returns the plain name, which is no file."""
+    """Write the moe branch's files of two ranks; returns the plain name, which is no file."""
 
     def save(kind: str, part: dict[str, Tensor]) -> None:
         moments = optimizer({name: tensor for name, tensor in part.items() if name not in _TIED})
@@ -170,7 +140,7 @@ def write_branch(directory: Path, tensors: dict[str, Tensor], *, suffix: str = "
 
 
 def write_dense(path: Path, seed: int = 1, *, update: int = 7, dtype: torch.dtype = torch.float32) -> Path:
-    """A dense checkpoint as stock writes it; returns ``path``."""
+    """Write a dense checkpoint as stock does; returns ``path``."""
     tensors = {name: tensor.to(dtype) for name, tensor in model(seed).items() if "moe_layer" not in name}
     tensors |= {alias: tensors[name] for alias, name in _TIED.items()}
     torch.save({**state(update), "model": tensors}, path)

@@ -1,4 +1,4 @@
-"""Tiny models of every family, made with transformers: vocabulary 97, random weights far from their start values.
+"""Make tiny models of every family with transformers: vocabulary 97, random weights far from their start values.
 
 Their ids 0..3 are ordinary tokens, the original context is short, so that YaRN's stretched positions occur, and sizes
 are unequal, so that a mistaken transposition or order shows.
@@ -137,7 +137,7 @@ HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def import_transformers() -> Any:
-    """transformers, quiet."""
+    """Import transformers so that it neither logs nor shows bars."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -176,7 +176,7 @@ def build_hf_model(
 
 
 def add_prediction_block(source: Path, target: Path) -> Path:
-    """A V3 model with its prediction block, as published: another layer, and copies of embedding and head."""
+    """Give a V3 model its prediction block, as published: another layer, and copies of embedding and head."""
     shutil.copytree(source, target)
     tensors = load_file(source / "model.safetensors")
     generator = torch.Generator().manual_seed(5)

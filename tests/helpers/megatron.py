@@ -1,4 +1,4 @@
-"""Configurations with Megatron's arguments, for tests that look at what they mean and at what is refused."""
+"""Make configurations with Megatron's arguments, for tests that look at what they mean and at what is refused."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +14,12 @@ GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
 
 
 def config(**given: Any) -> MoEConfig:
-    """8 experts, 4 layers, and what is given."""
+    """Make the configuration of 8 experts, 4 layers, and what is given."""
     return MoEConfig.from_args({"num_experts": 8, "decoder_layers": LAYERS, **given})
 
 
 def problems(world_size: int = 2, criterion: dict[str, Any] | None = None, **given: Any) -> list[str]:
-    """What a training run with 8 experts, 4 layers and what is given is told."""
+    """List the problems that a training run with 8 experts, 4 layers and what is given is told of."""
     cfg = SimpleNamespace(
         model=SimpleNamespace(**{"num_experts": 8, "decoder_layers": LAYERS, **given}),
         criterion=SimpleNamespace(**(criterion or {})),

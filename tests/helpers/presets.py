@@ -1,4 +1,4 @@
-"""Models by architecture and flags, with a dictionary whose padding lies outside the words."""
+"""Build models by architecture and flags, with a dictionary whose padding lies outside the words."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ __all__ = ["WordIds", "build_model", "parse"]
 
 
 class WordIds:
-    """All that a model needs of a dictionary: the number of words and an id that is none of them."""
+    """A dictionary, as far as a model needs one: the number of words and an id that is none of them."""
 
     def __init__(self, num_words: int, *, pad: int | None = None) -> None:
         self.num_words = num_words
@@ -26,12 +26,12 @@ class WordIds:
         return self.num_words
 
     def pad(self) -> int:
-        """The id of padding."""
+        """Name the id of padding."""
         return self.pad_id
 
 
 def parse(arch: str, flags: Sequence[Any] = (), *, max_positions: int = 512) -> Namespace:
-    """The model's flags, as fairseq-train reads them."""
+    """Parse the model's flags as fairseq-train does."""
     argv = [
         "--task",
         "dummy_lm",
@@ -51,6 +51,6 @@ def parse(arch: str, flags: Sequence[Any] = (), *, max_positions: int = 512) -> 
 
 
 def build_model(args: Namespace, dictionary: WordIds) -> Any:
-    """The model, as fairseq's tasks build it."""
+    """Build the model as fairseq's tasks do."""
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     return MoETransformerLanguageModel.build_model(args, task)

@@ -1,4 +1,4 @@
-"""config.json of published models, as they were published, and how many values each has."""
+"""List config.json of published models, as they were published, and how many values each has."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Ranks and fairseq commands in forked processes.
+"""Run ranks and fairseq commands in forked processes.
 
 Importing torch and fairseq takes about six seconds, so a fork server imports them once per test session and
 every rank or command is a fork of it. The server has not imported fairseq_moe: a command without --user-dir
@@ -55,7 +55,7 @@ class RankError(AssertionError):
 
 @dataclass(frozen=True, kw_only=True)
 class CommandResult:
-    """How a command ended.
+    """Exit codes, output and times of a command that has ended.
 
     Args:
         exit_codes: of each rank; minus the number of the signal that has killed it.
@@ -69,12 +69,12 @@ class CommandResult:
 
     @property
     def exit_code(self) -> int:
-        """The first exit code that is not 0, else 0."""
+        """Find the first exit code that is not 0; 0 if there is none."""
         return next((code for code in self.exit_codes if code != 0), 0)
 
     @property
     def output(self) -> str:
-        """All ranks' output, one rank after the other."""
+        """Join all ranks' output, one rank after the other."""
         return "".join(self.outputs)
 
 
@@ -164,7 +164,7 @@ class _Child:
         return self._log_file.read_text(errors="replace") if self._log_file.exists() else ""
 
     def receive(self, *, may_die: bool) -> tuple[bool, Any]:
-        """(True, result) or (False, why there is none); the exit code is the result of one that may die."""
+        """Receive (True, result) or (False, why there is none); the exit code is the result of one that may die."""
         self.ended_sec = time.monotonic()
         try:
             message: tuple[bool, Any] = pickle.loads(self.connection.recv_bytes())

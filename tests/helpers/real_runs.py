@@ -1,4 +1,4 @@
-"""fairseq-train on the text of ``tests.helpers.data``, as a command and step by step."""
+"""Run fairseq-train on the text of ``tests.helpers.data``, as a command and step by step."""
 
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ TRAINING = [
 
 
 def train(data: Path, save_dir: Path, *flags: Any, world_size: int = 2) -> CommandResult:
-    """Run fairseq-train."""
+    """Run fairseq-train on that text in forked processes."""
     argv = [data, "--user-dir", USER_DIR, *MODEL, *TRAINING, "--save-dir", save_dir, *flags]
     return run_cli("fairseq_cli.train", argv, world_size=world_size)
 
 
 class RealRun:
-    """What fairseq-train does, up to the caller: loads at once; trains and saves when it is told to.
+    """A run of fairseq-train under the caller's control: it loads at once, and trains and saves when it is told to.
 
     Args:
         data: directory of the text.
@@ -64,7 +64,7 @@ class RealRun:
         self._batches: Any = None
 
     def train(self, num_updates: int) -> list[dict[str, float]]:
-        """Loss and gradient norm of each of so many updates, not rounded."""
+        """Do so many updates; returns loss and gradient norm of each, not rounded."""
         from fairseq.data import iterators
 
         from tests.helpers.tiny import update
@@ -77,7 +77,7 @@ class RealRun:
         return [{name: logged[name] for name in names if name in logged} for logged in found]
 
     def save(self) -> None:
-        """Save as stock does."""
+        """Save a checkpoint as stock does."""
         from fairseq import checkpoint_utils
 
         if self._batches is None:

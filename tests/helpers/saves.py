@@ -1,4 +1,4 @@
-"""A tiny trainer that trains and saves through stock's own functions. For forked ranks only."""
+"""Train and save a tiny model through stock's own functions. For forked ranks only."""
 
 import os
 from pathlib import Path
@@ -39,11 +39,11 @@ class TinyRun:
 
     @property
     def num_updates(self) -> int:
-        """Updates done."""
+        """Count the updates done."""
         return int(self.trainer.get_num_updates())
 
     def train(self, num_updates: int) -> list[dict[str, float]]:
-        """What each of so many updates logs; its words depend on its number and the rank alone."""
+        """Do so many updates; returns what each logs. Its words depend on its number and the rank alone."""
         return [
             update(self.trainer, [make_batch(100 * self.num_updates + rank())]) for _ in range(num_updates)
         ]
@@ -66,6 +66,6 @@ class TinyRun:
                 del os.environ[VARIABLE]
 
     def load(self, filename: Path | None = None) -> Any:
-        """What ``Trainer.load_checkpoint`` returns for a file (None: checkpoint_last.pt)."""
+        """Load a file (None: checkpoint_last.pt) with ``Trainer.load_checkpoint``; returns what that does."""
         path = filename or Path(self.checkpoint_cfg.save_dir) / "checkpoint_last.pt"
         return self.trainer.load_checkpoint(str(path))

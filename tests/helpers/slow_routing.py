@@ -1,4 +1,4 @@
-"""Routing written a second time, token by token in plain Python and float64, to compare with."""
+"""Route a second time, token by token in plain Python and float64, to compare with."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def routes(
     bias: Sequence[float] | None = None,
     groups: tuple[int, int, str] | None = None,
 ) -> list[dict[int, float]]:
-    """Weight of each expert that a token chooses, one dictionary per token.
+    """Choose experts for each token: one dictionary per token, from expert to weight.
 
     Args:
         logits_TE: float router logits.
@@ -75,7 +75,7 @@ def _limit(compared: list[float], top_k: int, number: int, kept: int, score: str
 
 
 def keep(choices: list[dict[int, float]], *, capacity: int, policy: str) -> list[dict[int, float]]:
-    """What is left of ``routes`` when each expert takes ``capacity`` rows."""
+    """Drop from ``routes`` what exceeds the ``capacity`` of each expert."""
     if policy == "prioritized":
         tokens = sorted(range(len(choices)), key=lambda token: -max(choices[token].values(), default=0))
         pairs = [
@@ -98,7 +98,7 @@ def keep(choices: list[dict[int, float]], *, capacity: int, policy: str) -> list
 
 
 def load_balancing_loss(logits_TE: Tensor, counts: Sequence[int], *, function: str = "softmax") -> float:
-    """E * sum_e( share of the choices * mean normalised score )."""
+    """Compute E * sum_e( share of the choices * mean normalised score )."""
     rows = [_scores(logits, function) for logits in logits_TE.double().tolist()]
     rows = [[score / sum(row) for score in row] for row in rows]
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
@@ -106,7 +106,7 @@ def load_balancing_loss(logits_TE: Tensor, counts: Sequence[int], *, function: s
 
 
 def sinkhorn(logits_TE: Tensor) -> list[list[float]]:
-    """The plan without the row-wise shift, until the columns' factors are still."""
+    """Compute the plan without the row-wise shift, until the columns' factors are still."""
     cost = [[math.exp(logit) for logit in row] for row in logits_TE.double().tolist()]
     tokens, experts = len(cost), len(cost[0])
     rows, columns = [1.0] * tokens, [1.0] * experts

@@ -1,4 +1,4 @@
-"""Tiny models under fairseq's own Trainer, and what one update does to them. For forked ranks only."""
+"""Build tiny models under fairseq's own Trainer, and read what one update does to them. For forked ranks only."""
 
 import os
 import pickle
@@ -45,7 +45,7 @@ TINY_FLAGS = [
 
 
 def build_trainer(flags: Sequence[Any] = (), *, dtype: torch.dtype = torch.float32) -> Trainer:
-    """fairseq's Trainer on this rank, as fairseq-train builds it.
+    """Build fairseq's Trainer on this rank, as fairseq-train does.
 
     Args:
         flags: in addition to ``TINY_FLAGS``; the last one of a name counts.
@@ -65,7 +65,7 @@ def build_trainer(flags: Sequence[Any] = (), *, dtype: torch.dtype = torch.float
 
 
 def _config(flags: Sequence[Any]) -> Any:
-    """The configuration that these flags give.
+    """Make the configuration that these flags give.
 
     fairseq composes it with hydra, which takes most of a second. In a test session that is done once for each
     set of registered classes; the values of further flags are put into a copy.
@@ -85,7 +85,7 @@ def _config(flags: Sequence[Any]) -> Any:
 
 
 def _plain_config(folder: Path, choices: dict[str, str]) -> tuple[dict[str, Any], Any]:
-    """Arguments and configuration of ``TINY_FLAGS`` with these registered classes."""
+    """Make arguments and configuration of ``TINY_FLAGS`` with these registered classes."""
     cached = folder / "-".join(choices.values())
     if not cached.exists():
         argv = [part for name, value in choices.items() for part in (f"--{name.replace('_', '-')}", value)]
@@ -101,7 +101,7 @@ def _parse(argv: list[str]) -> Namespace:
 
 
 def make_batch(seed: int, *, num_sequences: int = 2, length: int = 8, num_padded: int = 0) -> dict[str, Any]:
-    """A language-modelling batch of random words, in the form of fairseq's collater.
+    """Draw a language-modelling batch of random words, in the form of fairseq's collater.
 
     Args:
         seed: of the words.
@@ -125,7 +125,7 @@ def make_batch(seed: int, *, num_sequences: int = 2, length: int = 8, num_padded
 
 
 def update(trainer: Trainer, micro_batches: Sequence[Any]) -> dict[str, float]:
-    """One ``train_step`` and the numbers that it logs for all ranks, not rounded; empty if it was skipped."""
+    """Do one ``train_step``; returns the numbers that it logs for all ranks, not rounded, or {} if it was skipped."""
     metrics.reset()
     if trainer.train_step(list(micro_batches)) is None:
         return {}
@@ -137,7 +137,7 @@ def update(trainer: Trainer, micro_batches: Sequence[Any]) -> dict[str, float]:
 
 
 def parameters(trainer: Trainer) -> dict[str, Tensor]:
-    """Every parameter of the whole model by its name; of an expert's, with the expert's global number.
+    """Gather every parameter of the whole model by its name; of an expert's, with the expert's global number.
 
     Collective. Copies of the same tensor on different ranks must be equal to the bit.
     """
@@ -145,7 +145,7 @@ def parameters(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def gradients(trainer: Trainer) -> dict[str, Tensor]:
-    """The gradients that the last update stepped with, in the form of ``parameters``."""
+    """Gather the gradients that the last update stepped with, in the form of ``parameters``."""
     with _gradients_as_data(trainer):
         state = _local_state(trainer)
     return _merged(trainer, state)
@@ -188,4 +188,5 @@ def _merged(trainer: Trainer, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for other in gather_values(own):
         for name, tensor in other.items():
             assert torch.equal(whole.setdefault(name, tensor), tensor), f"ranks hold different {name}"
+    assert whole, "the model has no parameters"
     return whole

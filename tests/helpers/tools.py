@@ -1,4 +1,4 @@
-"""Running the tools for checkpoints in this process, and damaging what they read."""
+"""Run the tools for checkpoints in this process, and damage what they read."""
 
 import struct
 import zipfile
@@ -9,24 +9,22 @@ import pytest
 from torch import Tensor
 
 from fairseq_moe.checkpoint_tools.command import main
-from tests.helpers.formats import write_branch, write_old, write_ours
+from tests.helpers.formats import write_branch, write_ours
 
 __all__ = ["FORMATS", "ends_with_sentence", "flip", "run", "write"]
 
-FORMATS = ["format 2", "format 1", "moe branch", "moe branch, -shardN"]
+FORMATS = ["format 2", "moe branch", "moe branch, -shardN"]
 
 
 def write(kind: str, directory: Path, tensors: dict[str, Tensor]) -> Path:
-    """A checkpoint of that kind; returns what is to be typed."""
+    """Write a checkpoint of that kind; returns the path that one would type."""
     if kind == "format 2":
         return write_ours(directory / "checkpoint_last.pt", tensors, num_shards=2)
-    if kind == "format 1":
-        return write_old(directory / "checkpoint_last.pt", tensors)
     return write_branch(directory, tensors, suffix="" if kind == "moe branch" else "-shard0")
 
 
 def ends_with_sentence(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
-    """What the command says on its way to exit code 2."""
+    """Run a command that must end with exit code 2; returns what it says on stderr."""
     assert main([str(part) for part in argv]) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
@@ -35,6 +33,7 @@ def ends_with_sentence(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
 
 
 def run(*argv: Any) -> None:
+    """Run a command that must end with exit code 0."""
     assert main([str(part) for part in argv]) == 0
 
 

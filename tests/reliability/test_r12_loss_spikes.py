@@ -26,6 +26,28 @@ def test_a_loss_far_above_the_others_is_a_spike() -> None:
     assert _spikes([*_usual(60), 4.0, *_usual(20)]) == [60]
 
 
+def _is_spike(loss: float) -> bool:
+    """Whether ``loss`` is one after 20 losses of 2 and 20 of 4, with factor 1000.
+
+    Their median is 3 and their median absolute deviation 1, so the limit is 3 + 1000 * 1.4826 = 1485.6.
+    """
+    return 40 in _spikes([*([2.0, 4.0] * 20), loss], factor=1000.0)
+
+
+def test_the_limit_counts_in_standard_deviations_of_a_normal_distribution() -> None:
+    assert not _is_spike(1485.5)
+    assert _is_spike(1485.7)
+
+
+@pytest.mark.parametrize(("sigmas_per_mad", "loss"), [(1.4824, 1485.5), (1.4828, 1485.7), (1.0, 1485.5)])
+def test_this_test_sees_another_constant(
+    sigmas_per_mad: float, loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = _is_spike(loss)
+    monkeypatch.setattr("fairseq_moe.stock.step.loss_spikes._SIGMAS_PER_MAD", sigmas_per_mad)
+    assert _is_spike(loss) != right
+
+
 def test_nothing_is_a_spike_at_first_or_unasked_or_below() -> None:
     assert _spikes([*_usual(20), 40.0]) == []
     assert _spikes([*_usual(60), 40.0], factor=None) == []

@@ -2,7 +2,7 @@
 
 All pairs of 1, 2 and 4 ranks and exchange groups of 1, 2 and 4 of them, against one process that takes the same four
 micro-batches one after the other. Backends, unclipped steps and other numbers of experts:
-``tests/distributed/test_training_equality.py``, whose helpers these are, and ``test_router_family.py``.
+``tests/distributed/test_training_equality.py`` and ``test_router_family.py``.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.test_training_equality import _alone, _on_ranks
+from tests.helpers.updates import alone, on_ranks
 
 FLAGS = ("--moe-expert-count", 4, "--clip-norm", 0.1)
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # (ranks, exchange group)
@@ -44,13 +44,13 @@ def _assert_all_agree(by_rank: list[dict[str, Any]], expected: dict[str, Any], *
 
 @pytest.mark.parametrize(("world_size", "ep_size"), LAYOUTS)
 def test_every_layout_takes_the_same_clipped_step(world_size: int, ep_size: int) -> None:
-    expected = _alone(FLAGS, 4)
-    _assert_all_agree(_on_ranks(_flags(world_size, ep_size), world_size), expected, relative=1e-6)
+    expected = alone(FLAGS, 4)
+    _assert_all_agree(on_ranks(_flags(world_size, ep_size), world_size), expected, relative=1e-6)
 
 
 def test_in_double_precision_thirteen_digits_agree() -> None:
-    expected = _alone(FLAGS, 4, dtype=torch.float64)
-    found = _on_ranks(_flags(4, 2), 4, dtype=torch.float64)
+    expected = alone(FLAGS, 4, dtype=torch.float64)
+    found = on_ranks(_flags(4, 2), 4, dtype=torch.float64)
     _assert_all_agree(found, expected, relative=1e-13)
 
 
@@ -59,6 +59,6 @@ def test_in_double_precision_thirteen_digits_agree() -> None:
     [("no division", (4, 4)), ("no sum over replicas", (4, 2)), ("experts left out of the norm", (2, 2))],
 )
 def test_these_tests_see_a_wrong_reduction(mutation: str, layout: tuple[int, int]) -> None:
-    expected = _alone(FLAGS, 4)
+    expected = alone(FLAGS, 4)
     with pytest.raises(AssertionError):
-        _assert_all_agree(_on_ranks(_flags(*layout), layout[0], mutation=mutation), expected, relative=1e-6)
+        _assert_all_agree(on_ranks(_flags(*layout), layout[0], mutation=mutation), expected, relative=1e-6)

@@ -15,15 +15,12 @@ import torch
 from fairseq_moe.expert_load.watch import LoadWatch
 from fairseq_moe.modules import TokenInfo
 from fairseq_moe.modules.routing import topk as topk_rule
+from tests.helpers.one_expert import ALLGATHER, DROPLESS, LIMITED, PADDED, D, E, layer_of
 from tests.helpers.ranks import run_ranks
 
-D, F, E, T = 8, 16, 4, 64
+T = 64
 BRANCH_1 = {"moe_freq": 1, "moe_expert_count": E, "moe_top1_expert": True}
 BRANCH_2 = {"moe_freq": 1, "moe_expert_count": E, "moe_second_expert_policy": "all"}
-DROPLESS = {"num_experts": E, "moe_router_topk": 1, "moe_router_pre_softmax": True}
-LIMITED = DROPLESS | {"moe_expert_capacity_factor": 1.25}
-PADDED = LIMITED | {"moe_pad_expert_input_to_capacity": True}
-ALLGATHER = DROPLESS | {"moe_token_dispatcher_type": "allgather"}
 LAYERS = {
     "branch top-1": BRANCH_1,
     "branch top-2": BRANCH_2,
@@ -33,19 +30,6 @@ LAYERS = {
     "dropless by allgather": ALLGATHER,
 }
 TOKENS = [T, 3, 0, 17]  # of each rank
-
-
-def _layer(flags: dict[str, Any], mesh: Any) -> Any:
-    """A layer whose router sends every token with a positive mean to expert 0, then to expert 1."""
-    from fairseq_moe.flags.moe import MoEConfig
-    from fairseq_moe.models.decoder_layer import build_moe_layer
-
-    torch.manual_seed(5)
-    networks = {"activation": torch.nn.functional.gelu, "activation_dropout": 0.0, "dropout": 0.0}
-    layer = build_moe_layer(MoEConfig.from_args(flags), mesh, model_dim=D, hidden_dim=F, **networks)
-    with torch.no_grad():
-        layer.router.weight.copy_(torch.linspace(1.0, -1.0, E)[:, None].expand(E, D))
-    return layer.double()
 
 
 def _collapses(rank: int, mutation: bool = False) -> dict[str, dict[str, Any]]:
@@ -66,7 +50,7 @@ def _collapse(rank: int, flags: dict[str, Any], num_tokens: list[int]) -> dict[s
     from fairseq_moe.distributed import all_reduce_sum, local_experts_only, parallel_mesh
     from fairseq_moe.modules import RouterMode
 
-    layer = _layer(flags, parallel_mesh(E))
+    layer = layer_of(flags, parallel_mesh(E))
     rows: list[int] = []
     layer.experts.register_forward_hook(lambda module, args, output: rows.append(sum(args[1].counts_L)))
     generator = torch.Generator().manual_seed(rank)
@@ -77,7 +61,7 @@ def _collapse(rank: int, flags: dict[str, Any], num_tokens: list[int]) -> dict[s
     y_TD, aux = layer(x_TD, tokens=tokens)
     y_TD.square().sum().backward()
     with local_experts_only():
-        local = _layer(flags, parallel_mesh(E))
+        local = layer_of(flags, parallel_mesh(E))
         expected_TD, _ = local(x_TD, tokens=tokens)
         expected_TD.square().sum().backward()
     everyones = [all_reduce_sum(p.grad.clone()) for p in local.experts.parameters()]

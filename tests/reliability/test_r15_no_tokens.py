@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.helpers.one_expert import ALLGATHER, DROPLESS, PADDED, D, E, layer_of
 from tests.helpers.ranks import RankError, run_ranks
-from tests.reliability.test_r14_one_expert_takes_all import ALLGATHER, DROPLESS, PADDED, D, E, _layer
 
 LOSSES = {
     "moe_router_load_balancing_type": "aux_loss,seq_aux_loss,global_aux_loss",
@@ -98,7 +98,7 @@ def _pass(flags: dict[str, Any], num_tokens: int) -> dict[str, Any]:
     from fairseq_moe.distributed import parallel_mesh
     from fairseq_moe.modules import RouterMode, TokenInfo
 
-    layer = _layer(flags, parallel_mesh(E))
+    layer = layer_of(flags, parallel_mesh(E))
     x_TD = torch.rand(num_tokens, D, dtype=torch.float64) + 0.5
     x_TD.requires_grad_()
     y_TD, aux = layer(x_TD, tokens=TokenInfo(mode=RouterMode.TRAIN, num_sequences=1))

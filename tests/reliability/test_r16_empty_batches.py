@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_router_family import GLOBAL, MEGATRON
 from tests.helpers.ranks import run_ranks
+from tests.helpers.router_family import GLOBAL, MEGATRON
 
 BRANCH = ("--moe-expert-count", 6, "--use-moe-pad-mask")
 FLAGS = {

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fairseq_moe.flags.agreement import disagreements
-from tests.distributed.test_training_equality import _assert_equal
 from tests.helpers.ranks import RankError, run_ranks
+from tests.helpers.updates import assert_equal
 
 FLAGS = ["--moe-expert-count", 2, "--update-freq", 3, "--ddp-backend", "legacy_ddp"]  # two experts never drop
 NUM_SEEDS = 8
@@ -71,14 +71,14 @@ def test_random_micro_batches_of_four_ranks_equal_one_process() -> None:
     [expected] = run_ranks(_updates, 1, 4, timeout=60)
     for found in run_ranks(_updates, 4, 4, timeout=60):
         for one, other in zip(found, expected, strict=True):
-            _assert_equal(one, other)
+            assert_equal(one, other)
 
 
 def test_this_test_sees_a_wrong_reduction() -> None:
     [expected] = run_ranks(_updates, 1, 2, timeout=60)
     found = run_ranks(_updates, 2, 2, True, timeout=60)[0]
     with pytest.raises(AssertionError):
-        _assert_equal(found[0], expected[0])
+        assert_equal(found[0], expected[0])
 
 
 # --- ranks with other flags ---

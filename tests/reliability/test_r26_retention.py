@@ -26,7 +26,7 @@ def write(path: Path, update: int) -> Path:
         state={},
         run_id="run",
         update=update,
-        shape=ModelShape(num_experts=2),
+        shape=ModelShape(num_experts=2, top_k=1, model_dim=2, expert_dim=1, num_layers=1),
         contents=contents,
         num_shards=2,
     )

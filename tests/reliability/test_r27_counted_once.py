@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_router_family import GLOBAL, MEGATRON, _batches, _routers
 from tests.helpers.ranks import run_ranks
+from tests.helpers.router_family import GLOBAL, MEGATRON, router_batches, routers
 
 FLAGS = [*MEGATRON, *GLOBAL, "--update-freq", 2, "--ddp-backend", "legacy_ddp"]
 VARIANTS: dict[str, list[Any]] = {
@@ -65,10 +65,10 @@ def _two_updates(rank: int, variants: list[str], mutation: str = "") -> dict[str
         _disturb(trainer, variant)
         logged, counts = [], []
         for _ in range(2):
-            numbers = update(trainer, _batches(rank, 2, 2))
+            numbers = update(trainer, router_batches(rank, 2, 2))
             logged.append({k: v for k, v in numbers.items() if k not in _TIMING and "time" not in k})
-            counts += [router.local_counts_E.tolist() for router in _routers(trainer)]
-        bias = {f"bias{index}": router.expert_bias for index, router in enumerate(_routers(trainer))}
+            counts += [router.local_counts_E.tolist() for router in routers(trainer)]
+        bias = {f"bias{index}": router.expert_bias for index, router in enumerate(routers(trainer))}
         found[variant] = {"logged": logged, "counts": counts, "tensors": parameters(trainer) | bias}
     return found
 
@@ -112,7 +112,7 @@ def _assert_counted_once(found: dict[str, Any], expected: dict[str, Any]) -> Non
 
 def test_plain_counters_are_those_of_one_update() -> None:
     """Each of this rank's tokens asks for two experts, padding for none."""
-    wanted = sum(int(batch["ntokens"]) for batch in _batches(0, 2, 2)) * 2
+    wanted = sum(int(batch["ntokens"]) for batch in router_batches(0, 2, 2)) * 2
     assert [sum(counts) for counts in _found()["plain"]["counts"]] == [wanted] * 2
 
 

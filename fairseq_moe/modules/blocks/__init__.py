@@ -20,4 +20,6 @@ t      part of d that turns with the position (latent attention)
 f      pairs of values that turn together: half of what turns of a head
 r      width of the latent vector of keys and values
 ====== ==========================================================
+
+Tests: tests/unit/modules/test_blocks.py, tests/numerics/test_blocks_against_transformers.py.
 """

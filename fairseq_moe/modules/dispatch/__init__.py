@@ -5,7 +5,7 @@ up their results, ``exchange`` says what is asked of other ranks.
 
 Letters at the end of a name give its shape; a number is an axis of that size:
 
-====== ==========================================================
+====== ===================================================
 letter meaning
 ====== ==========================================================
 T      tokens of this rank (batch x sequence, batch-major)
@@ -18,4 +18,8 @@ E      experts of the layer, on all ranks
 L      experts on this rank
 G      ranks that exchange rows
 ====== ==========================================================
+=======
+Tests: tests/unit/modules/test_dispatchers.py, tests/unit/modules/test_rows.py,
+tests/unit/modules/test_expert_work.py; on ranks: tests/distributed/test_uneven_batches.py,
+tests/reliability/test_r15_no_tokens.py.
 """

@@ -16,4 +16,6 @@ I      input width of one matrix: D of fc1, F of fc2
 O      output width of one matrix
 C      rows of the busiest expert, to which the others are padded
 ====== ==========================================================
+
+Tests: tests/unit/modules/test_kernels.py, tests/unit/modules/test_swiglu.py, tests/unit/modules/test_cpu_memory.py.
 """

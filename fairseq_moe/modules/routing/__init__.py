@@ -5,7 +5,7 @@ gives.
 
 Letters at the end of a name give its shape; a number is an axis of that size:
 
-====== ==========================================================
+====== ===================================================
 letter meaning
 ====== ==========================================================
 T      tokens of this rank (batch x sequence, batch-major)
@@ -18,4 +18,8 @@ A      assignments: (token, choice) pairs, token by token
 C      slots of one expert
 L      layers of the model
 ====== ==========================================================
+=======
+Tests: tests/unit/modules/test_branch.py, tests/unit/modules/test_topk.py, tests/unit/modules/test_router.py,
+tests/unit/modules/test_losses.py, tests/unit/modules/test_stats.py, tests/numerics/test_gate_against_masks.py,
+tests/numerics/test_routing_fixtures.py.
 """

@@ -42,7 +42,7 @@ class Until(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeRule:
-    """What happens when a stock flag has another value than in the checkpoint.
+    """Record what happens when a stock flag has another value than in the checkpoint.
 
     Args:
         flag: as typed.

@@ -23,6 +23,7 @@ from fairseq_moe.checkpoint import (
     Checkpoint,
     check_records,
     find_branch_checkpoint,
+    name_intact,
     newest_intact,
     plain_globals,
     unreadable,
@@ -81,9 +82,7 @@ def with_advice(sentence: str, path: Path, *, together: bool = True) -> Checkpoi
         intact = broadcast_value(newest_intact(path.parent) if rank() == 0 else None)
     else:
         intact = newest_intact(path.parent)
-    if intact is not None:
-        sentence += f" The newest intact checkpoint there is {intact}."
-    return CheckpointError(sentence, agreed=together)
+    return CheckpointError(sentence + name_intact(intact), agreed=together)
 
 
 @seam(

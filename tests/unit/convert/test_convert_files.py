@@ -15,7 +15,9 @@ from fairseq_moe.checkpoint.safetensors_bytes import DTYPES
 from fairseq_moe.convert.directories import appearing
 from fairseq_moe.convert.hf.directory import INDEX, SINGLE, TensorDir, dequantized
 from fairseq_moe.convert.hf.file import SafetensorsWriter, read_header, read_tensor
+from fairseq_moe.convert.store import StoredModel
 from fairseq_moe.errors import CheckpointError
+from tests.helpers.formats import model, write_ours
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -317,3 +319,9 @@ def test_directories_have_the_usual_permissions(tmp_path: Path) -> None:
     with appearing(tmp_path / "new"):
         pass
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_checkpoint_without_an_embedding_is_no_model(tmp_path: Path) -> None:
+    path = write_ours(tmp_path / "a.pt", {name: t for name, t in model().items() if "embed" not in name})
+    with pytest.raises(CheckpointError, match=r"has no decoder\.embed_tokens\.weight, which every model has"):
+        StoredModel.open(path)

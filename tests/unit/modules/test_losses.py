@@ -1,11 +1,11 @@
-"""The balance loss by hand, and where its gradient flows."""
+"""The balance losses by hand, and where their gradients flow."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from fairseq_moe.modules.routing.contract import count_assignments
-from fairseq_moe.modules.routing.losses import balance_loss
+from fairseq_moe.modules.routing.losses import balance_loss, sequence_balancing_loss
 
 
 def counts_of(first: list[int], requested: list[bool] | None = None, *, num_experts: int = 2) -> Tensor:
@@ -60,3 +60,22 @@ def test_float64_stays_float64() -> None:
 def test_no_tokens_and_all_padding_are_zero() -> None:
     assert float(balance_loss(torch.empty(0, 4), counts_of([], num_experts=4))) == 0.0
     assert float(balance_loss(torch.full((2, 2), 0.5), counts_of([0, 1], [False, False]))) == 0.0
+
+
+def test_sequences_weigh_as_much_as_they_have_tokens() -> None:
+    scores = torch.tensor(
+        [
+            # three tokens: choices 0 0 1, shares 2/3, 1/3; means 1.75/3, 1.25/3;
+            # 2 * (2/3 * 1.75/3 + 1/3 * 1.25/3) = 19/18
+            *([0.75, 0.25], [0.75, 0.25], [0.25, 0.75]),
+            # one token and two of padding: shares 1, 0; means 0.875, 0.125; 2 * 0.875 = 7/4
+            *([0.875, 0.125], [0.0, 1.0], [0.1, 0.9]),
+            # padding alone
+            *([0.0, 1.0], [0.0, 1.0], [0.0, 1.0]),
+        ]
+    )
+    padding = torch.tensor([False, False, False, False, True, True, True, True, True])
+    # (3 * 19/18 + 1 * 7/4 + 0) / 4 = 59/48; the plain mean of the first two would be 101/72, of all three 101/108
+    best = scores.argmax(-1, keepdim=True)
+    loss = sequence_balancing_loss(scores, best, num_sequences=3, padding_T=padding)
+    assert float(loss) == pytest.approx(59 / 48)

@@ -24,6 +24,7 @@ from tests.helpers.formats import (
     optimizer,
     write_branch,
     write_dense,
+    write_format_1,
     write_ours,
 )
 from tests.helpers.tools import FORMATS, ends_with_sentence, flip, run, write
@@ -175,7 +176,10 @@ def test_without_the_guards_files_are_lost_and_damage_gets_good_digests(
     (two / "b.pt").write_text("precious")
     flip(two / manifest_of(two / "a.pt")["shards"][0]["file"])
     run("consolidate", two / "a.pt", "--to", two / "b.pt")
-    run("verify", two / "b.pt")
+    assert b"precious" not in (two / "b.pt").read_bytes()
+    run("verify", two / "b.pt")  # finds nothing, although
+    with pytest.raises(AssertionError):
+        assert_same(contents(two / "b.pt"), expected_contents(model(1)))
 
 
 @pytest.mark.parametrize("tool", WRITERS)
@@ -209,6 +213,19 @@ def test_a_full_disk_leaves_nothing(
     assert sorted(file for file in two.rglob("*") if file.is_file()) == before
 
 
+@pytest.mark.parametrize("tool", [*WRITERS, "inspect", "verify"])
+def test_format_1_is_named_in_one_sentence(tool: str, two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = write_format_1(two / "a.pt")
+    argv = write_command(tool, two, two / "b.pt") if tool in WRITERS else [tool, old]
+    first, *others = ends_with_sentence(capsys, *argv).splitlines()
+    assert first == (
+        f"fairseq-moe-checkpoint: {old} has checkpoint format 1 (dense tensors in the main file, experts below "
+        "experts/), which was written before the first release and which no release reads, expected 2; load a "
+        "checkpoint that a release wrote, or train again."
+    )
+    assert len(others) == (tool == "verify")  # which names the newest intact checkpoint
+
+
 _ROW = f"{EXPERTS}.1.fc2.weight"
 
 
@@ -221,7 +238,6 @@ _ROW = f"{EXPERTS}.1.fc2.weight"
         ("format 2", ("fairseq_moe", "shards", 0, "file"), "../../outside.safetensors"),
         ("format 2", ("fairseq_moe", "shards", 0, "num_bytes"), []),
         ("format 2", ("averaged_from",), 1),
-        ("format 1", ("last_optimizer_state",), 1),
         ("moe branch", ("model", _ROW), {"a": 1}),
         ("moe branch", ("model", _ROW), torch.ones(3)),
         ("moe branch", ("cfg", "model", "moe_expert_count"), 1.5),
@@ -317,7 +333,6 @@ def test_inspect_says_what_it_is(
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("format 1", "fairseq_moe, format 1"),
         ("moe branch", "moe branch"),
         ("dense", "dense checkpoint of fairseq"),
     ],

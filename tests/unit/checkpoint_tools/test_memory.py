@@ -38,7 +38,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
             state=state(moe_freq=1, decoder_layers=1),
             run_id="run",
             update=1,
-            shape=ModelShape(num_experts=_NUM_EXPERTS),
+            shape=ModelShape(
+                num_experts=_NUM_EXPERTS, top_k=2, model_dim=_MODEL_DIM, expert_dim=_EXPERT_DIM, num_layers=1
+            ),
             contents=[ShardContent(expert_ids=own, model=dict(model), optimizer=moments) for own in ids],
             num_shards=4,
         )
