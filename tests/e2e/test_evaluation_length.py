@@ -12,7 +12,11 @@ import pytest
 from tests.e2e.commands import DENSE, PLUGIN, json_lines, perplexity, train
 from tests.helpers.ranks import CommandResult, run_cli, run_ranks
 
-_TOKENS = {"short": [10, 30, 5], "long": [40, 50], "mixed": [10, 40, 20, 33, 30]}  # of each sentence, its end included
+_TOKENS = {
+    "short": [10, 30, 5],
+    "long": [40, 50],
+    "mixed": [10, 40, 20, 33, 30],
+}  # of each sentence, its end included
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,9 @@ def _write_sentences(rank: int, folder: str) -> None:
 
     dictionary = Dictionary.load(f"{folder}/dict.txt")
     for split, sizes in _TOKENS.items():
-        builder = indexed_dataset.make_builder(f"{folder}/{split}.bin", impl="mmap", vocab_size=len(dictionary))
+        builder = indexed_dataset.make_builder(
+            f"{folder}/{split}.bin", impl="mmap", vocab_size=len(dictionary)
+        )
         for index, size in enumerate(sizes):
             words = [4 + (7 * index + word) % 100 for word in range(size - 1)]
             builder.add_item(torch.tensor([*words, dictionary.eos()]))
@@ -40,7 +46,9 @@ def _write_sentences(rank: int, folder: str) -> None:
 def _eval_lm(data: Path, checkpoint: Path, *flags: Any, world_size: int = 1) -> CommandResult:
     argv = [data, *PLUGIN, "--cpu", "--num-workers", "0", "--path", checkpoint, "--task", "language_modeling"]
     subset = () if "--gen-subset" in flags else ("--gen-subset", "valid")
-    return run_cli("fairseq_cli.eval_lm", [*argv, "--batch-size", "1", *subset, *flags], world_size=world_size)
+    return run_cli(
+        "fairseq_cli.eval_lm", [*argv, "--batch-size", "1", *subset, *flags], world_size=world_size
+    )
 
 
 def _validate(data: Path, checkpoint: Path, *flags: Any, world_size: int = 1) -> CommandResult:

@@ -114,13 +114,9 @@ def filter_indices_by_size(
         _check_scored(request, self, indices, dataset, too_long, max_positions)
     elif request.command == "interactive":
         _refuse_prompts(request, dataset, too_long, max_positions)
-    elif len(too_long) > 0 and not ignore_invalid_inputs:
-        first = too_long[0]
-        raise MoEError(
-            f"sample {first} has {_length(dataset, first)} tokens, and the model has {max_positions} positions; pass "
-            f"{_SKIP} to leave out what is too long, or cut the text into shorter samples ({_FLAG}, "
-            "--sample-break-mode).",
-            agreed=True,
+    elif len(too_long) > 0:
+        _check_samples(
+            dataset, too_long, max_positions, may_skip=ignore_invalid_inputs and len(too_long) < len(indices)
         )
     return stock(self, indices, dataset, max_positions, True)
 
@@ -166,6 +162,19 @@ def _num_tokens(task: Any, dataset: Any, indices: Any) -> int:
 
 def _length(dataset: Any, index: int) -> int:
     return int(np.max(dataset.size(index)))
+
+
+def _check_samples(dataset: Any, too_long: Any, positions: int, *, may_skip: bool) -> None:
+    """Refuse to generate from samples that are too long, unless leaving them out was asked for and leaves any."""
+    if may_skip:
+        return
+    first = too_long[0]
+    raise MoEError(
+        f"sample {first} has {_length(dataset, first)} tokens, and the model has {positions} positions; pass {_SKIP} "
+        f"to answer those that fit, if there are any, or cut the text into shorter samples ({_FLAG}, "
+        "--sample-break-mode).",
+        agreed=True,
+    )
 
 
 def _refuse_prompts(request: EvaluationRequest, dataset: Any, too_long: Any, positions: int) -> None:
