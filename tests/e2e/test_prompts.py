@@ -60,8 +60,8 @@ def test_generate_refuses_long_samples_with_a_sentence_or_leaves_them_out_on_dem
     some = _generate(text_data, moe_checkpoint, "--skip-invalid-size-inputs-valid-test")
     assert some.exit_code == 0, some.output[-3000:]
     assert re.findall(r"^H-(\d+)\t", some.output, flags=re.MULTILINE) == [
-        "10"
-    ]  # the last, of 525 - 480 ... tokens
+        "15"
+    ]  # the last, of 525 - 15 * 34 tokens
     none = _generate(
         text_data, moe_checkpoint, "--skip-invalid-size-inputs-valid-test", "--tokens-per-sample", "35"
     )

@@ -39,7 +39,7 @@ def keep_within_capacity(
     wanted_TK: Tensor,
     *,
     num_experts: int,
-    capacity: int,
+    capacity: int | Tensor,
     policy: DropPolicy,
 ) -> Tensor:
     """The wanted assignments that get one of their expert's places.

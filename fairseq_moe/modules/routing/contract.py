@@ -68,7 +68,7 @@ class RoutingDecision:
         wanted_TK: bool, assignments that ask for a place: not padding, not left out by the second-expert
             policy.
         kept_TK: bool, wanted assignments that found a place within the capacity.
-        capacity: rows that each expert takes from this rank; None: unlimited.
+        capacity: rows that each expert takes from this rank, at most (masked padding makes it fewer); None: unlimited.
         num_places: rows that each expert has room for where shapes are fixed, at least the capacity, the same on
             all ranks; None: as many as are kept.
         balance_counts_2E: int64, choices that a balance loss goes by where those differ from the ones above: of

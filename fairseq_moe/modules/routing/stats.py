@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules.routing.contract import RoutingDecision, count_choices, count_ids
+from fairseq_moe.modules.routing.contract import RoutingDecision, count_choices
 
 __all__ = ["LAYER_STATS", "expert_load", "layer_stats", "load_violations"]
 
@@ -36,10 +36,11 @@ def layer_stats(
     all_to_all_cpu_time_ms: float = 0.0,
     all_to_all_cuda_time_ms: float = 0.0,
     bias_E: Tensor | None = None,
+    padding_T: Tensor | None = None,
 ) -> Tensor:
     """The statistics of one layer and one micro-batch, in the order of ``LAYER_STATS``.
 
-    Histograms count raw choices, before padding, the second-expert policy and capacity. With one expert per
+    Histograms count raw choices, before the second-expert policy and capacity. With one expert per
     token all ``expert2`` values are 0, and so is ``overflow_expert1`` (the branch logs it so; ``drop_rate``
     tells the truth). Nothing to count gives 0, never NaN.
 
@@ -49,16 +50,19 @@ def layer_stats(
         all_to_all_cpu_time_ms: measured by the caller.
         all_to_all_cuda_time_ms: measured by the caller.
         bias_E: the router's expert bias, if it has one.
+        padding_T: bool, tokens that no number is about; None: all are counted.
 
     Returns:
         float32 (len(LAYER_STATS),).
     """
-    num_tokens, num_experts = gates_TE.shape
+    num_experts = gates_TE.shape[1]
+    valid_T = torch.ones_like(decision.wanted_TK[:, 0]) if padding_T is None else ~padding_T
+    num_tokens = valid_T.sum().clamp(min=1)
     top_k = decision.expert_ids_TK.shape[1]
     zero = torch.zeros((), device=gates_TE.device)
     dropped_TK = decision.wanted_TK & ~decision.kept_TK
     values = {name: zero for name in LAYER_STATS}
-    values["entropy_gating"] = _entropy(gates_TE)
+    values["entropy_gating"] = _entropy(gates_TE, valid_T)
     values["drop_rate"] = _percent(dropped_TK.sum(), decision.wanted_TK.sum())
     values["all_to_all_cpu_time_ms"] = zero + all_to_all_cpu_time_ms
     values["all_to_all_cuda_time_ms"] = zero + all_to_all_cuda_time_ms
@@ -66,8 +70,8 @@ def layer_stats(
         values["expert_bias_spread"] = bias_E.max() - bias_E.min()
     for choice in range(min(top_k, 2)):
         name = f"expert{choice + 1}"
-        counts_E = count_ids(decision.expert_ids_TK[:, choice], size=num_experts)
-        share_E = torch.sort(100.0 * counts_E / max(num_tokens, 1), descending=True).values
+        counts_E = count_choices(decision.expert_ids_TK[:, choice], valid_T, num_experts=num_experts)
+        share_E = torch.sort(100.0 * counts_E / num_tokens, descending=True).values
         sample = max(math.ceil(num_experts * _SAMPLE_FRACTION), 1)
         values[f"unused_{name}_count"] = (counts_E == 0).sum()
         values[f"{name}_balance_top"] = share_E[:sample].sum()
@@ -88,11 +92,11 @@ def expert_load(decision: RoutingDecision, *, num_experts: int) -> Tensor:
     return torch.stack(rows).float()
 
 
-def _entropy(gates_TE: Tensor) -> Tensor:
+def _entropy(gates_TE: Tensor, valid_T: Tensor) -> Tensor:
     gates = gates_TE.float()
     eps = torch.finfo(gates.dtype).eps
     entropy_T = -(gates * gates.clamp(min=eps, max=1 - eps).log()).sum(-1)
-    return entropy_T.sum() / max(gates.shape[0], 1)
+    return (entropy_T * valid_T).sum() / valid_T.sum().clamp(min=1)
 
 
 def _percent(part: Tensor, whole: Tensor) -> Tensor:

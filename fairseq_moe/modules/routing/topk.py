@@ -136,12 +136,17 @@ class TopKRule:
         capacity = self.capacity(num_tokens, num_experts, tokens.mode)
         kept_TK = wanted_TK
         if capacity is not None:
+            limit: int | Tensor = capacity
+            if tokens.padding_T is not None:
+                limit = self._valid_capacity(
+                    tokens.padding_T, num_experts, factor=self.config.capacity.factor
+                )
             kept_TK = keep_within_capacity(
                 ids_TK,
                 self._weights(logits_TE, ids_TK),
                 wanted_TK,
                 num_experts=num_experts,
-                capacity=capacity,
+                capacity=limit,
                 policy=self.config.capacity.policy,
             )
         return RoutingDecision(
@@ -180,12 +185,9 @@ class TopKRule:
         wanted_CE = torch.ones((places, num_experts), dtype=torch.bool, device=logits_TE.device)
         if tokens.padding_T is not None:
             scores_TE = scores_TE.masked_fill(tokens.padding_T.unsqueeze(-1), float("-inf"))
-            # As many places as the valid tokens alone would give, so that padding changes nothing.
-            num_valid = (~tokens.padding_T).sum()
-            even_share = (num_valid * self.config.top_k).double() / num_experts
-            valid_places = (even_share * self._expert_factor).ceil().clamp(min=self.config.capacity.minimum)
+            valid_places = self._valid_capacity(tokens.padding_T, num_experts, factor=self._expert_factor)
             order_C1 = torch.arange(places, device=logits_TE.device).unsqueeze(-1)
-            wanted_CE = wanted_CE & (order_C1 < torch.minimum(valid_places, num_valid))
+            wanted_CE = wanted_CE & (order_C1 < torch.minimum(valid_places, (~tokens.padding_T).sum()))
         chosen_CE = scores_TE.topk(places, dim=0).indices
         wanted_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(0, chosen_CE, wanted_CE)
         ids_TE = scores_TE.argsort(dim=-1, descending=True)
@@ -212,6 +214,15 @@ class TopKRule:
             factor=factor,
             minimum=self.config.capacity.minimum,
         )
+
+    def _valid_capacity(self, padding_T: Tensor, num_experts: int, *, factor: float | None) -> Tensor:
+        """Compute the capacity that the tokens alone would give, so that padding changes nothing.
+
+        A tensor, because the number of tokens is known on the device only; shapes follow from ``capacity``.
+        """
+        assert factor is not None
+        even_share = ((~padding_T).sum() * self.config.top_k).double() / num_experts
+        return (even_share * factor).ceil().clamp(min=self.config.capacity.minimum)
 
     @property
     def _expert_factor(self) -> float:

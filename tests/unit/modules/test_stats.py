@@ -112,3 +112,22 @@ def test_certain_gates_have_no_entropy(dtype: torch.dtype) -> None:
         expert_ids_TK=torch.zeros(1, 1, dtype=torch.int64), wanted_TK=mask, kept_TK=mask, capacity=None
     )
     assert named(gates, decision)["entropy_gating"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_padding_is_in_no_number() -> None:
+    """Tokens 1 and 4 are padding; without them the numbers are those of the other three."""
+    ids = torch.tensor([[0, 1], [3, 2], [0, 2], [1, 0], [3, 2]])
+    padding = torch.tensor([False, True, False, False, True])
+    gates = torch.softmax(torch.arange(20.0).reshape(5, 4) % 7, -1)
+    wanted = (~padding).unsqueeze(-1).expand(5, 2)
+    kept = wanted & torch.tensor([[True, False]])
+    decision = RoutingDecision(expert_ids_TK=ids, wanted_TK=wanted, kept_TK=kept, capacity=2)
+    words = RoutingDecision(
+        expert_ids_TK=ids[~padding], wanted_TK=wanted[~padding], kept_TK=kept[~padding], capacity=2
+    )
+    found = stats.layer_stats(gates, decision, padding_T=padding)
+    torch.testing.assert_close(found, stats.layer_stats(gates[~padding], words))
+    everything = stats.layer_stats(gates, decision)
+    assert not torch.allclose(found, everything)
+    nothing = stats.layer_stats(gates, decision, padding_T=torch.ones(5, dtype=torch.bool))
+    assert torch.isfinite(nothing).all()
