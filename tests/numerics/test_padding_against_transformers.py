@@ -1,4 +1,4 @@
-"""Losses, loads and statistics of padded batches against transformers with an attention mask: the same at any padding."""
+"""Losses, loads and statistics of padded batches: those of transformers with an attention mask, at any padding."""
 
 from typing import Any
 
