@@ -1,4 +1,4 @@
-"""The evaluation and generation commands: note what each was asked for, and end user errors with one sentence."""
+"""Note what the evaluation and generation commands are asked for, and end their user errors with one sentence."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Blocks, prompts and the model's positions: no text is left out of a number without a word."""
+"""Compare blocks and prompts with the model's positions: no text is left out of a number without a word."""
 
 import logging
 import sys
@@ -14,7 +14,7 @@ from fairseq_moe.errors import ConfigError, MoEError
 from fairseq_moe.stock.evaluation.request import EvaluationRequest, current_request
 from fairseq_moe.stock.seam import seam
 
-__all__ = ["fitting_length", "settle_length"]
+__all__ = ["count_validated", "fitting_length", "no_tokens_error", "settle_length"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ _SKIP = "--skip-invalid-size-inputs-valid-test"
 
 
 def fitting_length(default: int, *, positions: int, adds_token: bool) -> int:
-    """The block length of an evaluation where none was asked for: the default, or what the model has positions for.
+    """Choose the block length where none was asked for: the default, or what the model has positions for.
 
     Args:
         default: stock's default, or the length that the model was trained with.
@@ -140,18 +140,19 @@ def _check_scored(
 
 
 def no_tokens_error(request: EvaluationRequest, why: str) -> MoEError:
-    """The error of an evaluation that has scored nothing, and so has no number to print."""
+    """Build the error of an evaluation that has scored nothing, and so has no number to print."""
     sentence = f"0 of {request.num_tokens:,} tokens were scored ({why}), so there is no number to print"
     return MoEError(f"{sentence}; choose another split, or shorter blocks ({_FLAG}).", agreed=True)
 
 
 def _left_out(task: Any, indices: Any, dataset: Any, too_long: Any, positions: int) -> str:
+    """Say how many tokens stand in blocks that are too long: the beginning of a sentence."""
     part, whole = _num_tokens(task, dataset, too_long), _num_tokens(task, dataset, indices)
     return f"{part:,} of {whole:,} tokens stand in blocks longer than the model's {positions} positions"
 
 
 def _num_tokens(task: Any, dataset: Any, indices: Any) -> int:
-    """Tokens of these blocks as stock's commands count them: with the beginning token that precedes each."""
+    """Count the tokens of these blocks as stock's commands do: with the beginning token that precedes each."""
     if len(indices) == 0:
         return 0
     blocks = dataset.dataset if isinstance(dataset, LMContextWindowDataset) else dataset
@@ -161,6 +162,7 @@ def _num_tokens(task: Any, dataset: Any, indices: Any) -> int:
 
 
 def _length(dataset: Any, index: int) -> int:
+    """Measure a block or prompt as stock compares it with the positions."""
     return int(np.max(dataset.size(index)))
 
 
@@ -189,23 +191,20 @@ def _refuse_prompts(request: EvaluationRequest, dataset: Any, too_long: Any, pos
     request.num_prompts += len(dataset)
 
 
-@seam(
-    "fairseq.tasks.fairseq_task:FairseqTask.reduce_metrics",
-    signature="(self, logging_outputs, criterion)",
-    stock_does="prints the loss of the blocks that were scored",
-    breaks="nobody sees how many tokens were left out, or that it was all of them",
-    we_do="in fairseq-validate refuse a number of no tokens, and print how many were scored where some may be left out",
-    test="tests/e2e/test_evaluation_length.py",
-)
-def reduce_metrics(stock: Callable[..., Any], self: Any, logging_outputs: Any, criterion: Any) -> None:
-    request = current_request()
-    if request is None or not getattr(self, "evaluates_experts", False):
-        return stock(self, logging_outputs, criterion)
-    num_scored = int(sum(log.get("ntokens", 0) for log in logging_outputs))
-    if num_scored == 0:
-        raise no_tokens_error(request, "there are no batches of it")
-    stock(self, logging_outputs, criterion)
-    if request.skips_too_long:
-        said = f"{num_scored:,} of {request.num_tokens:,}"
-        metrics.log_derived("scored_tokens", lambda meters: said)
-    return None
+def count_validated(request: EvaluationRequest, task: Any) -> None:
+    """Let ``task.reduce_metrics`` refuse a number of no tokens, and say how many were scored where some may be left out.
+
+    fairseq-validate calls it once per subset, with the outputs of all ranks.
+    """
+    reduce_all = task.reduce_metrics
+
+    def reduce_metrics(logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
+        num_scored = int(sum(log.get("ntokens", 0) for log in logging_outputs))
+        if num_scored == 0:
+            raise no_tokens_error(request, "there are no batches of it")
+        reduce_all(logging_outputs, criterion)
+        if request.skips_too_long:
+            said = f"{num_scored:,} of {request.num_tokens:,}"
+            metrics.log_derived("scored_tokens", lambda meters: said)
+
+    task.reduce_metrics = reduce_metrics

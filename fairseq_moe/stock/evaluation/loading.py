@@ -1,4 +1,4 @@
-"""Loading models to evaluate or to use: what their task must know of them, and where their experts are."""
+"""Load models to evaluate or to use: what their task must know of them, and where their experts are."""
 
 import inspect
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from omegaconf import OmegaConf, open_dict
 
 from fairseq_moe.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
 from fairseq_moe.distributed import local_experts_only
-from fairseq_moe.stock.evaluation.lengths import settle_length
+from fairseq_moe.stock.evaluation.lengths import count_validated, settle_length
 from fairseq_moe.stock.evaluation.request import current_request
 from fairseq_moe.stock.find_experts import moe_decoder
 from fairseq_moe.stock.seam import seam
@@ -31,8 +31,11 @@ def load_model_ensemble_and_task(stock: Callable[..., Any], *args: Any, **kwargs
     if request.scores and task.evaluates_experts:
         overrides = inspect.signature(stock).bind(*args, **kwargs).arguments.get("arg_overrides") or {}
         settle_length(request, task, models, overrides)
-    if request.command == "validate" and cfg.criterion is None:
-        _name_criterion(cfg)
+    if request.command == "validate":
+        if task.evaluates_experts:
+            count_validated(request, task)
+        if cfg.criterion is None:
+            _name_criterion(cfg)
     return models, cfg, task
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation or generation command was asked for, for the seams that run inside it."""
+"""Remember what an evaluation or generation command was asked for, for the seams that run inside it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ __all__ = ["EvaluationRequest", "answering", "current_request"]
 
 @dataclass(kw_only=True)
 class EvaluationRequest:
-    """One run of fairseq-eval-lm, -validate, -generate or -interactive.
+    """Describe one run of fairseq-eval-lm, -validate, -generate or -interactive.
 
     Args:
         command: ``eval_lm``, ``validate``, ``generate`` or ``interactive``.
@@ -38,7 +38,7 @@ _REQUEST: ContextVar[EvaluationRequest | None] = ContextVar("evaluation_request"
 
 
 def current_request() -> EvaluationRequest | None:
-    """The evaluation or generation command that is running; None in training and in a user's own program."""
+    """Find the evaluation or generation command that is running; None in training and in a user's own program."""
     return _REQUEST.get()
 
 

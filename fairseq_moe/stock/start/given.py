@@ -1,4 +1,4 @@
-"""Which flags did the user give? Stock mixes them with defaults as soon as a command line is parsed."""
+"""Find out which flags the user gave: stock mixes them with defaults as soon as a command line is parsed."""
 
 import argparse
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def note_given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> N
 
 
 def given_names() -> frozenset[str] | None:
-    """Names of the flags that the user gave, by command line or to hydra; None: nobody knows."""
+    """Name the flags that the user gave, by command line or to hydra; None: nobody knows."""
     given = _GIVEN.get()
     if given is not None or not HydraConfig.initialized():
         return given
@@ -40,7 +40,7 @@ def restore_given(names: frozenset[str] | None) -> None:
 
 
 def flag_is_given(name: str, *, differs: bool) -> bool:
-    """Whether the user gave a flag.
+    """Tell whether the user gave a flag.
 
     Args:
         name: the field's name.

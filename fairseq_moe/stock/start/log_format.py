@@ -1,4 +1,4 @@
-"""The format of log lines: what stock's commands ask for, and what another of its modules takes from them."""
+"""Restore the format of log lines that stock's commands ask for, and that another of its modules takes from them."""
 
 import logging
 import os
