@@ -33,7 +33,7 @@ def eval_lm_main(stock: Callable[..., Any], cfg: Any, **kwargs: Any) -> Any:
     request.context_window = int(cfg.eval_lm.context_window)
     length = getattr(cfg.task, "tokens_per_sample", None)
     request.length_given = flag_is_given("tokens_per_sample", differs=length != _DEFAULT_LENGTH)
-    with answering(request), _missing_data_named():
+    with answering(request), _missing_data_named(request):
         return stock(cfg, **kwargs)
 
 
@@ -47,7 +47,8 @@ def eval_lm_main(stock: Callable[..., Any], cfg: Any, **kwargs: Any) -> Any:
 )
 def validate_main(stock: Callable[..., Any], cfg: Any, override_args: Any = None) -> Any:
     cfg = _composed(cfg)
-    with answering(_request_of("validate", cfg)), _missing_data_named():
+    request = _request_of("validate", cfg)
+    with answering(request), _missing_data_named(request):
         return stock(cfg, override_args)
 
 
@@ -75,32 +76,34 @@ def interactive_main(stock: Callable[..., Any], cfg: Any) -> Any:
 )
 def generate_main(stock: Callable[..., Any], cfg: Any) -> Any:
     use_stock_log_format()
-    with one_sentence_errors(), _missing_data_named():
+    with one_sentence_errors():
         cfg = _composed(cfg)
-        with answering(_request_of("generate", cfg)):
+        request = _request_of("generate", cfg)
+        with answering(request), _missing_data_named(request):
             return stock(cfg)
 
 
 def _composed(cfg: Any) -> Any:
+    """Turn the namespace that some callers of stock's commands pass into a configuration."""
     return convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
 
 
 def _request_of(command: str, cfg: Any) -> EvaluationRequest:
+    """Read from a configuration what all of the commands are asked for."""
     skips = bool(cfg.dataset.skip_invalid_size_inputs_valid_test)
     return EvaluationRequest(command=command, skips_too_long=skips)
 
 
 @contextmanager
-def _missing_data_named() -> Iterator[None]:
-    """Turn stock's exception about a data set that is not there into a sentence."""
+def _missing_data_named(request: EvaluationRequest) -> Iterator[None]:
+    """Turn stock's exception about a data set that is not there into a sentence, where a model has experts."""
     try:
         yield
     except FileNotFoundError as error:
-        if not str(error).startswith(_NO_DATA):
+        if not request.has_experts or not str(error).startswith(_NO_DATA):
             raise
         raise MoEError(
             f"{error}: there is no .idx and .bin file of that name; correct the data directory or the split, or "
             "binarise text with fairseq-preprocess --only-source (of a converted model: fairseq-moe-convert "
-            "preprocess).",
-            agreed=True,
+            "preprocess)."
         ) from error

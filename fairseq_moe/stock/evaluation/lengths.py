@@ -192,7 +192,7 @@ def _refuse_prompts(request: EvaluationRequest, dataset: Any, too_long: Any, pos
 
 
 def count_validated(request: EvaluationRequest, task: Any) -> None:
-    """Let ``task.reduce_metrics`` refuse a number of no tokens, and say how many were scored where some may be left out.
+    """Let ``task.reduce_metrics`` refuse a number of no tokens, and say how many were scored if some may be left out.
 
     fairseq-validate calls it once per subset, with the outputs of all ranks.
     """

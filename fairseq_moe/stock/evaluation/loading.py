@@ -28,6 +28,7 @@ def load_model_ensemble_and_task(stock: Callable[..., Any], *args: Any, **kwargs
     request = current_request()
     if request is None:
         return models, cfg, task
+    request.has_experts |= task.evaluates_experts
     if request.scores and task.evaluates_experts:
         overrides = inspect.signature(stock).bind(*args, **kwargs).arguments.get("arg_overrides") or {}
         settle_length(request, task, models, overrides)

@@ -18,6 +18,7 @@ class EvaluationRequest:
         skips_too_long: --skip-invalid-size-inputs-valid-test was given.
         context_window: tokens of each block that serve as context only.
         num_tokens: tokens of the text that is evaluated, counted when its blocks were measured.
+        has_experts: a model that was loaded has experts.
         num_prompts: prompts that fairseq-interactive has read before the ones at hand.
     """
 
@@ -26,6 +27,7 @@ class EvaluationRequest:
     skips_too_long: bool = False
     context_window: int = 0
     num_tokens: int = 0
+    has_experts: bool = False
     num_prompts: int = 0
 
     @property
