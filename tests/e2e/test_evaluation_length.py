@@ -126,6 +126,15 @@ def test_sentences_that_are_too_long_are_not_left_out_in_silence(
     assert run(sentences, moe_checkpoint, *flags, "short", "--tokens-per-sample", "48").exit_code == 0
 
 
+def test_sentences_keep_the_number_that_they_had(text_data: Path, moe_checkpoint: Path) -> None:
+    """All are padded to the length, and capacities are a share of the padded batch, as in the branch."""
+    unset, default, short = (
+        _eval_lm(text_data, moe_checkpoint, "--sample-break-mode", "eos", *flags)
+        for flags in ((), ("--tokens-per-sample", "1024"), ("--tokens-per-sample", "32"))
+    )
+    assert _number(unset) == _number(default) != _number(short)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_left_out_on_demand_is_said_in_the_printed_line(
     world_size: int, sentences: Path, moe_checkpoint: Path

@@ -48,7 +48,8 @@ def settle_length(
         ConfigError: the length that was given, or the context window, does not fit the models.
     """
     settings = task.args
-    if getattr(settings, "tokens_per_sample", None) is None:
+    # Blocks of one sentence each are not cut; the length is what they are padded to, which capacities go by.
+    if getattr(settings, "tokens_per_sample", None) is None or str(settings.sample_break_mode) == "eos":
         return
     positions = int(utils.resolve_max_positions(*[model.max_positions() for model in models]))
     # fairseq-eval-lm has taken the context off by now.
@@ -64,7 +65,7 @@ def settle_length(
                 "%s was not given: blocks of %d tokens, which the model has positions for", _FLAG, chosen
             )
         length = chosen
-    elif length > positions and not request.skips_too_long and str(settings.sample_break_mode) != "eos":
+    elif length > positions and not request.skips_too_long:
         raise ConfigError(
             [
                 f"{_FLAG} is {length}, but the model has {positions} positions, so that longer blocks could not be "
