@@ -73,6 +73,7 @@ def test_resumed_run_keeps_what_it_was_trained_with_and_says_so(
         rest = _train(padded_data, tmp_path / "parts", "--max-update", updates, world_size=world_size)
         (sentence,) = _said(rest)
         assert "stays false" in sentence and "default would be true" in sentence
+        assert "--use-moe-pad-mask False ->" not in rest.output
         assert _stored(tmp_path / "parts") is False
         assert _losses(rest) == _losses(whole)[updates - 2 : updates]
     masked = _train(padded_data, tmp_path / "masked", world_size=world_size)
