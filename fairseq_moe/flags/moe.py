@@ -43,7 +43,7 @@ class MoEConfig:
     moe_eval_capacity_token_fraction: float = 0.25
     moe_generation_capacity_token_fraction: float | None = None
     moe_normalize_expert_grad: str = "world_size"
-    use_moe_pad_mask: bool = False
+    use_moe_pad_mask: bool | None = None
     record_a2a_perf_stats: bool = False
     dummy_a2a: bool = False
     alternate_decoder_ffn_embed_dim: int = 0
@@ -81,6 +81,11 @@ class MoEConfig:
     def loss_coefficients(self) -> dict[str, float]:
         """Weights of the losses by the model's flags; the criterion's weighs the branch's balance loss."""
         return self.megatron.loss_coefficients() if self.megatron.selected else {}
+
+    @property
+    def masks_padding(self) -> bool:
+        """Whether padding is routed nowhere, and enters no loss, capacity or statistic."""
+        return self.megatron.selected if self.use_moe_pad_mask is None else self.use_moe_pad_mask
 
     @property
     def is_pseudo_moe(self) -> bool:

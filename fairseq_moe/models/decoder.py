@@ -8,6 +8,7 @@ activation checkpointing and FSDP wrappers, so the balance loss is a real output
 
 import copy
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,7 +21,7 @@ from fairseq.models.transformer import TransformerConfig, TransformerDecoder
 from fairseq.modules.checkpoint_activations import _checkpointed_forward
 from torch import Tensor, nn
 
-from fairseq_moe.distributed import ParallelMesh, parallel_mesh, world_size
+from fairseq_moe.distributed import ParallelMesh, parallel_mesh, rank, world_size
 from fairseq_moe.expert_load.watch import LoadWatch
 from fairseq_moe.flags.blocks import BlocksConfig
 from fairseq_moe.flags.moe import MoEConfig
@@ -33,6 +34,8 @@ from fairseq_moe.modules.blocks.rope import Rotary
 from fairseq_moe.modules.moe_layer import RoutingMemo
 
 __all__ = ["MoEDecoder"]
+
+logger = logging.getLogger(__name__)
 
 
 class MoEDecoder(TransformerDecoder):
@@ -62,6 +65,9 @@ class MoEDecoder(TransformerDecoder):
         indices = range(self.num_layers) if self.moe.enabled else ()
         self.moe_layers = [index for index in indices if self.moe.is_moe_layer(index)]
         self.load_watch = LoadWatch(layers=self.moe_layers, top_k=self.moe.top_k)
+        # As the flags say; a run that goes on keeps what it began with (``stock.checkpoint.padding_mask``).
+        self.masks_padding = self.moe.masks_padding
+        self._has_warned_of_padding = False
 
     def _prepare_blocks(self, args: Any) -> Any:
         """What stock's constructor must know of our blocks."""
@@ -189,11 +195,7 @@ class MoEDecoder(TransformerDecoder):
             mode, ids = RouterMode.GENERATE, prev_output_tokens[:, -1:]
         else:
             mode, ids = RouterMode.TRAIN if self.training else RouterMode.EVAL, prev_output_tokens
-        padding_T = None
-        if all_padding:
-            padding_T = torch.ones_like(ids, dtype=torch.bool).reshape(-1)
-        elif self.moe.use_moe_pad_mask:
-            padding_T = ids.eq(self.padding_idx).reshape(-1)
+        padding_T = self._padding_of(ids, mode=mode, all_padding=all_padding)
         tokens = TokenInfo(mode=mode, padding_T=padding_T, ids_T=ids.reshape(-1), num_sequences=len(ids))
         guesses_further = self.blocks.mtp_loss_weight > 0 and mode is RouterMode.TRAIN and not features_only
         with self._talk_to_moe_layers(tokens) as auxes:
@@ -213,6 +215,24 @@ class MoEDecoder(TransformerDecoder):
         extra["moe_load_watch"] = self.load_watch
         extra["l_aux"] = [None if aux is None else aux.balance_loss for aux in auxes]
         return x, extra
+
+    def _padding_of(self, ids_BS: Tensor, *, mode: RouterMode, all_padding: bool) -> Tensor | None:
+        """Mark the tokens that are not to be routed: bool (B * S,); None where all are."""
+        if all_padding:
+            return torch.ones_like(ids_BS, dtype=torch.bool).reshape(-1)
+        if self.masks_padding:
+            return ids_BS.eq(self.padding_idx).reshape(-1)
+        # Stock's forward waits for the device to ask the same question.
+        may_warn = self.moe.enabled and mode is RouterMode.TRAIN and not self._has_warned_of_padding
+        if may_warn and self.moe.use_moe_pad_mask is None and ids_BS.eq(self.padding_idx).any():
+            self._has_warned_of_padding = True
+            if rank() == 0:
+                logger.warning(
+                    "batches are padded, and padding is routed like words: it takes capacity at the experts and enters "
+                    "the balance loss, as in fairseq's moe branch; pass --use-moe-pad-mask to leave it out, or "
+                    "--use-moe-pad-mask false to silence this."
+                )
+        return None
 
     def _guess_further(self, hidden_BSD: Tensor, ids_BS: Tensor, padding_T: Tensor | None) -> dict[str, Any]:
         """Logits of the blocks of multi-token prediction, and what their experts say."""

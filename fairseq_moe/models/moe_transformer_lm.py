@@ -31,6 +31,7 @@ from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.models.embedding import build_word_embedding
 from fairseq_moe.models.fitting import shape_problems
 from fairseq_moe.models.megatron_flags import MegatronFlags, add_list_arguments
+from fairseq_moe.models.padding_flag import add_padding_argument
 from fairseq_moe.models.presets import register_presets
 from fairseq_moe.models.reliability_flags import ReliabilityFlags
 from fairseq_moe.models.sizes import model_size
@@ -77,7 +78,13 @@ class MoETransformerLanguageModelConfig(
         default="world_size",
         metadata={"help": "divisor of expert gradients: world_size, or sqrt_world_size (fully_sharded only)"},
     )
-    use_moe_pad_mask: bool = field(default=False, metadata={"help": "padding tokens are not routed"})
+    use_moe_pad_mask: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "padding is routed nowhere, and with --num-experts it is in no loss, capacity or statistic; alone, "
+            "or with true or false (default: true with --num-experts, false with --moe-freq)"
+        },
+    )
     record_a2a_perf_stats: bool = field(
         default=False, metadata={"help": "log the time of the expert exchange (synchronises the device)"}
     )
@@ -126,6 +133,8 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
     def add_args(cls, parser: Any) -> None:
         """Add the model's flags."""
         add_list_arguments(parser)
+        own = MoETransformerLanguageModelConfig.__dataclass_fields__
+        add_padding_argument(parser, help_text=own["use_moe_pad_mask"].metadata["help"])
         super().add_args(parser)
 
     @classmethod

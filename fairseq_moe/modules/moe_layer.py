@@ -10,6 +10,7 @@ from fairseq_moe.modules.dispatch.exchange import ExchangeTimes
 from fairseq_moe.modules.experts import Experts
 from fairseq_moe.modules.recompute import recomputed, recomputed_first
 from fairseq_moe.modules.routing import stats
+from fairseq_moe.modules.routing.branch import BranchConfig
 from fairseq_moe.modules.routing.contract import LOSSES, RoutingDecision, TokenInfo
 from fairseq_moe.modules.routing.router import Router, RouterOutput
 from fairseq_moe.modules.shared_experts import SharedExperts
@@ -118,10 +119,12 @@ class MoELayer(nn.Module):
         y_TD = dispatched.combine(y_SD)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
-        return y_TD, self._aux(routed)
+        return y_TD, self._aux(routed, tokens)
 
-    def _aux(self, routed: RouterOutput) -> MoEAux:
+    def _aux(self, routed: RouterOutput, tokens: TokenInfo) -> MoEAux:
         counts = routed.decision.counts
+        # The branch's gates log padding, too, as the branch does.
+        is_branch = isinstance(self.router.config, BranchConfig)
         with torch.no_grad():
             layer_stats = stats.layer_stats(
                 routed.gates_TE.detach(),
@@ -130,6 +133,7 @@ class MoELayer(nn.Module):
                 all_to_all_cpu_time_ms=self.exchange_times.cpu_ms,
                 all_to_all_cuda_time_ms=self.exchange_times.cuda_ms,
                 bias_E=self.router.expert_bias,
+                padding_T=None if is_branch else tokens.padding_T,
             )
             load_2E = torch.stack([counts.requested_E, counts.kept_E]).float()
         zero = torch.zeros((), device=layer_stats.device)

@@ -5,6 +5,7 @@
 
 import importlib
 import importlib.util
+import logging
 import os
 import random
 import runpy
@@ -13,7 +14,7 @@ import sys
 import numpy as np
 import torch
 
-__all__ = ["as_main_module", "as_script", "by_init_method", "by_srun", "then_draw"]
+__all__ = ["after_debug_logging", "as_main_module", "as_script", "by_init_method", "by_srun", "then_draw"]
 
 
 def as_main_module() -> None:
@@ -51,6 +52,12 @@ def by_srun() -> None:
         SLURM_LOCALID=env["RANK"],
         SLURM_NODEID="0",
     )
+    _call()
+
+
+def after_debug_logging() -> None:
+    """The command after ``logging.basicConfig(level=DEBUG)``, which an import inside fairseq leaves behind."""
+    logging.basicConfig(level=logging.DEBUG)
     _call()
 
 

@@ -39,7 +39,7 @@ def keep_within_capacity(
     requested_TK: Tensor,
     *,
     num_experts: int,
-    capacity: int,
+    capacity: int | Tensor,
     policy: DropPolicy,
 ) -> Tensor:
     """Keep the requested assignments that get one of their expert's slots.

@@ -66,29 +66,29 @@ class AssignmentCounts(NamedTuple):
     Counts of parts of a micro-batch may be added (``of`` the sum of their histograms) before anything is made of them.
 
     Args:
-        histogram_33E: int64, by choice (first, second, all later ones), by fate (kept, dropped, not requested) and by
-            expert.
+        histogram_34E: int64, by choice (first, second, all later ones), by fate (kept, dropped, not requested, padding
+            that is left out of everything) and by expert.
         requested_E: int64, requested assignments of each expert.
         kept_E: int64, those that were kept.
     """
 
-    histogram_33E: Tensor
+    histogram_34E: Tensor
     requested_E: Tensor
     kept_E: Tensor
 
     @classmethod
-    def of(cls, histogram_33E: Tensor) -> "AssignmentCounts":
+    def of(cls, histogram_34E: Tensor) -> "AssignmentCounts":
         """Sum a histogram up by expert."""
-        kept_E, dropped_E, _ = histogram_33E.sum(0)
-        return cls(histogram_33E, kept_E + dropped_E, kept_E)
+        kept_E, dropped_E, *_ = histogram_34E.sum(0)
+        return cls(histogram_34E, kept_E + dropped_E, kept_E)
 
     def num_tokens(self) -> Tensor:
-        """Count the tokens, padding included, as every token has one first choice: int64 scalar."""
-        return self.histogram_33E[0].sum()
+        """Count the tokens that are not left out, as every token has one first choice: int64 scalar."""
+        return self.histogram_34E[0, :3].sum()
 
     def first_choices(self) -> Tensor:
         """Count the requested first choices of each expert: int64 (E,)."""
-        return self.histogram_33E[0, :2].sum(0)
+        return self.histogram_34E[0, :2].sum(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,8 @@ class RoutingDecision:
             policy.
         kept_TK: bool, requested assignments that found a slot within the capacity.
         counts: of these assignments, on their device.
-        capacity: assignments that each expert takes from this rank; None: unlimited.
+        capacity: assignments that each expert takes from this rank, at most (masked padding makes it fewer); None:
+            unlimited.
         num_slots: slots of each expert where shapes are fixed, at least the capacity, the same on all ranks; None:
             as many as assignments are kept.
         keeps_all: every assignment is kept whatever the data, so that the host knows their number without waiting.
@@ -129,13 +130,16 @@ class RoutingDecision:
         capacity: int | None,
         num_slots: int | None = None,
         keeps_all: bool = False,
+        padding_T: Tensor | None = None,
     ) -> "RoutingDecision":
-        """Make a decision and count its assignments."""
+        """Make a decision and count its assignments; those of ``padding_T`` are left out of every statistic."""
         return cls(
             expert_ids_TK=expert_ids_TK,
             requested_TK=requested_TK,
             kept_TK=kept_TK,
-            counts=count_assignments(expert_ids_TK, requested_TK, kept_TK, num_experts=num_experts),
+            counts=count_assignments(
+                expert_ids_TK, requested_TK, kept_TK, num_experts=num_experts, padding_T=padding_T
+            ),
             capacity=capacity,
             num_slots=num_slots,
             keeps_all=keeps_all,
@@ -207,7 +211,12 @@ def count_ids(ids: Tensor, *, size: int, counted: Tensor | None = None) -> Tenso
 
 
 def count_assignments(
-    expert_ids_TK: Tensor, requested_TK: Tensor, kept_TK: Tensor, *, num_experts: int
+    expert_ids_TK: Tensor,
+    requested_TK: Tensor,
+    kept_TK: Tensor,
+    *,
+    num_experts: int,
+    padding_T: Tensor | None = None,
 ) -> AssignmentCounts:
     """Count assignments by choice, fate and expert.
 
@@ -216,12 +225,15 @@ def count_assignments(
         requested_TK: bool.
         kept_TK: bool, some of the requested ones.
         num_experts: E.
+        padding_T: bool, tokens to leave out, which request nothing; None: all tokens count.
     """
     fate_TK = 2 - requested_TK.long() - kept_TK.long()
+    if padding_T is not None:
+        fate_TK = fate_TK + padding_T.long().unsqueeze(-1)
     choice_K = torch.arange(expert_ids_TK.shape[1], device=expert_ids_TK.device).clamp(max=2)
-    bins_TK = (3 * choice_K + fate_TK) * num_experts + expert_ids_TK
-    counts = count_ids(bins_TK.reshape(-1), size=9 * num_experts)
-    return AssignmentCounts.of(counts.view(3, 3, num_experts))
+    bins_TK = (4 * choice_K + fate_TK) * num_experts + expert_ids_TK
+    counts = count_ids(bins_TK.reshape(-1), size=12 * num_experts)
+    return AssignmentCounts.of(counts.view(3, 4, num_experts))
 
 
 def queue_positions(

@@ -37,10 +37,11 @@ def layer_stats(
     all_to_all_cpu_time_ms: float = 0.0,
     all_to_all_cuda_time_ms: float = 0.0,
     bias_E: Tensor | None = None,
+    padding_T: Tensor | None = None,
 ) -> Tensor:
     """Compute the statistics of one layer and one micro-batch, in the order of ``LAYER_STATS``.
 
-    Histograms count raw choices, before padding, the second-expert policy and capacity. With one expert per
+    Histograms count raw choices, before the second-expert policy and capacity. With one expert per
     token all ``expert2`` values are 0, and so is ``overflow_expert1`` (the branch logs it so; ``drop_rate``
     tells the truth). Nothing to count gives 0, never NaN.
 
@@ -51,19 +52,21 @@ def layer_stats(
         all_to_all_cpu_time_ms: measured by the caller.
         all_to_all_cuda_time_ms: measured by the caller.
         bias_E: the router's expert bias, if it has one.
+        padding_T: bool, tokens that no number is about; None: all are counted.
 
     Returns:
         float32 (len(LAYER_STATS),).
     """
     num_experts = gates_TE.shape[-1]
+    valid_T = gates_TE.new_ones(len(gates_TE), dtype=torch.bool) if padding_T is None else ~padding_T
     zero = torch.zeros((), device=gates_TE.device)
-    by_fate_33 = counts.histogram_33E.sum(-1)
-    dropped_3 = by_fate_33[:, 1]
-    requested_3 = by_fate_33[:, 0] + dropped_3
-    chosen_3E = counts.histogram_33E.sum(1)
+    by_fate_34 = counts.histogram_34E.sum(-1)
+    dropped_3 = by_fate_34[:, 1]
+    requested_3 = by_fate_34[:, 0] + dropped_3
+    chosen_3E = counts.histogram_34E[:, :3].sum(1)
     share_3E = torch.sort(100.0 * chosen_3E / counts.num_tokens().clamp(min=1), descending=True).values
     values = {name: zero for name in LAYER_STATS}
-    values["entropy_gating"] = _entropy(gates_TE)
+    values["entropy_gating"] = _entropy(gates_TE, valid_T)
     values["drop_rate"] = _percent(dropped_3.sum(), requested_3.sum())
     values["all_to_all_cpu_time_ms"] = zero + all_to_all_cpu_time_ms
     values["all_to_all_cuda_time_ms"] = zero + all_to_all_cuda_time_ms
@@ -80,11 +83,11 @@ def layer_stats(
     return torch.stack([values[name].float() for name in LAYER_STATS])
 
 
-def _entropy(gates_TE: Tensor) -> Tensor:
+def _entropy(gates_TE: Tensor, valid_T: Tensor) -> Tensor:
     gates = gates_TE.float()
     eps = torch.finfo(gates.dtype).eps
     entropy_T = -(gates * gates.clamp(min=eps, max=1 - eps).log()).sum(-1)
-    return entropy_T.sum() / max(gates.shape[0], 1)
+    return (entropy_T * valid_T).sum() / valid_T.sum().clamp(min=1)
 
 
 def _percent(part: Tensor, whole: Tensor) -> Tensor:

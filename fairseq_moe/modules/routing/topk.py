@@ -128,12 +128,17 @@ class TopKRule:
         capacity = self.capacity(num_tokens, num_experts, tokens.mode)
         kept_TK = requested_TK
         if capacity is not None:
+            limit: int | Tensor = capacity
+            if tokens.padding_T is not None:
+                limit = self._valid_capacity(
+                    tokens.padding_T, num_experts, factor=self.config.capacity.factor
+                )
             kept_TK = keep_within_capacity(
                 ids_TK,
                 self._weights(logits_TE, ids_TK),
                 requested_TK,
                 num_experts=num_experts,
-                capacity=capacity,
+                capacity=limit,
                 policy=self.config.capacity.policy,
             )
         decision = RoutingDecision.counted(
@@ -146,6 +151,7 @@ class TopKRule:
             keeps_all=capacity is None
             and tokens.padding_T is None
             and self.config.choice is not Choice.EXPERT,
+            padding_T=tokens.padding_T,
         )
         is_plain = self._chooses_plainly(bias_E)
         balance_counts_2E = self._balance_counts(gates_TE, decision, tokens, is_plain=is_plain)
@@ -178,12 +184,9 @@ class TopKRule:
         requested_CE = torch.ones((num_slots, num_experts), dtype=torch.bool, device=logits_TE.device)
         if tokens.padding_T is not None:
             scores_TE = scores_TE.masked_fill(tokens.padding_T.unsqueeze(-1), float("-inf"))
-            # As many slots as the valid tokens alone would give, so that padding changes nothing.
-            num_valid = (~tokens.padding_T).sum()
-            even_share = (num_valid * self.config.top_k).double() / num_experts
-            valid_slots = (even_share * self._expert_factor).ceil().clamp(min=self.config.capacity.minimum)
+            valid_slots = self._valid_capacity(tokens.padding_T, num_experts, factor=self._expert_factor)
             order_C1 = torch.arange(num_slots, device=logits_TE.device).unsqueeze(-1)
-            requested_CE = requested_CE & (order_C1 < torch.minimum(valid_slots, num_valid))
+            requested_CE = requested_CE & (order_C1 < torch.minimum(valid_slots, (~tokens.padding_T).sum()))
         chosen_CE = scores_TE.topk(num_slots, dim=0).indices
         requested_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(0, chosen_CE, requested_CE)
         ids_TE = scores_TE.argsort(dim=-1, descending=True)
@@ -210,6 +213,15 @@ class TopKRule:
             factor=factor,
             minimum=self.config.capacity.minimum,
         )
+
+    def _valid_capacity(self, padding_T: Tensor, num_experts: int, *, factor: float | None) -> Tensor:
+        """Compute the capacity that the tokens alone would give, so that padding changes nothing.
+
+        A tensor, because the number of tokens is known on the device only; shapes follow from ``capacity``.
+        """
+        assert factor is not None
+        even_share = ((~padding_T).sum() * self.config.top_k).double() / num_experts
+        return (even_share * factor).ceil().clamp(min=self.config.capacity.minimum)
 
     @property
     def _expert_factor(self) -> float:

@@ -29,6 +29,7 @@ _ABSENT = object()
 _NOT_OF_THE_MODEL = {
     "add_bos_token", "batch_size", "ddp_backend", "distributed_rank", "fp16", "fp16_no_flatten_grads",
     "max_target_positions", "memory_efficient_fp16", "num_workers_valid", "tokens_per_sample", "tpu", "world_size",
+    "use_moe_pad_mask",  # ``keep_padding_mask`` decides about it, and says so
 }  # fmt: skip
 
 

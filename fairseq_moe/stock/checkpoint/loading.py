@@ -10,6 +10,7 @@ from fairseq_moe.distributed import broadcast_value, gather_values, rank
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.stock.checkpoint.changes import Resets
 from fairseq_moe.stock.checkpoint.named_state import load_optimizer, restore_progress
+from fairseq_moe.stock.checkpoint.padding_mask import keep_padding_mask
 from fairseq_moe.stock.checkpoint.reading import TrainerRequest, reading_for, resolve_branch, with_advice
 from fairseq_moe.stock.run import run_of
 from fairseq_moe.stock.seam import seam
@@ -72,6 +73,9 @@ def trainer_load_checkpoint(
         logger.info("Loaded optimizer state (%d updates)", self.get_num_updates())
     elif extra_state is not None and not reset_optimizer:
         _continue_without_optimizer(self, filename, resets)
+    begins = self.cfg.checkpoint.finetune_from_model is not None and reset_meters
+    saved = None if begins or request.saved_cfg is None else request.saved_cfg.get("model")
+    keep_padding_mask(run.decoder, self.cfg.model, saved)
     run.run_id = request.run_id
     if extra_state is not None:
         _move_position(extra_state["train_iterator"], request.num_data_ranks, self.data_parallel_world_size)

@@ -24,6 +24,8 @@ from fairseq_moe.flags.moe import moe_problems
 from fairseq_moe.stock.run import end_of_run
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.start.ending import failures_told, has_experts, one_sentence_errors
+from fairseq_moe.stock.start.given import given_names, restore_given
+from fairseq_moe.stock.start.log_format import use_stock_log_format
 from fairseq_moe.stock.start.spawned import wait_for
 
 __all__ = ["run_rank"]
@@ -39,6 +41,7 @@ __all__ = ["run_rank"]
     test="tests/e2e/test_launch.py",
 )
 def call_main(stock: Callable[..., Any], cfg: Any, main: Callable[..., Any], **kwargs: Any) -> None:
+    use_stock_log_format()
     with one_sentence_errors():
         dist_cfg = cfg.distributed_training
         on_cpu = not cfg.common.tpu and (cfg.common.cpu or not torch.cuda.is_available())
@@ -74,7 +77,8 @@ def _spawn_ranks(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any], *, 
     else:
         # More threads than cores make every rank slower by an order of magnitude; torchrun sets the same.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    ranks = spawn(run_rank, args=(main, cfg, kwargs), nprocs=num_processes, join=False)
+    args = (main, cfg, kwargs, given_names())
+    ranks = spawn(run_rank, args=args, nprocs=num_processes, join=False)
     if has_experts(cfg):
         wait_for(ranks)
     else:
@@ -82,8 +86,12 @@ def _spawn_ranks(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any], *, 
             pass
 
 
-def run_rank(index: int, main: Callable[..., Any], cfg: Any, kwargs: dict[str, Any]) -> None:
+def run_rank(
+    index: int, main: Callable[..., Any], cfg: Any, kwargs: dict[str, Any], given: frozenset[str] | None
+) -> None:
     """Run a command in a spawned rank; importing this module has put the adapter in place."""
+    use_stock_log_format()
+    restore_given(given)
     try:
         with one_sentence_errors(), failures_told():
             distributed_utils.distributed_main(index, main, cfg, kwargs)

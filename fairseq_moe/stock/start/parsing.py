@@ -9,6 +9,7 @@ from typing import Any
 import fairseq_moe
 from fairseq_moe.stock.proxy import ModuleProxy
 from fairseq_moe.stock.seam import install_seams, seam
+from fairseq_moe.stock.start.given import note_given
 
 
 @seam(
@@ -33,6 +34,7 @@ def parse_args_and_arch(
         parser.add_argument("--is-moe", action="store_true", help="accepted and unnecessary")
     parsed = stock(parser, input_args, parse_known, suppress_defaults, modify_parser)
     args = parsed[0] if parse_known else parsed
+    note_given(parser, input_args)
     given = sys.argv[1:] if input_args is None else input_args
     if getattr(args, "bf16", False) and "--tpu" not in given:
         args.tpu = False

@@ -86,6 +86,10 @@ _COMMAND_LINES: list[tuple[list[str], dict[str, Any]]] = [
     ),
     ([*_EXPERTS, "--moe-per-layer-logging"], {"moe_per_layer_logging": True}),
     ([*_EXPERTS, "--use-moe-pad-mask"], {"use_moe_pad_mask": True}),
+    ([*_EXPERTS, "--use-moe-pad-mask", "false"], {"use_moe_pad_mask": False, "masks_padding": False}),
+    (_EXPERTS, {"use_moe_pad_mask": None, "masks_padding": True}),
+    (["--moe-freq", "2", "--moe-expert-count", "4"], {"use_moe_pad_mask": None, "masks_padding": False}),
+    (["--moe-freq", "2", "--moe-expert-count", "4", "--use-moe-pad-mask", "true"], {"masks_padding": True}),
     ([*_EXPERTS, "--moe-ffn-hidden-size", "24"], {"expert_dim": 24}),
     ([*_EXPERTS, "--expert-model-parallel-size", "1"], {"megatron.expert_model_parallel_size": 1}),
     ([*_EXPERTS, "--moe-input-jitter-eps", "0.01"], {"megatron.moe_input_jitter_eps": 0.01}),
@@ -115,6 +119,9 @@ _HYDRA: list[tuple[list[str], dict[str, Any]]] = [
         {"megatron.moe_expert_capacity_factor": 1.0, "max_tokens": 5 * 1025},
     ),
     (["model.moe_expert_capacity_factor=1"], {"max_tokens": None}),
+    (["model.use_moe_pad_mask=false"], {"use_moe_pad_mask": False}),
+    (["model.use_moe_pad_mask=true"], {"use_moe_pad_mask": True}),
+    (["model.use_moe_pad_mask=null"], {"use_moe_pad_mask": None, "masks_padding": True}),
 ]
 
 
@@ -195,6 +202,8 @@ def test_data_after_a_list_is_not_taken_for_one_of_its_values(capfd: pytest.Capt
     argv = [*_EXPERTS, "--moe-router-load-balancing-type", "aux_loss", "data"]
     assert run_ranks(_parse_badly, 1, argv) == [2]
     assert run_ranks(_parse_badly, 1, [*argv[:-1], "--moe-layer-freq", "1", "data"]) == [0]
+    assert run_ranks(_parse_badly, 1, [*_EXPERTS, "--use-moe-pad-mask", "data"]) == [2]
+    assert run_ranks(_parse_badly, 1, ["data", *_EXPERTS, "--use-moe-pad-mask"]) == [0]
 
 
 # --- the table of other arguments ---

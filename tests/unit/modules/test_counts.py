@@ -52,14 +52,23 @@ class TestByHand:
         assert int(counts.num_tokens()) == 4
 
     def test_every_choice_and_fate(self) -> None:
-        first, second, later = counts_of().histogram_33E.tolist()
-        assert first == [[1, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
-        assert second == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
-        assert later == [[0, 2, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]]
+        first, second, later = counts_of().histogram_34E.tolist()
+        nothing = [0, 0, 0, 0]
+        assert first == [[1, 0, 1, 1], [0, 0, 1, 0], nothing, nothing]
+        assert second == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1], nothing]
+        assert later == [[0, 2, 0, 0], nothing, [1, 0, 1, 0], nothing]
+
+    def test_padding_is_a_fate_of_its_own(self) -> None:
+        padding_T = torch.tensor([False, False, True, False])
+        left = ~padding_T.unsqueeze(-1)
+        counts = count_assignments(IDS, REQUESTED & left, KEPT & left, num_experts=4, padding_T=padding_T)
+        assert int(counts.num_tokens()) == 3
+        assert counts.histogram_34E[:, 3].tolist() == [[0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0]]
+        assert counts.requested_E.tolist() == [2, 3, 2, 1]
 
     def test_counts_of_parts_add_up(self) -> None:
         parts = [counts_of(slice(0, 1)), counts_of(slice(1, 3)), counts_of(slice(3, 4))]
-        total = AssignmentCounts.of(torch.stack([part.histogram_33E for part in parts]).sum(0))
+        total = AssignmentCounts.of(torch.stack([part.histogram_34E for part in parts]).sum(0))
         for found, expected in zip(total, counts_of(), strict=True):
             assert torch.equal(found, expected)
 

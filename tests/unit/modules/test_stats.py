@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from fairseq_moe.modules.routing import stats
-from fairseq_moe.modules.routing.contract import RoutingDecision
+from fairseq_moe.modules.routing.contract import AssignmentCounts, RoutingDecision, count_assignments
 
 BRANCH_STATS = {
     "overflow_expert1",
@@ -125,3 +126,26 @@ def test_certain_gates_have_no_entropy(dtype: torch.dtype) -> None:
         capacity=None,
     )
     assert named(gates, decision)["entropy_gating"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_padding_is_in_no_number() -> None:
+    """Tokens 1 and 4 are padding; without them the numbers are those of the other three."""
+    ids = torch.tensor([[0, 1], [3, 2], [0, 2], [1, 0], [3, 2]])
+    padding = torch.tensor([False, True, False, False, True])
+    gates = torch.softmax(torch.arange(20.0).reshape(5, 4) % 7, -1)
+    requested = (~padding).unsqueeze(-1).expand(5, 2)
+    kept = requested & torch.tensor([[True, False]])
+
+    def counts(tokens: Tensor, padding_T: Tensor | None) -> AssignmentCounts:
+        return count_assignments(
+            ids[tokens], requested[tokens], kept[tokens], num_experts=4, padding_T=padding_T
+        )
+
+    everywhere = torch.ones_like(padding)
+    found = stats.layer_stats(gates, counts(everywhere, padding), top_k=2, padding_T=padding)
+    torch.testing.assert_close(found, stats.layer_stats(gates[~padding], counts(~padding, None), top_k=2))
+    everything = stats.layer_stats(gates, counts(everywhere, None), top_k=2)
+    assert not torch.allclose(found, everything)
+    none = torch.zeros_like(requested)
+    nothing = count_assignments(ids, none, none, num_experts=4, padding_T=everywhere)
+    assert torch.isfinite(stats.layer_stats(gates, nothing, top_k=2, padding_T=everywhere)).all()

@@ -14,7 +14,7 @@ ROOMS = [
     {"checkpoint"},
     {"sharding"},
     {"step"},
-    {"dictionary", "evaluate", "tables"},
+    {"dictionary", "evaluation", "tables"},
 ]
 
 

@@ -1,4 +1,4 @@
-"""Evaluation and generation: one number over all ranks, no rank left waiting."""
+"""Sum the scores of fairseq-eval-lm over all ranks, and refuse to print a number of no tokens."""
 
 import inspect
 import logging
@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_moe.distributed import all_reduce_sum, local_experts_only, world_size
+from fairseq_moe.distributed import all_reduce_sum, world_size
+from fairseq_moe.stock.evaluation.lengths import no_tokens_error
+from fairseq_moe.stock.evaluation.request import EvaluationRequest, current_request
 from fairseq_moe.stock.find_experts import moe_decoder
 from fairseq_moe.stock.seam import seam
-from fairseq_moe.stock.start.ending import one_sentence_errors
 from fairseq_moe.stock.step.dummy import dummy_batch
 
 logger = logging.getLogger("fairseq_cli.eval_lm")  # where users look for these lines
 
 
 class _Tally:
-    """Count what this rank has scored, by the rules of stock's ``eval_lm``.
+    """Count and add up what this rank has scored, by the rules of stock's ``eval_lm``.
 
     Args:
         bos: the token to leave out at the start of each sentence, or None.
@@ -38,23 +39,26 @@ class _Tally:
         self.duration_sec = 0.0
 
     def add(self, sample: dict[str, Any], hypos: list[Any], duration_sec: float) -> None:
+        """Add the best hypothesis of each sentence of a batch."""
         self.num_tokens += int(sample["ntokens"])
         self.duration_sec += duration_sec
         for hypo in (best[0] for best in hypos):
-            tokens, scores = hypo["tokens"].tolist(), hypo["positional_scores"]
+            tokens, scores = hypo["tokens"].tolist() if self._continued else [], hypo["positional_scores"]
             if self._bos is not None:
                 tokens, scores = tokens[1:], scores[1:]
             finite = scores[torch.isfinite(scores)]
             self.score_sum += finite.double().sum().cpu()
             self.num_scored += finite.numel() - sum(token in self._continued for token in tokens[:-1])
 
-    def over_all_ranks(self, device: torch.device) -> tuple[Tensor, int]:
-        """Loss per scored token in bits, and the number of tokens put into the model."""
-        sums = [self.score_sum.item(), self.num_scored, self.num_tokens]
-        score_sum, num_scored, num_tokens = all_reduce_sum(
-            torch.tensor(sums, dtype=torch.float64, device=device)
-        ).cpu()
-        return -score_sum / num_scored / math.log(2), int(num_tokens)
+    def add_other_ranks(self, device: torch.device) -> None:
+        """Add what the other ranks have scored; every rank calls this."""
+        sums = torch.tensor([self.score_sum.item(), self.num_scored, self.num_tokens], dtype=torch.float64)
+        self.score_sum, num_scored, num_tokens = all_reduce_sum(sums.to(device)).cpu()
+        self.num_scored, self.num_tokens = int(num_scored), int(num_tokens)
+
+    def loss_bits(self) -> Tensor | float:
+        """Loss per scored token in bits; 0 where none was, as in stock."""
+        return -self.score_sum / self.num_scored / math.log(2) if self.num_scored else 0.0
 
 
 _TALLY: ContextVar[_Tally | None] = ContextVar("evaluation_tally", default=None)
@@ -67,57 +71,94 @@ _TALLY: ContextVar[_Tally | None] = ContextVar("evaluation_tally", default=None)
     stock_does="reports the loss of rank 0's share of the data, and skips a batch where a rank has none",
     breaks="the perplexity of several ranks is that of a part of the text; the ranks that have a batch wait "
     "for ever for the experts of one that has none",
-    we_do="sum over all ranks (dense models too); a rank without a batch scores a dummy. One process is "
-    "left alone",
+    we_do="sum over all ranks (dense models too); a rank without a batch scores a dummy; nothing scored is an "
+    "error, and where blocks may be left out the line says of how many tokens the number is. One process with a "
+    "dense model is left alone",
     test="tests/e2e/test_commands.py",
 )
 def eval_lm(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    if world_size() == 1:
-        return stock(*args, **kwargs)
     call = inspect.signature(stock).bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments
+    has_experts, is_alone = (
+        any(moe_decoder(model) is not None for model in given["models"]),
+        world_size() == 1,
+    )
+    if is_alone and not has_experts:
+        return stock(*args, **kwargs)
     dictionary = given["target_dictionary"] or given["source_dictionary"]
     tally = _Tally(
         bos=dictionary.bos() if given["remove_bos_token"] else None,
         continued=_continued_tokens(given["source_dictionary"], given["post_process"]),
     )
-    if any(moe_decoder(model) is not None for model in given["models"]):
+    request = current_request() or EvaluationRequest(command="eval_lm")
+    if is_alone:
+        with _counting(tally, says_itself=request.skips_too_long):
+            results = stock(*args, **kwargs)
+    else:
+        _score_on_several_ranks(stock, call, tally, has_experts=has_experts)
+        results = {"loss": tally.loss_bits(), "perplexity": 2 ** tally.loss_bits()}
+    if has_experts and tally.num_scored == 0:
+        raise no_tokens_error(request, "no token got a finite score")
+    if request.skips_too_long or not is_alone:
+        _log_speed(tally, request if has_experts else None)
+    return results
+
+
+def _score_on_several_ranks(
+    stock: Callable[..., Any], call: inspect.BoundArguments, tally: _Tally, *, has_experts: bool
+) -> None:
+    """Score this rank's share of the text, in step with the other ranks, and add up what all have scored."""
+    given = call.arguments
+    if has_experts:
+        dictionary = given["target_dictionary"] or given["source_dictionary"]
         dummy = dummy_batch(dictionary, add_bos_token=given["remove_bos_token"])
         given["batch_iterator"] = _filled(given["batch_iterator"], dummy)
     if given["output_word_probs"] or given["output_word_stats"]:
         logger.warning(
             "words are printed by rank 0 for its own share only; run one process to see all of them."
         )
-    with _counting(tally):
+    with _counting(tally, says_itself=True):
         stock(*call.args, **call.kwargs)
-    loss, num_tokens = tally.over_all_ranks(next(given["models"][0].parameters()).device)
+    tally.add_other_ranks(next(given["models"][0].parameters()).device)
+
+
+def _log_speed(tally: _Tally, request: EvaluationRequest | None) -> None:
+    """Print stock's line; where blocks may have been left out, with the number of all tokens."""
+    whole = f" of {request.num_tokens:,}" if request is not None and request.skips_too_long else ""
     logger.info(
-        "Evaluated %s tokens in %.1fs (%.2f tokens/s)",
-        f"{num_tokens:,}",
+        "Evaluated %s%s tokens in %.1fs (%.2f tokens/s)",
+        f"{tally.num_tokens:,}",
+        whole,
         tally.duration_sec,
-        num_tokens / max(tally.duration_sec, 1e-9),
+        tally.num_tokens / max(tally.duration_sec, 1e-9),
     )
-    return {"loss": loss, "perplexity": 2**loss}
 
 
 def _continued_tokens(dictionary: Any, post_process: str | None) -> set[int]:
+    """Tokens that a word goes on after."""
     if post_process is None:
         return set()
     return {index for index in range(len(dictionary)) if dictionary[index].endswith(post_process.rstrip())}
 
 
 def _filled(batches: Iterable[Any], dummy: dict[str, Any]) -> Iterator[Any]:
+    """Put a dummy in the place of each empty batch."""
     for sample in batches:
         yield sample if "net_input" in sample else dummy
 
 
 @contextmanager
-def _counting(tally: _Tally) -> Iterator[None]:
-    """Collect what is scored inside, and hold back stock's line about this rank's share."""
+def _counting(tally: _Tally, *, says_itself: bool) -> Iterator[None]:
+    """Collect what is scored inside.
+
+    Args:
+        tally: takes it.
+        says_itself: hold back stock's line about the tokens; the caller prints one about all of them.
+    """
 
     def is_not_of_one_rank(record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("Evaluated ")
+        return not (says_itself and str(record.msg).startswith("Evaluated "))
 
     token = _TALLY.set(tally)
     logger.addFilter(is_not_of_one_rank)
@@ -133,7 +174,7 @@ def _counting(tally: _Tally) -> Iterator[None]:
     signature="(self, models, sample, **kwargs)",
     stock_does="hands the scores to eval_lm, which keeps their sum and count to itself",
     breaks="they cannot be summed over ranks",
-    we_do="count along while several ranks evaluate",
+    we_do="count along while an MoE model or several ranks evaluate",
     test="tests/e2e/test_commands.py",
 )
 def scorer_generate(stock: Callable[..., Any], self: Any, models: Any, sample: Any, **kwargs: Any) -> Any:
@@ -143,20 +184,6 @@ def scorer_generate(stock: Callable[..., Any], self: Any, models: Any, sample: A
     if tally is not None:
         tally.add(sample, hypos, time.perf_counter() - start_sec)
     return hypos
-
-
-@seam(
-    "fairseq.checkpoint_utils:load_model_ensemble_and_task",
-    signature="(filenames, arg_overrides, task, strict, suffix, num_shards, state)",
-    stock_does="returns models and task, which know nothing of each other",
-    breaks="the next entry must know whether the task's model has experts",
-    we_do="note it on the task",
-    test="tests/numerics/test_branch_eval.py",
-)
-def load_model_ensemble_and_task(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    models, cfg, task = stock(*args, **kwargs)
-    task.evaluates_experts = any(moe_decoder(model) is not None for model in models)
-    return models, cfg, task
 
 
 @seam(
@@ -173,29 +200,3 @@ def eval_lm_dataloader(stock: Callable[..., Any], self: Any, dataset: Any, *args
     if getattr(self, "evaluates_experts", False):
         dataset.fixed_pad_length = self.args.tokens_per_sample
     return stock(self, dataset, *args, **kwargs)
-
-
-@seam(
-    "fairseq.hub_utils:from_pretrained",
-    signature="(model_name_or_path, checkpoint_file, data_name_or_path, archive_map, **kwargs)",
-    stock_does="loads a model for use in this process",
-    breaks="inside a process group the experts would be spread over ranks that do not call the model",
-    we_do="all experts in this process",
-    test="tests/e2e/test_commands.py",
-)
-def from_pretrained(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with local_experts_only():
-        return stock(*args, **kwargs)
-
-
-@seam(
-    "fairseq_cli.generate:main",
-    signature="(cfg)",
-    stock_does="lets every exception through",
-    breaks="a checkpoint that cannot be read ends in a stack trace",
-    we_do="end user errors with one sentence, as call_main does for the other commands",
-    test="tests/e2e/test_bad_input.py",
-)
-def generate_main(stock: Callable[..., Any], cfg: Any) -> Any:
-    with one_sentence_errors():
-        return stock(cfg)
