@@ -1,6 +1,6 @@
-"""The stock fairseq flags that touch an MoE model: supported (with the test), or refused (with the reason).
+"""List the stock fairseq flags that touch an MoE model: supported (with the test), or refused (with the reason).
 
-Checked before anything is read. ``README.md`` shows the same table; a test keeps the two equal.
+Checked before anything is read. ``docs/flags.md`` shows the same table; a test keeps the two equal.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ __all__ = ["STOCK_FLAGS", "StockFlag", "stock_flag_problems"]
 
 @dataclass(frozen=True, kw_only=True)
 class StockFlag:
-    """One row.
+    """Describe what an MoE model makes of one flag.
 
     Args:
         flag: as typed.
@@ -198,13 +198,13 @@ STOCK_FLAGS = (
 
 
 def stock_flag_problems(cfg: Any) -> list[str]:
-    """One sentence per stock flag in use that an MoE model cannot honour."""
+    """List one sentence per stock flag in use that an MoE model cannot honour."""
     found = []
-    for row in STOCK_FLAGS:
-        group = getattr(cfg, row.group, None) if row.group else None
-        value = getattr(group, row.field, None) if group is not None else None
-        if row.reason and row.refused(value):
-            found.append(f"{row.flag} ({value}) does not work with an MoE model: {row.reason}.")
+    for entry in STOCK_FLAGS:
+        group = getattr(cfg, entry.group, None) if entry.group else None
+        value = getattr(group, entry.field, None) if group is not None else None
+        if entry.reason and entry.refused(value):
+            found.append(f"{entry.flag} ({value}) does not work with an MoE model: {entry.reason}.")
     return found + _flat_fp16_problem(cfg) + _sharded_precision_problems(cfg) + _block_problem(cfg)
 
 

@@ -48,7 +48,6 @@ UNCLEAR_YET = {
     "checkpoint",
     "checkpoint_tools",
     "convert",
-    "flags",
     "models",
 }
 NO_QUESTION_YET = {"checkpoint", "convert", "models"}

@@ -20,7 +20,7 @@ from omegaconf import open_dict
 from torch.multiprocessing.spawn import spawn
 
 from fairseq_moe.errors import ConfigError
-from fairseq_moe.flags.moe import moe_problems
+from fairseq_moe.flags.moe_checks import moe_problems
 from fairseq_moe.stock.run import end_of_run
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.start.ending import failures_told, has_experts, one_sentence_errors

@@ -19,12 +19,12 @@ def flag_list(rank: int = 0) -> str:
 
 
 def _paragraphs() -> Iterator[str]:
-    import fairseq_moe  # noqa: F401
     from fairseq.criterions.cross_entropy import CrossEntropyCriterionConfig
     from fairseq.dataclass.utils import gen_parser_from_dataclass
     from fairseq.models import ARCH_MODEL_REGISTRY
     from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 
+    import fairseq_moe  # noqa: F401
     from fairseq_moe.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
     from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModelConfig
 
