@@ -1,4 +1,4 @@
-"""The ``transformer_lm`` architectures with experts, under their stock names.
+"""Register the ``transformer_lm`` architectures with experts, under their stock names.
 
 Stock refuses a second model of the same name, so the registry entries are replaced (``adopt_architectures``).
 Without a flag that asks for experts or our own blocks the stock model is built, by stock's code.
@@ -49,17 +49,17 @@ class MoETransformerLanguageModelConfig(TransformerLanguageModelConfig, _Declare
 
 
 class MoETransformerLanguageModel(TransformerLanguageModel):
-    """A transformer language model with experts; dense if no flag asks for any."""
+    """Model a language with a transformer that has experts; dense if no flag asks for any."""
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
-        """Add the model's flags."""
+        """Add the model's flags to a command's parser."""
         add_list_arguments(parser)
         super().add_args(parser)
 
     @classmethod
     def build_embedding(cls, args: Any, dictionary: Any, embed_dim: int, path: Any = None) -> Any:
-        """Stock's; our own blocks also take a dictionary whose padding is none of its words."""
+        """Build stock's embedding; our own blocks also take a dictionary whose padding is none of its words."""
         if BlocksConfig.from_args(args).enabled:
             return build_word_embedding(dictionary, embed_dim)
         return super().build_embedding(args, dictionary, embed_dim, path)
@@ -106,7 +106,7 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
 
 
 def _check_agreement(args: Any) -> None:
-    """Compare the model's flags over all ranks; with other ones they would exchange different things, or wait."""
+    """Compare the model's flags over all ranks: with different ones they would exchange other things, or wait."""
     get = getter(args)
     own = {flag.name: str(get(flag.name)) for flag in fields(MoETransformerLanguageModelConfig)}
     problems = disagreements(gather_values(own))
