@@ -26,9 +26,13 @@ from fairseq_moe.models.flags import fairseq_dataclass
 from fairseq_moe.modules.routing.contract import LOSSES
 from fairseq_moe.modules.routing.stats import LAYER_STATS
 
-__all__ = ["MoECrossEntropyCriterion", "MoECrossEntropyCriterionConfig"]
+__all__ = ["LOGGED_METRICS", "MoECrossEntropyCriterion", "MoECrossEntropyCriterionConfig"]
 
 _LOGGED_LOSSES = tuple(name for name in LOSSES if name != "balance")
+# What validation of any model logs, besides nll_loss where losses are averaged over sentences.
+LOGGED_METRICS = (
+    "loss", "inner_loss", "ppl", "moe_gate_loss", *(f"moe_{name}_loss" for name in _LOGGED_LOSSES), *LAYER_STATS,
+)  # fmt: skip
 
 
 _GateLossFlags: Any = fairseq_dataclass("_GateLossFlags", GateLossConfig)
