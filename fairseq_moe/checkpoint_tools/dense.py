@@ -3,7 +3,6 @@
 import re
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ from fairseq_moe.checkpoint_tools.output import check_target, write_dense
 from fairseq_moe.checkpoint_tools.source import Source, open_source
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.flags.blocks import BlocksConfig
-from fairseq_moe.flags.megatron import MegatronConfig
-from fairseq_moe.flags.megatron_aliases import MEGATRON_ARGS
-from fairseq_moe.flags.moe import MoEConfig
-from fairseq_moe.flags.reliability import ReliabilityConfig
+from fairseq_moe.flags.records import changed_fields, declared_fields, flag_name
+from fairseq_moe.models.flags import MODEL_RECORDS
 from fairseq_moe.progress import progress
 from fairseq_moe.stock.checkpoint.untrusted import refuse_programs
 
@@ -31,14 +28,8 @@ _WIDTH = re.compile(r".+\.layers\.\d+\.fc1\.weight")
 # What an MoE model's configuration says beyond that of a stock one, which drops what it does not know; but this
 # package would read a dense checkpoint's moe_freq.
 MODEL_FLAGS_OF_PLUGIN = frozenset(
-    {
-        entry.name
-        for record in (MoEConfig, MegatronConfig, BlocksConfig, ReliabilityConfig)
-        for entry in fields(record)
-    }
-    | {argument.name for argument in MEGATRON_ARGS}
-    | {"use_stable_embedding", "num_workers_valid", "moe_freeze_modules"}
-) - {"decoder_layers", "tokens_per_sample", "checkpoint_activations", "megatron"}
+    {entry.name for record in MODEL_RECORDS for entry in declared_fields(record)} | {"batch_size"}
+)
 
 
 def to_dense(path: Path, to: Path, *, expert: int | None) -> None:
@@ -81,12 +72,7 @@ def to_dense(path: Path, to: Path, *, expert: int | None) -> None:
 
 def _check_blocks(path: Path, model_flags: dict[str, Any]) -> None:
     """Refuse layers that stock cannot build, with experts or without."""
-    found, default = BlocksConfig.from_args(model_flags), BlocksConfig()
-    given = [
-        "--" + entry.name.replace("_", "-")
-        for entry in fields(BlocksConfig)
-        if getattr(found, entry.name) != getattr(default, entry.name)
-    ]
+    given = [flag_name(name) for name in changed_fields(BlocksConfig.from_args(model_flags))]
     if given:
         raise CheckpointError(
             f"the model in {path} has blocks that stock fairseq does not know ({', '.join(given)}); it cannot "

@@ -6,7 +6,8 @@ from typing import Any, get_args, get_type_hints
 
 from fairseq_moe.convert.spec import Mla, ModelSpec, Rope, Routing
 from fairseq_moe.errors import ConfigError
-from fairseq_moe.flags.blocks import BlocksConfig, block_problems
+from fairseq_moe.flags.blocks import BlocksConfig
+from fairseq_moe.flags.blocks_checks import block_problems
 from fairseq_moe.flags.megatron import MegatronConfig
 from fairseq_moe.flags.megatron_checks import megatron_problems
 from fairseq_moe.flags.moe import MoEConfig

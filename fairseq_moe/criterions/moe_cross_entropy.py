@@ -7,14 +7,13 @@ A model that predicts further tokens (--mtp-loss-weight) adds weight * the mean 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fairseq import utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
-from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from torch import Tensor
 
@@ -22,25 +21,26 @@ from fairseq_moe.criterions.nll import summed_nll
 from fairseq_moe.criterions.per_layer import log_per_layer, per_layer_sums
 from fairseq_moe.expert_load.record import LOAD_KEY
 from fairseq_moe.expert_load.watch import LoadWatch
+from fairseq_moe.flags.gate_loss import GateLossConfig
+from fairseq_moe.models.flags import fairseq_dataclass
 from fairseq_moe.modules.routing.contract import LOSSES
 from fairseq_moe.modules.routing.stats import LAYER_STATS
 
-__all__ = ["MoECrossEntropyCriterion", "MoECrossEntropyCriterionConfig"]
+__all__ = ["LOGGED_METRICS", "MoECrossEntropyCriterion", "MoECrossEntropyCriterionConfig"]
 
 _LOGGED_LOSSES = tuple(name for name in LOSSES if name != "balance")
+# What validation of any model logs, besides nll_loss where losses are averaged over sentences.
+LOGGED_METRICS = (
+    "loss", "inner_loss", "ppl", "moe_gate_loss", *(f"moe_{name}_loss" for name in _LOGGED_LOSSES), *LAYER_STATS,
+)  # fmt: skip
+
+
+_GateLossFlags: Any = fairseq_dataclass("_GateLossFlags", GateLossConfig)
 
 
 @dataclass
-class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig):
+class MoECrossEntropyCriterionConfig(CrossEntropyCriterionConfig, _GateLossFlags):  # type: ignore[misc]
     """Flags of the criterion ``moe_cross_entropy``."""
-
-    moe_gate_loss_wt: float = field(default=1.0, metadata={"help": "weight of the gate (balance) loss"})
-    moe_gate_loss_combine_method: ChoiceEnum(["average", "sum"]) = field(  # type: ignore[valid-type]
-        default="average", metadata={"help": "how the gate losses of the layers are combined"}
-    )
-    moe_gate_loss_transform: ChoiceEnum(["none", "neg_log"]) = field(  # type: ignore[valid-type]
-        default="none", metadata={"help": "transformation of the combined gate loss"}
-    )
 
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyCriterionConfig)

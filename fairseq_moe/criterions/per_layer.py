@@ -5,6 +5,7 @@ means over micro-batches and ranks; violations and drop rates follow from loads 
 they are those of the whole update.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from fairseq.logging import metrics
@@ -13,10 +14,11 @@ from torch import Tensor
 from fairseq_moe.modules.routing.contract import LOSSES
 from fairseq_moe.modules.routing.stats import LAYER_STATS, load_violations
 
-__all__ = ["log_per_layer", "per_layer_sums"]
+__all__ = ["log_per_layer", "per_layer_names", "per_layer_sums"]
 
 _PREFIX = "_moe_layer"  # of the summed tensors; the underscore keeps them out of progress bars
 _STATS = ("entropy_gating", "expert_bias_spread")
+_OF_LOAD = ("max_violation", "min_violation", "drop_rate")
 
 
 def per_layer_sums(auxes: list[Any], sample_size: Any) -> dict[str, Tensor]:
@@ -52,11 +54,23 @@ def log_per_layer(logging_outputs: list[dict[str, Any]], *, sample_size: Any, ba
             _log_load(layer, totals[key])
 
 
+def per_layer_names(layers: Iterable[int], num_experts: int) -> list[str]:
+    """Name what ``log_per_layer`` logs.
+
+    Args:
+        layers: the decoder layers with experts, from 0.
+        num_experts: E.
+    """
+    names = [*(f"{name}_loss" for name in LOSSES), *_STATS, *_OF_LOAD]
+    names += [f"load_expert{expert}" for expert in range(num_experts)]
+    return [f"layer{layer}_{name}" for layer in layers for name in names]
+
+
 def _log_load(layer: str, load_2E: Tensor) -> None:
     wanted, kept = load_2E
     maximum, minimum = load_violations(wanted.unsqueeze(0))[0]
     dropped = 100.0 * (wanted.sum() - kept.sum()) / wanted.sum().clamp(min=1)
-    for name, value in (("max_violation", maximum), ("min_violation", minimum), ("drop_rate", dropped)):
+    for name, value in zip(_OF_LOAD, (maximum, minimum, dropped), strict=True):
         metrics.log_scalar(f"{layer}_{name}", value, priority=600, round=4)
     for expert, share in enumerate(100.0 * wanted / wanted.sum().clamp(min=1)):
         metrics.log_scalar(f"{layer}_load_expert{expert}", share, priority=600, round=3)

@@ -1,6 +1,8 @@
-"""Ranks that were started with different flags, found before they wait for each other: pure arithmetic."""
+"""Find ranks that were started with different flags, before they wait for each other: pure arithmetic."""
 
 from collections.abc import Mapping, Sequence
+
+from fairseq_moe.flags.records import flag_name
 
 __all__ = ["disagreements"]
 
@@ -8,7 +10,7 @@ _MISSING = "not there"
 
 
 def disagreements(by_rank: Sequence[Mapping[str, str]]) -> list[str]:
-    """One sentence per flag that does not have the same value on every rank.
+    """List one sentence per flag that does not have the same value on every rank.
 
     Args:
         by_rank: values as text by field name, of each rank in order.
@@ -22,7 +24,7 @@ def disagreements(by_rank: Sequence[Mapping[str, str]]) -> list[str]:
         if len(ranks_of) > 1:
             said = " and ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_of.items())
             found.append(
-                f"--{name.replace('_', '-')} is {said}; start all ranks with the same flags and the same code."
+                f"{flag_name(name)} is {said}; start all ranks with the same flags and the same code."
             )
     return found
 

@@ -1,4 +1,4 @@
-"""--moe-freeze-modules: parts of MoE layers that fine-tuning leaves as they are."""
+"""Read --moe-freeze-modules: parts of MoE layers that fine-tuning leaves as they are."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ FREEZABLE = ("routers", "experts")
 
 
 def frozen_modules(args: Any) -> frozenset[str]:
-    """Which of ``FREEZABLE`` a model's flags name."""
+    """Name the parts (of ``FREEZABLE``) that a model's flags leave as they are."""
     return frozenset(words(getter(args)("moe_freeze_modules") or ""))
 
 
 def freeze_problems(cfg: Any, *, has_experts: bool) -> list[str]:
-    """One sentence per reason why they cannot be frozen.
+    """List one sentence per reason why parts cannot be frozen.
 
     Args:
         cfg: a whole fairseq configuration.
-        has_experts: whether any layer has.
+        has_experts: whether any layer has experts.
     """
     wanted = frozen_modules(cfg.model) if getattr(cfg, "model", None) is not None else frozenset()
     if not wanted:

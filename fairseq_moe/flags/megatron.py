@@ -1,4 +1,4 @@
-"""Megatron-Core's MoE arguments under their own names, and what they mean here.
+"""Declare Megatron-Core's MoE arguments as flags under their own names, and say what they mean here.
 
 ``--num-experts N`` selects Megatron's routing with Megatron's defaults, except that the expert-parallel size
 is min(ranks, experts) and the dispatcher is alltoall unless said otherwise. Without it the moe branch's gates
@@ -6,13 +6,14 @@ are used, and the arguments that describe Megatron's routing are refused (``mega
 """
 
 import ast
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fairseq_moe.flags.megatron_aliases import resolve_aliases
-from fairseq_moe.flags.records import given_fields, words
+from fairseq_moe.flags.records import Group, flag, given_fields, words
 from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule
 from fairseq_moe.modules.routing.capacity import DropPolicy
 from fairseq_moe.modules.routing.router import ScorerConfig
@@ -43,40 +44,85 @@ FORCED_CHOICES = {"random": Choice.RANDOM, "round_robin": Choice.ROUND_ROBIN, "h
 
 _MAX_PATTERN = 100_000  # layers
 
+_experts = functools.partial(flag, Group.EXPERTS)
+_routing = functools.partial(flag, Group.ROUTING)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronConfig:
-    """The arguments; None means that one was not given."""
+    """Hold the arguments; None means that one was not given."""
 
-    num_experts: int | None = None
-    expert_model_parallel_size: int | None = None
-    moe_layer_freq: str | None = None
-    moe_ffn_hidden_size: int | None = None
-    moe_router_topk: int | None = None
-    moe_router_load_balancing_type: str | None = None
-    moe_aux_loss_coeff: str | None = None
-    moe_z_loss_coeff: float | None = None
-    moe_router_score_function: str | None = None
-    moe_router_pre_softmax: bool = False
-    moe_router_topk_scaling_factor: float | None = None
-    moe_router_num_groups: int | None = None
-    moe_router_group_topk: int | None = None
-    moe_router_group_score: str | None = None
-    moe_router_enable_expert_bias: bool = False
-    moe_router_bias_update_rate: float | None = None
-    moe_router_force_load_balancing: str | None = None
-    moe_expert_capacity_factor: float | None = None
-    moe_expert_capacity_minimum: int | None = None
-    moe_expert_capacity_warmup_updates: int | None = None
-    moe_pad_expert_input_to_capacity: bool = False
-    moe_token_drop_policy: str | None = None
+    num_experts: int | None = _experts(None, "experts per MoE layer, routed as in Megatron-Core")
+    expert_model_parallel_size: int | None = _experts(
+        None, "ranks over which the experts are spread (default: min(ranks, experts))"
+    )
+    moe_layer_freq: str | None = _experts(
+        None, "N: layers 0, N, 2N, ... have experts; or a pattern such as ([0]+[1]*23) (default: 1)"
+    )
+    moe_ffn_hidden_size: int | None = _experts(
+        None, "hidden width of an expert (default: --decoder-ffn-embed-dim)"
+    )
+    moe_router_topk: int | None = _routing(None, "experts per token (default: 2)")
+    moe_router_load_balancing_type: str | None = _routing(
+        None,
+        "aux_loss (default), seq_aux_loss, global_aux_loss, several of these, quantile_balancing, sinkhorn, "
+        "expert_choice or none",
+    )
+    moe_aux_loss_coeff: str | None = _routing(
+        None, "weight of each balancing loss (default: 0; 1e-2 is a good start)"
+    )
+    moe_z_loss_coeff: float | None = _routing(
+        None, "weight of the z-loss on router logits (1e-3 is a good start)"
+    )
+    moe_router_score_function: str | None = _routing(None, "softmax (default), sigmoid or sqrtsoftplus")
+    moe_router_pre_softmax: bool = _routing(
+        False, "softmax over all experts before the choice; weights are not renormalised"
+    )
+    moe_router_topk_scaling_factor: float | None = _routing(None, "multiplies the weights")
+    moe_router_num_groups: int | None = _routing(
+        None, "groups of neighbouring experts for group-limited routing"
+    )
+    moe_router_group_topk: int | None = _routing(None, "groups from which a token may choose")
+    moe_router_group_score: str | None = _routing(
+        None, "score of a group: sum of its best floor(topk / group topk) (default), best_two or max"
+    )
+    moe_router_enable_expert_bias: bool = _routing(False, "balance by a bias on the choice instead of a loss")
+    moe_router_bias_update_rate: float | None = _routing(
+        None, "step of the expert bias per update (default: 1e-3)"
+    )
+    moe_router_force_load_balancing: str | None = _routing(
+        None,
+        "for benchmarks: random (the default), round_robin or hash (of the token's id) choice",
+        argparse_const="random",
+    )
+    moe_expert_capacity_factor: float | None = _routing(
+        None, "an expert takes ceil(tokens * topk / experts * factor) rows (default: no limit)"
+    )
+    moe_expert_capacity_minimum: int | None = _routing(None, "smallest capacity")
+    moe_expert_capacity_warmup_updates: int | None = _routing(
+        None, "the capacity holds for so many updates, then nothing is dropped"
+    )
+    moe_pad_expert_input_to_capacity: bool = _routing(
+        False, "each expert gets exactly its capacity in rows: static shapes"
+    )
+    moe_token_drop_policy: str | None = _routing(
+        None, "who is dropped: probs (default), position or prioritized"
+    )
     # These go with the branch's gates too:
-    moe_token_dispatcher_type: str | None = None
-    moe_input_jitter_eps: float | None = None
-    moe_router_dtype: str | None = None
-    use_xmoe: bool = False
-    moe_shared_expert_intermediate_size: int | None = None
-    moe_shared_expert_gate: bool = False
+    moe_token_dispatcher_type: str | None = _experts(None, "alltoall (default) or allgather")
+    moe_input_jitter_eps: float | None = _routing(
+        None, "while training the router's input is multiplied by uniform(1-eps, 1+eps)"
+    )
+    moe_router_dtype: str | None = _routing(
+        None, "precision of router logits: fp32 or fp64 (default: that of the model)"
+    )
+    use_xmoe: bool = _routing(False, "X-MoE's cosine router")
+    moe_shared_expert_intermediate_size: int | None = _experts(
+        None, "width of a network that every token passes besides its experts"
+    )
+    moe_shared_expert_gate: bool = _experts(
+        False, "scale the shared network's output by a learned sigmoid gate"
+    )
 
     @classmethod
     def from_args(cls, args: Any) -> "MegatronConfig":
@@ -85,31 +131,31 @@ class MegatronConfig:
 
     @property
     def selected(self) -> bool:
-        """Whether Megatron's routing is asked for."""
+        """Tell whether Megatron's routing is asked for."""
         return self.num_experts is not None
 
     @property
     def top_k(self) -> int:
-        """K; Megatron's default is 2."""
+        """Return K, the experts per token; Megatron's default is 2."""
         return 2 if self.moe_router_topk is None else self.moe_router_topk
 
     @property
     def balancing_types(self) -> list[str]:
-        """The load-balancing types, one or several; Megatron's default is aux_loss (with coefficient 0)."""
+        """List the load-balancing types; Megatron's default is aux_loss (with coefficient 0)."""
         return words(self.moe_router_load_balancing_type or "aux_loss")
 
     @property
     def score_function(self) -> str:
-        """What a logit means; Megatron's default is softmax."""
+        """Name the function that turns logits into scores; Megatron's default is softmax."""
         return self.moe_router_score_function or "softmax"
 
     @property
     def has_capacity(self) -> bool:
-        """Whether experts take a limited number of rows; a negative factor means no limit, as in Megatron."""
+        """Tell whether experts have a capacity; a negative factor means no limit, as in Megatron."""
         return self.moe_expert_capacity_factor is not None and self.moe_expert_capacity_factor > 0
 
     def loss_coefficients(self) -> dict[str, float]:
-        """Coefficient of each auxiliary loss that is not 0, by its name in ``modules.routing.contract.LOSSES``."""
+        """Read the coefficients of auxiliary losses that are not 0, by name in ``modules.routing.contract.LOSSES``."""
         numbers = [float(word) for word in words(self.moe_aux_loss_coeff or "0")]
         names = [LOAD_BALANCING_TYPES[kind][1] for kind in self.balancing_types]
         if len(numbers) == 1:
@@ -124,7 +170,7 @@ class MegatronConfig:
         return found
 
     def topk_config(self, *, max_tokens: int | None = None) -> TopKConfig:
-        """The routing rule these arguments ask for.
+        """Make the routing rule that these arguments ask for.
 
         Args:
             max_tokens: tokens of the largest training batch of any rank, if it is known.
@@ -163,7 +209,7 @@ class MegatronConfig:
         )
 
     def scorer_config(self) -> ScorerConfig:
-        """How logits are computed."""
+        """Describe how router logits are computed."""
         dtypes = {None: None, "fp32": torch.float32, "fp64": torch.float64}
         return ScorerConfig(
             cosine=self.use_xmoe,
@@ -172,21 +218,21 @@ class MegatronConfig:
         )
 
     def bias_config(self) -> BiasConfig | None:
-        """How the expert bias follows the load; None: there is none."""
+        """Describe how the expert bias follows the load; None: there is none."""
         rule = self._bias_rule()
         rate = 1e-3 if self.moe_router_bias_update_rate is None else self.moe_router_bias_update_rate
         return None if rule is None else BiasConfig(rule=rule, update_rate=rate)
 
     @property
     def dispatcher(self) -> str:
-        """alltoall (default), allgather, or padded."""
+        """Name the dispatcher: alltoall (default), allgather, or padded."""
         if self.moe_pad_expert_input_to_capacity:
             return "padded"
         return self.moe_token_dispatcher_type or "alltoall"
 
 
 def moe_layer_pattern(text: str, num_layers: int) -> list[bool]:
-    """Which layers have experts.
+    """Mark the layers that have experts.
 
     Args:
         text: N (layers 0, N, 2N, ...; Megatron's rule), or a list of 0 and 1 such as ``([0]+[1]*23)``.
@@ -211,7 +257,7 @@ def moe_layer_pattern(text: str, num_layers: int) -> list[bool]:
 
 
 def _evaluate(node: ast.expr) -> Any:
-    """Lists of integers, added and repeated: nothing else is evaluated, and no list grows beyond reason."""
+    """Evaluate lists of integers, added and repeated: nothing else, and no list grows beyond reason."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, ast.List):

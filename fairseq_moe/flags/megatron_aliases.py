@@ -1,19 +1,20 @@
-"""Megatron's arguments that are not about routing: aliases, and what is so anyway, or not there.
+"""Declare Megatron's arguments that choose nothing here: old names, what always holds, and what is not there yet.
 
-One row per argument. ``alias``: another argument is set, with a warning. ``no_op``: what it asks for is so
-anyway or does not apply here; accepted with a warning. ``refused``: the run ends with the reason.
+One entry per argument. ``alias``: another argument is set, with a warning. ``no_op``: what it asks for always holds
+or does not apply here; accepted with a warning. ``refused``: the run ends with the reason.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import Any
 
-from fairseq_moe.flags.records import getter, words
+from fairseq_moe.flags.records import Group, flag, flag_name, getter, words
 
 __all__ = [
     "MEGATRON_ARGS",
     "MEGATRON_VALUES",
     "MegatronArg",
+    "MegatronArgs",
     "argument_problems",
     "argument_warnings",
     "resolve_aliases",
@@ -24,7 +25,7 @@ _AXES = "data and expert parallelism (--ddp-backend, --expert-model-parallel-siz
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronArg:
-    """One row.
+    """Describe one argument, or one of its values.
 
     Args:
         name: field name; the flag is ``--`` + name with dashes.
@@ -32,7 +33,7 @@ class MegatronArg:
         does: ``alias``, ``no_op`` or ``refused``.
         text: the argument, or value, that an alias stands for; or the reason.
         harmless: a value that changes nothing (size 1 of an axis).
-        value: the row is about this value only; None: about all.
+        value: the entry is about this value only; None: about all.
     """
 
     name: str
@@ -44,8 +45,15 @@ class MegatronArg:
 
     @property
     def flag(self) -> str:
-        """As typed."""
-        return "--" + self.name.replace("_", "-")
+        """Spell the argument as a user types it."""
+        return flag_name(self.name)
+
+    @property
+    def help(self) -> str:
+        """Tell in the command's help what the argument does."""
+        if self.does == "alias":
+            return f"old name of {flag_name(self.text)}"
+        return f"{'does nothing' if self.does == 'no_op' else self.does}: {self.text}"
 
 
 def _arg(
@@ -95,6 +103,21 @@ MEGATRON_ARGS = (
     _arg("moe_extended_ep", bool, "refused", f"extended expert parallelism is not there yet; {_AXES}"),
 )
 
+# The record that declares them, as the others do by hand.
+MegatronArgs = make_dataclass(
+    "MegatronArgs",
+    [
+        (
+            entry.name,
+            bool if entry.kind is bool else entry.kind | None,
+            flag(Group.MEGATRON, False if entry.kind is bool else None, entry.help),
+        )
+        for entry in MEGATRON_ARGS
+    ],
+    frozen=True,
+    kw_only=True,
+)
+
 # Single values of arguments that otherwise are what they are in Megatron.
 MEGATRON_VALUES = (
     _arg("moe_token_dispatcher_type", str, "alias", "alltoall", value="alltoall_seq"),
@@ -110,44 +133,46 @@ MEGATRON_VALUES = (
 
 def _given(args: Any) -> Iterator[tuple[MegatronArg, Any]]:
     get = getter(args)
-    for row in MEGATRON_ARGS:
-        value = get(row.name)
-        if value is not None and value is not False and value != row.harmless:
-            yield row, value
-    for row in MEGATRON_VALUES:
-        if get(row.name) == row.value:
-            yield row, row.value
+    for entry in MEGATRON_ARGS:
+        value = get(entry.name)
+        if value is not None and value is not False and value != entry.harmless:
+            yield entry, value
+    for entry in MEGATRON_VALUES:
+        if get(entry.name) == entry.value:
+            yield entry, entry.value
 
 
 def argument_problems(args: Any) -> list[str]:
-    """One sentence per refused argument, and per alias that contradicts what it stands for."""
+    """List one sentence per refused argument, and per alias that contradicts what it stands for."""
     found = []
     get = getter(args)
-    for row, value in _given(args):
-        if row.does == "refused":
-            found.append(f"{row.flag} ({value}) cannot be honoured: {row.text}.")
-        elif row.does == "alias" and row.value is None and get(row.text) not in (None, value):
-            target = "--" + row.text.replace("_", "-")
-            found.append(f"{row.flag} {value} contradicts {target} {get(row.text)}; leave out {row.flag}.")
+    for entry, value in _given(args):
+        if entry.does == "refused":
+            found.append(f"{entry.flag} ({value}) cannot be honoured: {entry.text}.")
+        elif entry.does == "alias" and entry.value is None and get(entry.text) not in (None, value):
+            target = flag_name(entry.text)
+            found.append(
+                f"{entry.flag} {value} contradicts {target} {get(entry.text)}; leave out {entry.flag}."
+            )
     return found
 
 
 def argument_warnings(args: Any) -> list[str]:
-    """One sentence per argument that is accepted and does nothing by itself, or other than it seems to."""
+    """List one sentence per argument that is accepted and does nothing by itself, or other than it seems to."""
     found = []
-    for row, value in _given(args):
-        if row.does == "no_op":
-            found.append(f"{row.flag} is accepted and does nothing: {row.text}.")
-        elif row.does == "alias" and row.value is None:
-            found.append(f"{row.flag} is an old name; use --{row.text.replace('_', '-')}.")
-        elif row.does == "alias":
-            found.append(f"{row.flag} {value} is an old name; use {row.text}.")
+    for entry, value in _given(args):
+        if entry.does == "no_op":
+            found.append(f"{entry.flag} is accepted and does nothing: {entry.text}.")
+        elif entry.does == "alias" and entry.value is None:
+            found.append(f"{entry.flag} is an old name; use {flag_name(entry.text)}.")
+        elif entry.does == "alias":
+            found.append(f"{entry.flag} {value} is an old name; use {entry.text}.")
     get = getter(args)
     return found if get("num_experts") is None else [*found, *_remarks(get)]
 
 
 def _remarks(get: Callable[[str], Any]) -> Iterator[str]:
-    """What a user of Megatron's routing may not expect."""
+    """List what a user of Megatron's routing may not expect."""
     function = get("moe_router_score_function")
     if get("moe_router_pre_softmax") and function not in (None, "softmax"):
         yield (
@@ -175,11 +200,11 @@ def _remarks(get: Callable[[str], Any]) -> Iterator[str]:
 
 
 def resolve_aliases(values: dict[str, Any], args: Any) -> dict[str, Any]:
-    """``values`` with aliases replaced by what they stand for."""
+    """Replace aliases in ``values`` by what they stand for."""
     resolved = dict(values)
-    for row, value in _given(args):
-        if row.does == "alias" and row.value is None:
-            resolved.setdefault(row.text, value)
-        elif row.does == "alias":
-            resolved[row.name] = row.text
+    for entry, value in _given(args):
+        if entry.does == "alias" and entry.value is None:
+            resolved.setdefault(entry.text, value)
+        elif entry.does == "alias":
+            resolved[entry.name] = entry.text
     return resolved

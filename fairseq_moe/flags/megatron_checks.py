@@ -1,9 +1,7 @@
 """Every reason to refuse a combination of Megatron-Core's MoE arguments: one sentence each, all at once."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterable
 
 from fairseq_moe.flags.megatron import (
     DISPATCHERS,
@@ -12,7 +10,7 @@ from fairseq_moe.flags.megatron import (
     MegatronConfig,
     moe_layer_pattern,
 )
-from fairseq_moe.flags.records import words
+from fairseq_moe.flags.records import NOT_NEGATIVE, Range, changed_fields, flag_name, one_of, ranges, words
 from fairseq_moe.modules.routing.capacity import DropPolicy
 from fairseq_moe.modules.routing.scores import GroupScore, ScoreFunction
 from fairseq_moe.modules.routing.topk import Choice
@@ -32,15 +30,15 @@ _COMMON = {
 
 
 def megatron_problems(config: MegatronConfig, *, num_layers: int) -> list[str]:
-    """One sentence per argument that cannot be honoured.
+    """List one sentence per argument that cannot be honoured.
 
     Args:
         config: the arguments.
         num_layers: decoder layers.
     """
-    found = _range_problems(config) + _common_problems(config)
+    found = ranges(config, _RANGES) + _common_problems(config)
     if not config.selected:
-        stray = [flag for name, flag in _given(config) if name not in _COMMON]
+        stray = [flag_name(name) for name in changed_fields(config) if name not in _COMMON]
         if stray:
             found.append(
                 f"{', '.join(stray)} describe Megatron's routing, which --num-experts N selects; give "
@@ -64,8 +62,8 @@ def megatron_problems(config: MegatronConfig, *, num_layers: int) -> list[str]:
 
 
 def unused_arguments(config: MegatronConfig) -> list[str]:
-    """One sentence if arguments about experts are given for a model without any."""
-    flags = [flag for name, flag in _given(config) if name in _COMMON]
+    """Refuse, in one sentence, arguments about experts that are given for a model without any."""
+    flags = [flag_name(name) for name in changed_fields(config) if name in _COMMON]
     if not flags:
         return []
     return [
@@ -74,63 +72,36 @@ def unused_arguments(config: MegatronConfig) -> list[str]:
     ]
 
 
-def _given(config: MegatronConfig) -> list[tuple[str, str]]:
-    """Names and flags of the arguments that are not at their defaults."""
-    default = MegatronConfig()
-    return [
-        (field.name, "--" + field.name.replace("_", "-"))
-        for field in fields(config)
-        if getattr(config, field.name) != getattr(default, field.name)
-    ]
-
-
 def _positive(value: float) -> bool:
-    return value > 0 and math.isfinite(value)
+    return 0 < value < math.inf
 
 
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("num_experts", _positive, "at least 1"),
-    ("moe_ffn_hidden_size", _positive, "a positive width"),
-    ("moe_shared_expert_intermediate_size", _positive, "a positive width"),
-    ("moe_input_jitter_eps", lambda eps: 0 <= eps < 1, "0 <= eps < 1"),
-    ("moe_z_loss_coeff", lambda weight: weight == 0 or _positive(weight), "a finite weight of at least 0"),
-    ("moe_router_topk_scaling_factor", _positive, "a positive finite number"),
-    ("moe_router_bias_update_rate", _positive, "a positive finite number"),
-    (
-        "moe_expert_capacity_factor",
+_RANGES: dict[str, Range] = {
+    "num_experts": (_positive, "at least 1"),
+    "moe_ffn_hidden_size": (_positive, "a positive width"),
+    "moe_shared_expert_intermediate_size": (_positive, "a positive width"),
+    "moe_input_jitter_eps": (lambda eps: 0 <= eps < 1, "0 <= eps < 1"),
+    "moe_z_loss_coeff": (lambda weight: 0 <= weight < math.inf, "a finite weight of at least 0"),
+    "moe_router_topk_scaling_factor": (_positive, "a positive finite number"),
+    "moe_router_bias_update_rate": (_positive, "a positive finite number"),
+    "moe_expert_capacity_factor": (
         lambda factor: factor != 0 and math.isfinite(factor),
         "a positive number, or a negative one for no limit",
     ),
-    ("moe_expert_capacity_minimum", lambda minimum: minimum >= 0, "at least 0"),
-    ("moe_expert_capacity_warmup_updates", lambda updates: updates >= 0, "at least 0"),
-)
-
-
-def _range_problems(config: MegatronConfig) -> list[str]:
-    found = []
-    for name, is_good, expected in _RANGES:
-        value = getattr(config, name)
-        if value is not None and not is_good(value):
-            found.append(f"--{name.replace('_', '-')} is {value}, expected {expected}.")
-    return found
-
-
-def _one_of(flag: str, value: str | None, allowed: Iterable[str]) -> list[str]:
-    names = list(allowed)
-    if value is None or value in names:
-        return []
-    return [f"{flag} is {value!r}, expected one of {', '.join(names)}."]
+    "moe_expert_capacity_minimum": NOT_NEGATIVE,
+    "moe_expert_capacity_warmup_updates": NOT_NEGATIVE,
+}
 
 
 def _common_problems(config: MegatronConfig) -> list[str]:
     kind = config.moe_token_dispatcher_type
-    found = [] if kind == "flex" else _one_of("--moe-token-dispatcher-type", kind, DISPATCHERS)
+    found = [] if kind == "flex" else one_of(config, {"moe_token_dispatcher_type": DISPATCHERS})
     if kind == "allgather" and config.moe_pad_expert_input_to_capacity:
         found.append(
             "--moe-pad-expert-input-to-capacity fixes the shapes of an all-to-all; leave out "
             "--moe-token-dispatcher-type allgather."
         )
-    found += _one_of("--moe-router-dtype", config.moe_router_dtype, ("fp32", "fp64"))
+    found += one_of(config, {"moe_router_dtype": ("fp32", "fp64")})
     if config.moe_shared_expert_gate and config.moe_shared_expert_intermediate_size is None:
         found.append("--moe-shared-expert-gate needs --moe-shared-expert-intermediate-size; add it.")
     return found
@@ -153,11 +124,7 @@ def _choice_problems(config: MegatronConfig) -> list[str]:
         found.append(
             f"--moe-router-topk is {config.top_k}, expected 1 to {config.num_experts} (--num-experts)."
         )
-    found += _one_of(
-        "--moe-router-score-function",
-        config.moe_router_score_function,
-        [kind.value for kind in ScoreFunction],
-    )
+    found += one_of(config, {"moe_router_score_function": [kind.value for kind in ScoreFunction]})
     choices = {LOAD_BALANCING_TYPES.get(kind, (Choice.TOKEN,))[0] for kind in config.balancing_types}
     post_softmax = config.score_function == "softmax" and not config.moe_router_pre_softmax
     if config.top_k == 1 and post_softmax and choices == {Choice.TOKEN}:
@@ -166,7 +133,7 @@ def _choice_problems(config: MegatronConfig) -> list[str]:
             "router no gradient; add --moe-router-pre-softmax or another --moe-router-score-function."
         )
     forced = config.moe_router_force_load_balancing
-    found += _one_of("--moe-router-force-load-balancing", forced, FORCED_CHOICES)
+    found += one_of(config, {"moe_router_force_load_balancing": FORCED_CHOICES})
     if forced is not None and choices != {Choice.TOKEN}:
         found.append(
             "--moe-router-force-load-balancing replaces the tokens' choice, which "
@@ -217,7 +184,7 @@ def _group_problems(config: MegatronConfig) -> list[str]:
         ]
     if not 1 <= kept <= groups:
         return [f"--moe-router-group-topk is {kept}, expected 1 to {groups} (--moe-router-num-groups)."]
-    found = _one_of("--moe-router-group-score", score, [kind.value for kind in GroupScore])
+    found = one_of(config, {"moe_router_group_score": [kind.value for kind in GroupScore]})
     size = config.num_experts // groups
     if config.top_k > kept * size:
         found.append(
@@ -287,9 +254,7 @@ def _capacity_problems(config: MegatronConfig) -> list[str]:
         ):
             if given:
                 found.append(f"{flag} needs a positive --moe-expert-capacity-factor; add it.")
-    found += _one_of(
-        "--moe-token-drop-policy", config.moe_token_drop_policy, [policy.value for policy in DropPolicy]
-    )
+    found += one_of(config, {"moe_token_drop_policy": [policy.value for policy in DropPolicy]})
     if config.moe_pad_expert_input_to_capacity and config.moe_expert_capacity_warmup_updates is not None:
         found.append(
             "--moe-pad-expert-input-to-capacity fixes the shape of each expert's input, which "
@@ -325,5 +290,5 @@ def _sinkhorn_problems(config: MegatronConfig) -> list[str]:
 def _meaningless(config: MegatronConfig, kind: str, names: Iterable[str], why: str) -> list[str]:
     if kind not in config.balancing_types:
         return []
-    given = [flag for name, flag in _given(config) if name in names]
+    given = [flag_name(name) for name in changed_fields(config) if name in names]
     return [f"--moe-router-load-balancing-type {kind} {why}; leave out {', '.join(given)}."] if given else []

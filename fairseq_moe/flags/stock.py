@@ -1,18 +1,20 @@
-"""The stock fairseq flags that touch an MoE model: supported (with the test), or refused (with the reason).
+"""List the stock fairseq flags that touch an MoE model: supported (with the test), or refused (with the reason).
 
-Checked before anything is read. ``README.md`` shows the same table; a test keeps the two equal.
+Checked before anything is read. ``docs/flags.md`` shows the same table; a test keeps the two equal.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fairseq_moe.flags.records import getter
+
 __all__ = ["STOCK_FLAGS", "StockFlag", "stock_flag_problems"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StockFlag:
-    """One row.
+    """Describe what an MoE model makes of one flag.
 
     Args:
         flag: as typed.
@@ -197,15 +199,20 @@ STOCK_FLAGS = (
 )
 
 
+_TASKS_THAT_READ = ("language_modeling", "multilingual_language_modeling")
+
+
 def stock_flag_problems(cfg: Any) -> list[str]:
-    """One sentence per stock flag in use that an MoE model cannot honour."""
+    """List one sentence per stock flag in use that an MoE model cannot honour."""
     found = []
-    for row in STOCK_FLAGS:
-        group = getattr(cfg, row.group, None) if row.group else None
-        value = getattr(group, row.field, None) if group is not None else None
-        if row.reason and row.refused(value):
-            found.append(f"{row.flag} ({value}) does not work with an MoE model: {row.reason}.")
-    return found + _flat_fp16_problem(cfg) + _sharded_precision_problems(cfg) + _block_problem(cfg)
+    for entry in STOCK_FLAGS:
+        group = getattr(cfg, entry.group, None) if entry.group else None
+        value = getattr(group, entry.field, None) if group is not None else None
+        if entry.reason and entry.refused(value):
+            found.append(f"{entry.flag} ({value}) does not work with an MoE model: {entry.reason}.")
+    for problems in (_flat_fp16_problem, _sharded_precision_problems, _block_problem, _data_problem):
+        found += problems(cfg)
+    return found
 
 
 def _flat_fp16_problem(cfg: Any) -> list[str]:
@@ -246,4 +253,15 @@ def _block_problem(cfg: Any) -> list[str]:
     return [
         f"--tokens-per-sample is {block}, but --max-target-positions is {limit}, so every block of text would be "
         "left out as too long; lower the one or raise the other."
+    ]
+
+
+def _data_problem(cfg: Any) -> list[str]:
+    """Refuse a task that reads text and was not told where; only hydra's users can leave that out."""
+    task = getattr(cfg, "task", None)
+    if getattr(task, "_name", None) not in _TASKS_THAT_READ or getter(task)("data"):
+        return []
+    return [
+        "task.data is not given; name the directory that fairseq-preprocess has written, as task.data=DIRECTORY on "
+        "the command line or in the configuration."
     ]

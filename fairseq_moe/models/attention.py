@@ -1,4 +1,4 @@
-"""Causal self-attention through torch's fused kernel (--fused-attention), with stock's parameters."""
+"""Attend through torch's fused causal kernel (--fused-attention), with stock's parameters."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ __all__ = ["FusedSelfAttention", "fuse_attention"]
 
 
 class FusedSelfAttention(MultiheadAttention):
-    """fairseq's self-attention of a decoder, which knows that its mask is the causal one.
+    """Attend as fairseq's decoder does to itself, knowing that the mask is the causal one.
 
     Stock's hands the mask to the kernel as numbers, so the masked half is computed and thrown away.
     Parameters, their names and their initial values are stock's. Padding, incremental decoding and attention
@@ -30,7 +30,7 @@ class FusedSelfAttention(MultiheadAttention):
         before_softmax: bool = False,
         need_head_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Let each position attend to itself and the earlier ones.
 
         Args:
             query: float (S, B, D).

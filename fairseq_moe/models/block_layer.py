@@ -1,5 +1,6 @@
-"""One decoder layer made of the blocks that ``fairseq_moe.flags.blocks`` describes, with experts or without."""
+"""Build a decoder layer from the blocks that ``fairseq_moe.flags.blocks`` describes, with experts or without."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,14 +27,18 @@ IncrementalState = dict[str, dict[str, Tensor | None]]
 
 
 class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
-    """x + attention(norm(x)), then x + network(norm(x)), where the network may be a layer of experts.
+    """Compute x + attention(norm(x)), then x + network(norm(x)), where the network may be a layer of experts.
 
     Args:
         cfg: fairseq's structured transformer configuration.
-        blocks: the blocks.
+        blocks: the flags of the blocks.
         rotary: turns heads, shared by all layers; None: nothing turns.
         moe_layer: experts in the place of the dense network.
     """
+
+    # fairseq's mixin is untyped, and nn.Module would answer for what it brings.
+    get_incremental_state: Callable[..., Any]
+    set_incremental_state: Callable[..., None]
 
     def __init__(
         self,
@@ -86,7 +91,7 @@ class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
         tokens: TokenInfo | None = None,
         memo: RoutingMemo | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """One layer.
+        """Run attention and the network, or the experts, over all positions.
 
         Args:
             x: float (S, B, D).
@@ -145,33 +150,31 @@ class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
 
 
 def _remembered(cache: Cache, padding_BS: Tensor | None, x_BSD: Tensor) -> Tensor:
-    """The padding of earlier and new tokens."""
+    """Join the padding of earlier and new tokens, and keep both in the cache."""
     if padding_BS is None:
         padding_BS = torch.zeros(x_BSD.shape[:2], dtype=torch.bool, device=x_BSD.device)
     return extended(cache, "padding", padding_BS, dim=1)
 
 
 def build_norm(blocks: BlocksConfig, dim: int) -> nn.Module:
-    """RMSNorm or LayerNorm."""
+    """Build the norm that the flags ask for, RMSNorm or LayerNorm."""
     if blocks.decoder_normalization == "rmsnorm":
         return RMSNorm(dim, eps=blocks.eps)
     return nn.LayerNorm(dim, eps=blocks.eps)
 
 
 def ffn_activation(cfg: TransformerConfig, blocks: BlocksConfig) -> Any:
-    """Between the matrices of dense networks and experts."""
+    """Choose the activation between the matrices of dense networks and experts."""
     if blocks.gated_ffn:
         return swiglu
     return expert_activation(utils.get_activation_fn(cfg.activation_fn))
 
 
 def init_weights(module: nn.Module, std: float) -> None:
-    """Normal weights and zero biases for maps, routers and embeddings inside; experts have started themselves."""
+    """Draw normal weights and zero biases for linear maps, routers and embeddings inside; experts start themselves."""
     for part in module.modules():
-        is_map = isinstance(part, nn.Linear | nn.Embedding) or (
-            isinstance(part, Router) and not part.scorer.cosine
-        )
-        if is_map:
+        is_cosine = isinstance(part, Router) and part.scorer.cosine
+        if isinstance(part, nn.Linear | nn.Embedding | Router) and not is_cosine:
             nn.init.normal_(part.weight, std=std)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)

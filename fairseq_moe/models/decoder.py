@@ -1,4 +1,4 @@
-"""The transformer decoder with experts: stock fairseq's decoder, whose MoE positions hold an ``MoELayer``.
+"""Build the transformer decoder with experts: stock fairseq's decoder, whose MoE positions hold an ``MoELayer``.
 
 Stock's decoder loop passes each layer a fixed set of arguments and keeps the first two of its results. The
 decoder here talks to its MoE layers past that loop, with forward hooks that live for one forward pass: a
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class MoEDecoder(TransformerDecoder):
-    """Decoder of a language model, some or all of whose layers have experts, of stock's or of our own blocks.
+    """Decode a language, with experts in some or all layers, made of stock's blocks or of our own.
 
     ``forward`` returns stock's pair; the dictionary gains ``l_aux`` (the branch's name: one balance loss per
     layer, None for a dense one), ``moe_aux`` (one ``MoEAux`` per layer, None for a dense one) and, in training with
@@ -48,6 +48,7 @@ class MoEDecoder(TransformerDecoder):
     """
 
     size: ModelSize  # of the whole model, counted when it was built
+    layer_norm: nn.Module | None  # stock's, or one of our blocks
 
     def __init__(
         self, args: Any, dictionary: Any, embed_tokens: nn.Module, no_encoder_attn: bool = False
@@ -70,7 +71,7 @@ class MoEDecoder(TransformerDecoder):
         self._has_warned_of_padding = False
 
     def _prepare_blocks(self, args: Any) -> Any:
-        """What stock's constructor must know of our blocks."""
+        """Tell stock's constructor what it must know of our blocks."""
         args = copy.copy(args)
         args.decoder_normalize_before = True
         if self.blocks.position_embedding is not None:
@@ -150,16 +151,17 @@ class MoEDecoder(TransformerDecoder):
 
     @staticmethod
     def _wrapped(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
-        """Activation checkpointing and FSDP, as stock wraps its layers."""
+        """Wrap a layer in activation checkpointing and FSDP, as stock wraps its own."""
         min_params = cfg.min_params_to_wrap
         if cfg.checkpoint_activations:
-            layer.precheckpoint_forward = layer.forward  # where stock's unwrap_checkpoint looks
+            # Where stock's unwrap_checkpoint looks.
+            layer.precheckpoint_forward = layer.forward  # type: ignore[assignment]
             layer.forward = functools.partial(_checkpoint_keeping_routes, layer.forward)  # type: ignore[method-assign]
             min_params = 0
         return fsdp_wrap(layer, min_num_params=min_params)
 
     def freeze(self, modules: frozenset[str]) -> None:
-        """Train everything but ``routers`` or ``experts``, shared experts not included."""
+        """Stop training ``routers`` or ``experts`` (not the shared ones) of every MoE layer."""
         for layer in self.modules():
             if isinstance(layer, MoELayer):
                 for name, part in (("routers", layer.router), ("experts", layer.experts)):
@@ -167,7 +169,7 @@ class MoEDecoder(TransformerDecoder):
                         part.requires_grad_(False)
 
     def routers(self) -> list[Router]:
-        """The routers of the MoE layers, in order."""
+        """List the routers of the MoE layers, in order."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def forward(
@@ -180,7 +182,7 @@ class MoEDecoder(TransformerDecoder):
         all_padding: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Stock's forward.
+        """Compute logits as stock does, with what the experts say besides.
 
         Args:
             prev_output_tokens: int64 (B, S).
@@ -235,7 +237,7 @@ class MoEDecoder(TransformerDecoder):
         return None
 
     def _guess_further(self, hidden_BSD: Tensor, ids_BS: Tensor, padding_T: Tensor | None) -> dict[str, Any]:
-        """Logits of the blocks of multi-token prediction, and what their experts say."""
+        """Compute the logits of the blocks of multi-token prediction, and what their experts say."""
         logits, auxes = [], []
         left_out_BS = None if padding_T is None else padding_T.view_as(ids_BS)
         for block in self.mtp:
@@ -261,11 +263,11 @@ class MoEDecoder(TransformerDecoder):
         return {"mtp_logits": logits, "mtp_aux": auxes, "mtp_loss_weight": self.blocks.mtp_loss_weight}
 
     def buffered_future_mask(self, tensor: Tensor) -> Tensor:
-        """Stock's; our own layers ask only whether there is one."""
+        """Make the causal mask as stock does; our own layers ask only whether there is one."""
         return tensor.new_empty(0) if self.blocks.enabled else super().buffered_future_mask(tensor)
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-        """Stock's; with our own blocks there are no old versions, and converted models carry none."""
+        """Upgrade old tensors as stock does; our own blocks have none, and converted models name no version."""
         if self.blocks.enabled:
             state_dict.setdefault(f"{name}.version", torch.tensor([3.0]))
         upgraded: dict[str, Tensor] = super().upgrade_state_dict_named(state_dict, name)
@@ -274,7 +276,7 @@ class MoEDecoder(TransformerDecoder):
     def get_normalized_probs(
         self, net_output: tuple[Tensor, Any], log_probs: bool, sample: dict[str, Any] | None = None
     ) -> Tensor:
-        """Stock's; outside training, padding that is beyond the vocabulary gets a column, and never a chance.
+        """Normalise logits as stock does; outside training, padding beyond the vocabulary gets a column and no chance.
 
         Stock's generators and scorers look it up by its number.
         """
@@ -309,5 +311,5 @@ class MoEDecoder(TransformerDecoder):
 
 
 def _checkpoint_keeping_routes(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """fairseq's activation checkpointing; the recomputation obeys the first pass's routing."""
+    """Run fairseq's activation checkpointing, whose second pass obeys the routing decisions of the first."""
     return _checkpointed_forward(functools.partial(forward, memo=RoutingMemo()), False, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""One decoder layer with experts, and how its ``MoELayer`` is put together from the flags."""
+"""Build a decoder layer with experts, and its ``MoELayer`` from the flags."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ __all__ = ["MoEDecoderLayer", "build_moe_layer", "expert_activation"]
 
 
 class MoEDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
-    """Self-attention, then experts in the place of the feed-forward network.
+    """Attend, then let experts stand in the place of the feed-forward network.
 
     Args:
         cfg: fairseq's structured transformer configuration.
@@ -53,10 +53,10 @@ class MoEDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
         )
 
     def build_fc1(self, *args: Any) -> None:
-        """No dense feed-forward network: it would only take memory."""
+        """Build no dense feed-forward network: it would only take memory."""
 
     def build_fc2(self, *args: Any) -> None:
-        """No dense feed-forward network: it would only take memory."""
+        """Build no dense feed-forward network: it would only take memory."""
 
     def forward(
         self,
@@ -72,7 +72,7 @@ class MoEDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
         tokens: TokenInfo,
         memo: RoutingMemo | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """One layer.
+        """Run attention and the experts over all positions.
 
         Args:
             x: float (S, B, D).
@@ -133,7 +133,7 @@ class MoEDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
 
 
 def expert_activation(activation: Any) -> Any:
-    """What experts compute for a function of fairseq's: the same.
+    """Choose the function of torch's that experts compute for an activation of fairseq's: the same.
 
     fairseq's gelu is torch's with a conversion to float32 inside, which torch's own kernel makes as well; the
     experts know the derivative of torch's.
@@ -152,7 +152,7 @@ def build_moe_layer(
     dropout: float,
     init_std: float | None = None,
 ) -> MoELayer:
-    """Router, this rank's experts (wrapped by FSDP over their replicas where fairseq wraps), dispatcher."""
+    """Build router, this rank's experts (wrapped by FSDP over their replicas where fairseq wraps) and dispatcher."""
     router = Router(
         model_dim=model_dim,
         num_experts=moe.num_experts,

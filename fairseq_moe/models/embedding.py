@@ -1,4 +1,4 @@
-"""Word embeddings of a vocabulary whose padding symbol is none of its words."""
+"""Embed words of a vocabulary whose padding symbol is none of its words."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ __all__ = ["WordEmbedding", "build_word_embedding"]
 
 
 class WordEmbedding(nn.Embedding):
-    """One row per word; padding has no row and gives zeros, to which no gradient flows.
+    """Keep one row per word; padding has no row and gives zeros, to which no gradient flows.
 
     Args:
         num_words: V.
@@ -22,14 +22,15 @@ class WordEmbedding(nn.Embedding):
         self.padding_idx = pad
 
     def forward(self, ids: Tensor) -> Tensor:
-        """int64 (...) -> float (..., D)."""
-        is_padding = ids == self.padding_idx
+        """Look up the rows of words: int64 (...) -> float (..., D)."""
+        assert self.padding_idx is not None
+        is_padding = ids.eq(self.padding_idx)
         rows = F.embedding(ids.masked_fill(is_padding, 0), self.weight)
         return rows.masked_fill(is_padding.unsqueeze(-1), 0.0)
 
 
 def build_word_embedding(dictionary: Any, dim: int) -> nn.Embedding:
-    """Embeddings for fairseq's ``dictionary``; one that counts padding among its words has a row of zeros for it."""
+    """Build embeddings for a ``dictionary``; where padding counts among its words, it has a row of zeros."""
     num_words, pad = len(dictionary), dictionary.pad()
     if pad >= num_words:
         return WordEmbedding(num_words, dim, pad=pad)

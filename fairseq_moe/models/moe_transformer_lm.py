@@ -1,10 +1,10 @@
-"""The ``transformer_lm`` architectures with experts, under their stock names.
+"""Register the ``transformer_lm`` architectures with experts, under their stock names.
 
 Stock refuses a second model of the same name, so the registry entries are replaced (``adopt_architectures``).
 Without a flag that asks for experts or our own blocks the stock model is built, by stock's code.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Optional
 
 from fairseq.models import (
@@ -26,14 +26,12 @@ from fairseq_moe.flags.freezing import frozen_modules
 from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.flags.records import getter
 from fairseq_moe.models.attention import fuse_attention
-from fairseq_moe.models.blocks_flags import BlocksFlags
 from fairseq_moe.models.decoder import MoEDecoder
 from fairseq_moe.models.embedding import build_word_embedding
 from fairseq_moe.models.fitting import shape_problems
-from fairseq_moe.models.megatron_flags import MegatronFlags, add_list_arguments
+from fairseq_moe.models.flags import MODEL_RECORDS, add_list_arguments, fairseq_dataclass
 from fairseq_moe.models.padding_flag import add_padding_argument
 from fairseq_moe.models.presets import register_presets
-from fairseq_moe.models.reliability_flags import ReliabilityFlags
 from fairseq_moe.models.sizes import model_size
 
 __all__ = ["MoETransformerLanguageModel", "MoETransformerLanguageModelConfig", "adopt_architectures"]
@@ -41,97 +39,22 @@ __all__ = ["MoETransformerLanguageModel", "MoETransformerLanguageModelConfig", "
 _NAME = "transformer_lm"
 
 
-@dataclass
-class MoETransformerLanguageModelConfig(
-    TransformerLanguageModelConfig, MegatronFlags, BlocksFlags, ReliabilityFlags
-):
-    """Stock's flags and the expert flags, with the moe branch's names and defaults."""
+_DeclaredFlags: Any = fairseq_dataclass("_DeclaredFlags", *MODEL_RECORDS)
 
-    moe_freq: int = field(default=0, metadata={"help": "every N-th decoder layer has experts; 0: none"})
-    moe_expert_count: int = field(default=0, metadata={"help": "experts of each MoE layer, over all ranks"})
-    moe_expert_ffn_dim: Optional[int] = field(
-        default=None, metadata={"help": "hidden width of an expert (default: --decoder-ffn-embed-dim)"}
-    )
-    moe_top1_expert: bool = field(default=False, metadata={"help": "one expert per token instead of two"})
-    moe_gating_use_fp32: bool = field(
-        default=False, metadata={"help": "router softmax and all that follows it in float32"}
-    )
-    moe_second_expert_policy: str = field(
-        default="sampling",
-        metadata={"help": "choice of the second expert while training: sampling, random or all"},
-    )
-    moe_normalize_gate_prob_before_dropping: bool = field(
-        default=False, metadata={"help": "normalise the two weights before tokens are dropped"}
-    )
-    moe_batch_prioritized_routing: bool = field(
-        default=False, metadata={"help": "the surest tokens choose first (two experts only)"}
-    )
-    moe_eval_capacity_token_fraction: float = field(
-        default=0.25,
-        metadata={"help": "expert capacity in evaluation, as a share of the tokens; <= 0: the training rule"},
-    )
-    moe_generation_capacity_token_fraction: Optional[float] = field(
-        default=None,
-        metadata={"help": "the same for incremental decoding (default: nothing is dropped)"},
-    )
-    moe_normalize_expert_grad: str = field(
-        default="world_size",
-        metadata={"help": "divisor of expert gradients: world_size, or sqrt_world_size (fully_sharded only)"},
-    )
-    use_moe_pad_mask: Optional[bool] = field(
-        default=None,
-        metadata={
-            "help": "padding is routed nowhere, and with --num-experts it is in no loss, capacity or statistic; alone, "
-            "or with true or false (default: true with --num-experts, false with --moe-freq)"
-        },
-    )
-    record_a2a_perf_stats: bool = field(
-        default=False, metadata={"help": "log the time of the expert exchange (synchronises the device)"}
-    )
-    dummy_a2a: bool = field(
-        default=False,
-        metadata={"help": "leave out the expert exchange, to measure its cost; results are wrong"},
-    )
-    alternate_decoder_ffn_embed_dim: int = field(
-        default=0, metadata={"help": "MoE positions hold dense networks of this width instead of experts"}
-    )
-    use_stable_embedding: bool = field(
-        default=False,
-        metadata={
-            "help": "refused: bitsandbytes embeddings are not supported",
-            "argparse_alias": "--stable-emb",
-        },
-    )
-    moe_per_layer_logging: bool = field(
-        default=False, metadata={"help": "log losses, loads and statistics of every MoE layer"}
-    )
-    moe_layer_recompute: bool = field(
-        default=False, metadata={"help": "compute MoE layers again in the backward pass, to save memory"}
-    )
-    moe_recompute_modules: Optional[str] = field(
-        default=None,
-        metadata={"help": "the same for parts of MoE layers: moe (all), experts, shared_experts, or several"},
-    )
-    moe_freeze_modules: Optional[str] = field(
-        default=None,
-        metadata={"help": "leave routers (with the expert bias), experts, or both as they are"},
-    )
-    fused_attention: bool = field(
-        default=False,
-        metadata={"help": "self-attention by torch's fused causal kernel; equal to stock's within rounding"},
-    )
+
+@dataclass
+class MoETransformerLanguageModelConfig(TransformerLanguageModelConfig, _DeclaredFlags):  # type: ignore[misc]
+    """Hold stock's flags of a transformer language model and those that ``fairseq_moe.flags`` declares."""
+
     batch_size: Optional[int] = II("dataset.batch_size")
-    num_workers_valid: Optional[int] = field(
-        default=None, metadata={"help": "data loading workers in validation (default: --num-workers)"}
-    )
 
 
 class MoETransformerLanguageModel(TransformerLanguageModel):
-    """A transformer language model with experts; dense if no flag asks for any."""
+    """Model a language with a transformer that has experts; dense if no flag asks for any."""
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
-        """Add the model's flags."""
+        """Add the model's flags to a command's parser."""
         add_list_arguments(parser)
         own = MoETransformerLanguageModelConfig.__dataclass_fields__
         add_padding_argument(parser, help_text=own["use_moe_pad_mask"].metadata["help"])
@@ -139,7 +62,7 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
 
     @classmethod
     def build_embedding(cls, args: Any, dictionary: Any, embed_dim: int, path: Any = None) -> Any:
-        """Stock's; our own blocks also take a dictionary whose padding is none of its words."""
+        """Build stock's embedding; our own blocks also take a dictionary whose padding is none of its words."""
         if BlocksConfig.from_args(args).enabled:
             return build_word_embedding(dictionary, embed_dim)
         return super().build_embedding(args, dictionary, embed_dim, path)
@@ -186,7 +109,7 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
 
 
 def _check_agreement(args: Any) -> None:
-    """Compare the model's flags over all ranks; with other ones they would exchange different things, or wait."""
+    """Compare the model's flags over all ranks: with different ones they would exchange other things, or wait."""
     get = getter(args)
     own = {flag.name: str(get(flag.name)) for flag in fields(MoETransformerLanguageModelConfig)}
     problems = disagreements(gather_values(own))

@@ -1,4 +1,4 @@
-"""Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): blocks that guess further tokens.
+"""Predict further tokens with blocks of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2).
 
 Block k sees, at position t, what the model or the block before it made of the tokens up to t + k, and the
 embedding of the token after them; through the model's own output projection it guesses the token after that.
@@ -17,12 +17,12 @@ __all__ = ["MTPBlock"]
 
 
 class MTPBlock(nn.Module):
-    """norm(layer(proj [norm(embedding) | norm(hidden)])).
+    """Compute norm(layer(proj [norm(embedding) | norm(hidden)])).
 
     The hidden input is the model's after its final norm, as inference engines feed the published weights.
 
     Args:
-        blocks: the blocks' flags.
+        blocks: the flags of the blocks.
         dim: D.
         layer: an ordinary decoder layer.
     """
@@ -45,7 +45,7 @@ class MTPBlock(nn.Module):
         padding_BS: Tensor | None,
         tokens: TokenInfo,
     ) -> tuple[Tensor, MoEAux | None]:
-        """One block.
+        """Compute what the block makes of every position.
 
         Args:
             hidden_BSD: float, of each position.

@@ -1,4 +1,4 @@
-"""Published mixture-of-experts models as architectures: ``--arch mixtral_8x7b``, ``model=mixtral_8x7b`` for hydra.
+"""Name published mixture-of-experts models as architectures: ``--arch mixtral_8x7b``, for hydra ``model=mixtral_8x7b``.
 
 Sizes and rules are those of the published checkpoints, coefficients and initial deviations those of Megatron's
 recipes. Any flag given by hand counts instead. The vocabulary is the dictionary's.
@@ -27,7 +27,7 @@ _COMMON: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One model.
+    """Describe one published model.
 
     Args:
         title: its published name.
@@ -44,7 +44,7 @@ class Preset:
     flags: dict[str, Any] = field(default_factory=dict)
 
     def apply(self, args: Namespace) -> None:
-        """Fill in what was not given."""
+        """Fill in the flags that were not given."""
         for name, value in (_COMMON | self.flags).items():
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
@@ -53,12 +53,12 @@ class Preset:
             args.moe_layer_freq = f"([0]*{self.num_dense_layers}+[1]*{num_moe_layers})"
 
     def apply_to_command(self, args: Namespace) -> None:
-        """What --arch does: this model's values, then fairseq's own."""
+        """Do what --arch does: fill in this model's values, then fairseq's own."""
         self.apply(args)
         base_lm_architecture(args)
 
     def values(self) -> dict[str, Any]:
-        """All flags of the model that are not fairseq's defaults."""
+        """Collect the flags of the model that are not fairseq's defaults."""
         args = Namespace(decoder_normalize_before=True)
         self.apply(args)
         width = args.decoder_embed_dim
@@ -81,7 +81,7 @@ def _experts(count: int, top_k: int, *, aux: float, **more: Any) -> dict[str, An
 
 
 def _deepseek(*, q_lora_rank: int | None, mscale: float, shared_ffn: int) -> dict[str, Any]:
-    """Latent attention, stretched positions, a router in float32, a loss per sequence."""
+    """Share DeepSeek's latent attention, stretched positions, router in float32 and loss per sequence."""
     return {
         "q_lora_rank": q_lora_rank,
         "kv_lora_rank": 512,

@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them a token passes."""
+"""Count the parameters of a model, and those of them that a token passes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = ["ModelSize", "model_size", "true_size"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Numbers of parameters of the whole model, on all ranks; buffers do not count.
+    """Hold the numbers of parameters of a whole model, on all ranks; buffers do not count.
 
     Args:
         total: all, without multi-token prediction.
@@ -27,7 +27,7 @@ class ModelSize:
     mtp: int
 
     def __str__(self) -> str:
-        """As logged at the start of a run."""
+        """Print the numbers as the start of a run logs them."""
         text = (
             f"model params: {self.total:,} (per token: {self.active:,}; without input embedding: "
             f"{self.active_without_embedding:,})"
@@ -59,6 +59,6 @@ def model_size(decoder: Any) -> ModelSize:
 
 
 def true_size(parameter: Tensor) -> int:
-    """Elements of the whole tensor; FSDP keeps them on the shard."""
+    """Count the elements of the whole tensor, which FSDP notes on its shard."""
     size = getattr(parameter, "_orig_size", None)
     return parameter.numel() if size is None else int(size.numel())

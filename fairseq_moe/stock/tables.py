@@ -1,49 +1,67 @@
-"""The adapter's records as Markdown tables."""
+"""Print what the code declares as Markdown tables, for the pages in docs/: our flags, stock's, seams, resuming."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 
-from fairseq.models.transformer_lm import TransformerLanguageModelConfig
-
-from fairseq_moe.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
+from fairseq_moe.flags.gate_loss import GateLossConfig
+from fairseq_moe.flags.records import Group, declared_fields, flag_name
 from fairseq_moe.flags.stock import STOCK_FLAGS
-from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModelConfig
+from fairseq_moe.models.flags import MODEL_RECORDS
+from fairseq_moe.stock.checkpoint.changes import RESUME_RULES
 from fairseq_moe.stock.seam import SEAMS
 
-__all__ = ["flags_table", "own_flags_table", "seams_table"]
+__all__ = ["own_flags_tables", "resume_table", "seams_table", "stock_flags_table"]
 
 
 def seams_table() -> str:
-    """One row per seam: what stock does, why that breaks, what happens instead, and the test."""
+    """Print one row per seam: our file, what stock does, why that breaks, what happens instead, and the test."""
     rows = [
-        (f"`{seam.target}`", seam.stock_does, seam.breaks, seam.we_do, f"`{seam.test}`")
+        (
+            f"`{seam.target}`",
+            f"`{seam.replacement.__module__.replace('.', '/')}.py`",
+            seam.stock_does,
+            seam.breaks,
+            seam.we_do,
+            f"`{seam.test}`",
+        )
         for seam in sorted(SEAMS, key=lambda seam: seam.target)
     ]
-    return _table(("seam", "stock", "why it breaks", "here", "test"), rows)
+    return _table(("seam", "our file", "stock", "why it breaks", "here", "test"), rows)
 
 
-def own_flags_table() -> str:
-    """One row per flag that the plugin adds: its default and help."""
-    stock = {field.name for field in fields(TransformerLanguageModelConfig)} | {"sentence_avg"}
-    added = [
-        field
-        for config in (MoETransformerLanguageModelConfig, MoECrossEntropyCriterionConfig)
-        for field in fields(config)
-        if field.name not in stock and "help" in field.metadata  # the others stand for flags of other groups
-    ]
+def own_flags_tables() -> str:
+    """Print a heading and a table per group of flags that the plugin adds, with default and help of each."""
+    declared = [field for record in (*MODEL_RECORDS, GateLossConfig) for field in declared_fields(record)]
+    parts = []
+    for group in Group:
+        rows = [
+            (f"`{flag_name(field.name)}`", f"{field.default}", field.metadata["help"])
+            for field in declared
+            if field.metadata["group"] is group
+        ]
+        parts.append(f"### {group.value}\n\n{_table(('flag', 'default', 'meaning'), rows)}")
+    return "\n\n".join(parts)
+
+
+def stock_flags_table() -> str:
+    """Print one row per stock flag that touches an MoE model."""
     rows = [
-        (f"`--{field.name.replace('_', '-')}`", f"{field.default}", field.metadata["help"]) for field in added
-    ]
-    return _table(("flag", "default", "meaning"), rows)
-
-
-def flags_table() -> str:
-    """One row per stock flag that touches an MoE model."""
-    rows = [
-        (f"`{row.flag}`", f"refused: {row.reason}" if row.reason else f"supported, `{row.test}`")
-        for row in STOCK_FLAGS
+        (f"`{entry.flag}`", f"refused: {entry.reason}" if entry.reason else f"supported, `{entry.test}`")
+        for entry in STOCK_FLAGS
     ]
     return _table(("stock flag", "with an MoE model"), rows)
+
+
+def resume_table() -> str:
+    """Print one row per flag that may change between two starts of a run: what then happens, and the test."""
+    rows = [
+        (
+            f"`{rule.flag}`" if rule.flag.startswith("--") else rule.flag,
+            rule.text if rule.until is None else f"refused without `{rule.until}`: {rule.text}",
+            f"`{rule.test}`",
+        )
+        for rule in RESUME_RULES
+    ]
+    return _table(("what has another value", "what happens", "test"), rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -295,7 +295,7 @@ def problems(rank: int, flags: list[str]) -> list[str]:
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     import fairseq_moe  # noqa: F401
-    from fairseq_moe.flags.moe import moe_problems
+    from fairseq_moe.flags.moe_checks import moe_problems
     from tests.helpers.tiny import TINY_FLAGS
 
     parser = options.get_training_parser()

@@ -81,3 +81,87 @@ def test_fp16_without_its_companion_is_refused(tmp_path: Path) -> None:
     argv = train_argv(tmp_path / "no data", tmp_path, "--fp16", model=[*DENSE, *MOE])
     (sentence,) = _sentences(run_cli("fairseq_cli.train", argv))
     assert "--fp16-no-flatten-grads" in sentence
+
+
+# --- text that is not there ---
+
+
+@pytest.fixture(scope="module")
+def empty_splits(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What fairseq-preprocess makes of a text for training and of empty files for valid and test."""
+    folder = tmp_path_factory.mktemp("empty-splits")
+    (folder / "text").write_text("the value of the object is the name of the class\n" * 100)
+    (folder / "empty").write_text("")
+    texts = ("--trainpref", folder / "text", "--validpref", folder / "empty", "--testpref", folder / "empty")
+    shared = ("--srcdict", text_data / "dict.txt", "--workers", "1", "--destdir", folder / "bin")
+    result = run_cli("fairseq_cli.preprocess", ["--only-source", *texts, *shared])
+    assert result.exit_code == 0, result.output[-3000:]
+    return folder / "bin"
+
+
+@pytest.mark.parametrize("subset", ["--train-subset", "--valid-subset"])
+def test_training_on_an_empty_text_names_its_file(subset: str, empty_splits: Path, tmp_path: Path) -> None:
+    flags = (subset, "test", *(("--disable-validation",) if subset == "--train-subset" else ()))
+    result = run_cli("fairseq_cli.train", train_argv(empty_splits, tmp_path, *flags))
+    (sentence,) = _sentences(result)
+    assert sentence.startswith(f"{empty_splits / 'test.bin'} is empty")
+
+
+@pytest.mark.parametrize("command", ["eval_lm", "generate", "validate"])
+def test_evaluation_of_an_empty_text_names_its_file(
+    command: str, empty_splits: Path, moe_checkpoint: Path
+) -> None:
+    subset = ("--valid-subset" if command == "validate" else "--gen-subset", "test")
+    argv = [*PLUGIN, "--cpu", "--path", moe_checkpoint, "--task", "language_modeling", "--batch-size", "1"]
+    result = run_cli(f"fairseq_cli.{command}", [empty_splits, *argv, *subset])
+    (sentence,) = _sentences(result)
+    assert sentence.startswith(f"{empty_splits / 'test.bin'} is empty")
+
+
+def test_a_split_that_is_not_there_is_named(text_data: Path, tmp_path: Path) -> None:
+    argv = train_argv(text_data, tmp_path, "--valid-subset", "tset")
+    (sentence,) = _sentences(run_cli("fairseq_cli.train", argv))
+    assert "'tset'" in sentence and f"{text_data / 'tset'}.idx" in sentence
+
+
+def test_a_text_too_short_for_one_batch_is_told_from_an_empty_one(text_data: Path, tmp_path: Path) -> None:
+    argv = train_argv(text_data, tmp_path, "--required-batch-size-multiple", "1000", "--batch-size", "1000")
+    (sentence,) = _sentences(run_cli("fairseq_cli.train", argv))
+    assert "--required-batch-size-multiple" in sentence
+    num_blocks = re.search(r"a split with (\d+) samples", sentence)
+    assert num_blocks is not None and int(num_blocks[1]) > 0
+
+
+# --- models that have none of our flags ---
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [
+        ("transformer", "an encoder-decoder model"),
+        ("transformer_iwslt_de_en", "an encoder-decoder model"),
+        ("lightconv_lm", "lightconv_lm is none of them"),
+    ],
+)
+def test_expert_flags_of_another_model_are_refused(arch: str, kind: str, tmp_path: Path) -> None:
+    flags = ("--arch", arch, "--moe-freq", "2", "--moe-expert-count=4", "--gated-ffn")
+    result = run_cli("fairseq_cli.train", [tmp_path / "no data", *PLUGIN, "--cpu", *flags])
+    (sentence,) = _sentences(result)
+    assert sentence.startswith(
+        "--moe-freq, --moe-expert-count, --gated-ffn can be given to the transformer_lm"
+    )
+    assert kind in sentence
+    assert "usage:" not in result.output
+
+
+def test_expert_flags_without_an_architecture_are_refused(tmp_path: Path) -> None:
+    result = run_cli("fairseq_cli.train", [tmp_path / "no data", *PLUGIN, "--cpu", "--moe-freq", "2"])
+    (sentence,) = _sentences(result)
+    assert "--arch is not given" in sentence
+
+
+def test_a_flag_that_nobody_knows_is_still_the_parsers_business(tmp_path: Path) -> None:
+    argv = [tmp_path / "no data", *PLUGIN, "--cpu", "--arch", "transformer", "--moe-frequency", "2"]
+    result = run_cli("fairseq_cli.train", argv)
+    assert result.exit_code == 2
+    assert "unrecognized arguments: --moe-frequency 2" in result.output

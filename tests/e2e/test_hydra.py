@@ -75,6 +75,50 @@ def test_bad_flags_end_with_a_sentence(tmp_path: Path) -> None:
     assert "Traceback" not in result.output
 
 
+def _sentence(result: CommandResult) -> str:
+    assert result.exit_code == 2, result.output[-3000:]
+    assert "Traceback" not in result.output
+    (sentence,) = re.findall(r"^fairseq_moe: error: (.*\.)$", result.output, flags=re.MULTILINE)
+    return str(sentence)
+
+
+_YAML = """# @package _group_
+common: {{user_dir: fairseq_moe, cpu: true}}
+dataset: {{batch_size: 4}}
+task:
+  _name: language_modeling
+  data: {data}
+model: {{_name: {model}, num_experts: 4}}
+criterion: {{_name: moe_cross_entropy}}
+optimizer: {{_name: adam}}
+lr_scheduler: {{_name: fixed}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "expected"),
+    [
+        ("???", "transformer_lm", "task.data is not given"),
+        ("no-data", "lightconv_lm", "lightconv_lm is none of them"),
+        ("no-data", "transformer", "an encoder-decoder model"),
+    ],
+)
+def test_a_file_of_settings_that_cannot_be_trained_ends_with_a_sentence(
+    data: str, model: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "moe.yaml").write_text(_YAML.format(data=data, model=model))
+    argv = ["fairseq_cli.hydra_train", "--config-dir", tmp_path, "--config-name", "moe"]
+    argv += [f"hydra.run.dir={tmp_path / 'run'}"]
+    assert expected in _sentence(run_cli("tests.e2e.starts", argv, cwd=tmp_path, function="as_script"))
+
+
+def test_data_that_was_not_given_is_asked_for(tmp_path: Path) -> None:
+    argv = ["fairseq_cli.hydra_train", "task=language_modeling", *_MODEL, *_TRAINING]
+    argv += [f"hydra.run.dir={tmp_path / 'run'}"]
+    result = run_cli("tests.e2e.starts", argv, cwd=tmp_path, function="as_script")
+    assert "task.data is not given" in _sentence(result)
+
+
 def test_hydra_applications_other_than_fairseq_do_not_import_the_package() -> None:
     run_ranks(_set_up_another_application, 1)
 

@@ -3,7 +3,8 @@
 from types import SimpleNamespace
 from typing import Any
 
-from fairseq_moe.flags.moe import MoEConfig, moe_problems
+from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.flags.moe_checks import moe_problems
 
 __all__ = ["FACTOR", "GROUPS", "LAYERS", "SIGMOID", "config", "problems"]
 

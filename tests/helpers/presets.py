@@ -8,8 +8,9 @@ from typing import Any
 from fairseq import options
 
 import fairseq_moe  # noqa: F401
-from fairseq_moe.flags.blocks import block_problems
+from fairseq_moe.flags.blocks_checks import block_problems
 from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.flags.moe_checks import expert_problems
 from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModel
 
 __all__ = ["WordIds", "build_model", "parse"]
@@ -44,7 +45,7 @@ def parse(arch: str, flags: Sequence[Any] = (), *, max_positions: int = 512) -> 
         options.get_training_parser(), [*argv, "--arch", arch, *map(str, flags)]
     )
     moe = MoEConfig.from_args(args)
-    problems = block_problems(args) + moe.problems(num_layers=args.decoder_layers, world_size=1)
+    problems = block_problems(args) + expert_problems(moe, num_layers=args.decoder_layers, world_size=1)
     assert not problems, problems
     args.max_target_positions = max_positions
     return args

@@ -56,6 +56,9 @@ CASES: list[tuple[tuple[Any, ...], str]] = [
     ((*BRANCH, "--moe-recompute-modules", "all"), "--moe-recompute-modules is 'all'"),
     ((*BRANCH, "--num-experts", 4), "--moe-expert-count belongs"),
     ((*BRANCH, "--tokens-per-sample", 64, "--max-target-positions", 32), "--tokens-per-sample is 64"),
+    ((*BRANCH, "--best-checkpoint-metric", "bleu"), "--best-checkpoint-metric is bleu"),
+    # Losses over tokens are logged as loss, and not as nll_loss besides.
+    ((*TOPK, "--best-checkpoint-metric", "nll_loss"), "choose one of loss, ppl."),
 ]
 
 

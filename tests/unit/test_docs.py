@@ -1,4 +1,4 @@
-"""The tables in README.md and CONTRIBUTING.md are those that the code prints.
+"""The tables in docs/flags.md, docs/seams.md and docs/reliability.md are those that the code prints.
 
 After a change: ``python -m tests.unit.test_docs`` writes them anew.
 """
@@ -10,14 +10,24 @@ import pytest
 
 from tests.helpers.ranks import REPOSITORY, run_ranks
 
-PLACES = {"seams": "CONTRIBUTING.md", "flags": "README.md", "stock-flags": "README.md"}
+PLACES = {
+    "seams": "docs/seams.md",
+    "flags": "docs/flags.md",
+    "stock-flags": "docs/flags.md",
+    "resume": "docs/reliability.md",
+}
 
 
 def tables(rank: int = 0) -> dict[str, str]:
     """The tables by name; imports fairseq, so tests run it in a fork."""
-    from fairseq_moe.stock.tables import flags_table, own_flags_table, seams_table
+    from fairseq_moe.stock.tables import own_flags_tables, resume_table, seams_table, stock_flags_table
 
-    return {"seams": seams_table(), "flags": own_flags_table(), "stock-flags": flags_table()}
+    return {
+        "seams": seams_table(),
+        "flags": own_flags_tables(),
+        "stock-flags": stock_flags_table(),
+        "resume": resume_table(),
+    }
 
 
 def block(text: str, name: str) -> re.Match[str]:
@@ -38,10 +48,26 @@ def test_documents_show_the_table_that_the_code_prints(name: str, printed: dict[
     assert block(text, name)[2].strip() == printed[name].strip(), "run python -m tests.unit.test_docs"
 
 
-def test_every_test_file_that_a_table_names_exists(printed: dict[str, str]) -> None:
-    named = {file for table in printed.values() for file in re.findall(r"tests/[\w/]+\.py", table)}
+@pytest.mark.parametrize("folder", ["tests", "fairseq_moe"])
+def test_every_file_that_a_table_names_exists(folder: str, printed: dict[str, str]) -> None:
+    named = {file for table in printed.values() for file in re.findall(rf"\b{folder}/[\w/]+\.py", table)}
     assert named
     assert [file for file in sorted(named) if not (REPOSITORY / file).is_file()] == []
+
+
+def test_every_seam_names_the_file_that_defines_it(printed: dict[str, str]) -> None:
+    for row in printed["seams"].splitlines()[2:]:
+        target, file = re.findall(r"`([^`]+)`", row)[:2]
+        text = (REPOSITORY / file).read_text()
+        assert "seam(" in text and target.split(":")[1] in text, f"{target} is not in {file}"
+
+
+def test_every_flag_is_in_one_group(printed: dict[str, str]) -> None:
+    """The list of flags is the one that ``tests/unit/flags/test_flag_list.py`` keeps."""
+    shown = re.findall(r"^\| `--([\w-]+)`", printed["flags"], re.MULTILINE)
+    golden = (REPOSITORY / "tests" / "golden" / "flags.txt").read_text()
+    declared = re.findall(r"^(\w+): ", golden, re.MULTILINE)
+    assert sorted(name.replace("-", "_") for name in shown) == sorted({*declared} - {"batch_size"})
 
 
 def _rewrite() -> None:

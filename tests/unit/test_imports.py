@@ -2,6 +2,8 @@
 
 import importlib
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 
@@ -26,6 +28,18 @@ def test_importing_again_changes_nothing() -> None:
     importlib.reload(fairseq_moe)
     after = dict(MODEL_REGISTRY), dict(ARCH_MODEL_REGISTRY), Trainer.__dict__["train_step"]
     assert before == after
+
+
+def test_a_training_start_leaves_the_converter_alone() -> None:
+    program = (
+        "import sys, fairseq_moe; print(*(name for name in sys.modules if name.startswith('fairseq_moe')))"
+    )
+    started = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
+    )
+    loaded = started.stdout.split()
+    assert "fairseq_moe.models.moe_transformer_lm" in loaded
+    assert [name for name in loaded if name.startswith("fairseq_moe.convert")] == []
 
 
 def test_all_transformer_lm_names_have_experts_to_offer() -> None:

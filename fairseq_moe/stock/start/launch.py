@@ -19,13 +19,15 @@ from fairseq.distributed import utils as distributed_utils
 from omegaconf import open_dict
 from torch.multiprocessing.spawn import spawn
 
+from fairseq_moe.criterions.best_metric import best_metric_problems
 from fairseq_moe.errors import ConfigError
-from fairseq_moe.flags.moe import moe_problems
+from fairseq_moe.flags.moe_checks import moe_problems
 from fairseq_moe.stock.run import end_of_run
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.start.ending import failures_told, has_experts, one_sentence_errors
 from fairseq_moe.stock.start.given import given_names, restore_given
 from fairseq_moe.stock.start.log_format import use_stock_log_format
+from fairseq_moe.stock.start.other_models import other_model_problems
 from fairseq_moe.stock.start.spawned import wait_for
 
 __all__ = ["run_rank"]
@@ -49,7 +51,10 @@ def call_main(stock: Callable[..., Any], cfg: Any, main: Callable[..., Any], **k
             dist_cfg.distributed_backend = "gloo"
         if dist_cfg.distributed_init_method is None and not dist_cfg.pipeline_model_parallel:
             _infer(dist_cfg, on_cpu=on_cpu, stock=distributed_utils.infer_init_method.__wrapped__)
-        problems = moe_problems(cfg, world_size=dist_cfg.distributed_world_size)
+        problems = other_model_problems(cfg) or [
+            *moe_problems(cfg, world_size=dist_cfg.distributed_world_size),
+            *best_metric_problems(cfg),
+        ]
         if problems:
             raise ConfigError(problems)
         if dist_cfg.distributed_init_method is None or dist_cfg.distributed_no_spawn:

@@ -9,16 +9,20 @@ from typing import Any
 import fairseq_moe
 from fairseq_moe.stock.proxy import ModuleProxy
 from fairseq_moe.stock.seam import install_seams, seam
+from fairseq_moe.stock.start.ending import one_sentence_errors
 from fairseq_moe.stock.start.given import note_given
+from fairseq_moe.stock.start.other_models import refuse_flags_of_other_models
 
 
 @seam(
     "fairseq.options:parse_args_and_arch",
     signature="(parser, input_args, parse_known, suppress_defaults, modify_parser)",
-    stock_does="takes --bf16 for a TPU run, also on GPUs and CPUs, and knows no --is-moe",
-    breaks="--bf16 ends in an XLA error; the branch's evaluation commands do not parse",
+    stock_does="takes --bf16 for a TPU run, also on GPUs and CPUs, and knows no --is-moe; calls a flag of ours "
+    "unrecognised where --arch is another model than transformer_lm",
+    breaks="--bf16 ends in an XLA error; the branch's evaluation commands do not parse; nobody learns why there are "
+    "no experts",
     we_do="bf16 without TPU unless --tpu is given; --is-moe is accepted where a model is loaded (it is not "
-    "needed: checkpoints say what they are)",
+    "needed: checkpoints say what they are); say which architectures have our flags",
     test="tests/e2e/test_commands.py",
 )
 def parse_args_and_arch(
@@ -32,10 +36,12 @@ def parse_args_and_arch(
     options = parser._option_string_actions
     if "--path" in options and "--is-moe" not in options:
         parser.add_argument("--is-moe", action="store_true", help="accepted and unnecessary")
+    given = sys.argv[1:] if input_args is None else input_args
+    with one_sentence_errors():
+        refuse_flags_of_other_models(parser, given)
     parsed = stock(parser, input_args, parse_known, suppress_defaults, modify_parser)
     args = parsed[0] if parse_known else parsed
     note_given(parser, input_args)
-    given = sys.argv[1:] if input_args is None else input_args
     if getattr(args, "bf16", False) and "--tpu" not in given:
         args.tpu = False
     return parsed

@@ -7,6 +7,7 @@ import torch
 
 from fairseq_moe.flags.megatron import moe_layer_pattern
 from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.flags.moe_checks import expert_problems
 from fairseq_moe.modules import BranchConfig, TopKConfig
 from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule
 from fairseq_moe.modules.routing.capacity import DropPolicy
@@ -54,7 +55,7 @@ def test_without_number_of_experts_the_branch_decides(unset: dict[str, Any]) -> 
     assert moe.router_config() == BranchConfig()
     assert moe.loss_coefficients == {}
     assert [moe.is_moe_layer(index) for index in range(LAYERS)] == [False, True, False, True]
-    assert moe.problems(num_layers=LAYERS, world_size=2) == []
+    assert expert_problems(moe, num_layers=LAYERS, world_size=2) == []
 
 
 # --- what each argument changes ---

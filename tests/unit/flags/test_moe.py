@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fairseq_moe.flags.moe import MoEConfig, moe_problems
+from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.flags.moe_checks import moe_problems
 from fairseq_moe.flags.stock import STOCK_FLAGS
 from tests.helpers.ranks import REPOSITORY, USER_DIR, run_ranks
 

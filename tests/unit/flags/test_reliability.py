@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fairseq_moe.flags.moe import moe_problems
+from fairseq_moe.flags.moe_checks import moe_problems
 from fairseq_moe.flags.reliability import ReliabilityConfig
 
 
@@ -33,7 +33,7 @@ def test_defaults_are_fine_and_flags_that_are_not_there_keep_them() -> None:
 def test_only_runs_with_experts_are_asked(
     experts: int, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fairseq_moe.flags.moe.stock_flag_problems", lambda cfg: [])
+    monkeypatch.setattr("fairseq_moe.flags.moe_checks.stock_flag_problems", lambda cfg: [])
     model = SimpleNamespace(
         moe_freq=2 if experts else 0, moe_expert_count=experts, decoder_layers=2, max_skipped_updates=0
     )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fairseq_moe.criterions import MoECrossEntropyCriterion
 from fairseq_moe.criterions.nll import summed_nll
-from fairseq_moe.flags.blocks import BlocksConfig, block_problems
+from fairseq_moe.flags.blocks import BlocksConfig
+from fairseq_moe.flags.blocks_checks import block_problems
 from fairseq_moe.models.embedding import WordEmbedding
 from fairseq_moe.modules import Experts, Router
 from fairseq_moe.modules.blocks.norm import RMSNorm

@@ -6,7 +6,8 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from fairseq_moe.flags.blocks import BlocksConfig, block_problems
+from fairseq_moe.flags.blocks import BlocksConfig
+from fairseq_moe.flags.blocks_checks import block_problems
 from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModel
 from fairseq_moe.models.presets import PRESETS

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.flags.moe_checks import expert_problems
 from fairseq_moe.modules import (
     Experts,
     LocalDispatcher,
@@ -200,4 +201,4 @@ class TestFlags:
     )
     def test_refusals(self, flags: dict[str, Any], words: str) -> None:
         config = MoEConfig.from_args({"num_experts": E, "decoder_layers": 2, **flags})
-        assert any(words in problem for problem in config.problems(num_layers=2, world_size=1))
+        assert any(words in problem for problem in expert_problems(config, num_layers=2, world_size=1))
