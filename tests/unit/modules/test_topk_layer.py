@@ -46,7 +46,7 @@ def run(layer: MoELayer, mode: RouterMode = RouterMode.TRAIN) -> tuple[Tensor, A
         ({"moe_token_dispatcher_type": "allgather"}, AllGatherDispatcher, None),
         (FACTOR | {"moe_pad_expert_input_to_capacity": True}, LocalDispatcher, plan_padded),
     ],
-    ids=str,
+    ids=["default", "alltoall_seq", "allgather", "padded"],
 )
 def test_dispatchers(given: dict[str, Any], kind: type, plan: Any) -> None:
     layer = build(**given)
