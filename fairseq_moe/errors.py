@@ -7,6 +7,7 @@ __all__ = [
     "NonFiniteError",
     "RanksDisagreeError",
     "StockSeamError",
+    "TextError",
 ]
 
 
@@ -49,3 +50,7 @@ class NonFiniteError(MoEError):
 
 class RanksDisagreeError(MoEError):
     """Says that ranks that must do the same have done different things."""
+
+
+class TextError(MoEError, FileNotFoundError, ValueError):
+    """A text is not there, or is empty; a program that catches what stock raises for either catches this, too."""

@@ -2,7 +2,7 @@
 
 A seam function receives what it replaces as its first argument and decides when to call it. The
 decorator records what stock does, why that breaks an MoE model (or a CPU run), what we do instead and which
-test shows it; ``CONTRIBUTING.md`` prints these records as a table.
+test shows it; ``docs/seams.md`` prints these records as a table.
 """
 
 import functools

@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e.commands import DENSE, MOE, PLUGIN, eval_lm_argv, train_argv
 from tests.e2e.processes import console_script, run_process, torchrun
-from tests.helpers.ranks import CommandResult, run_cli
+from tests.helpers.ranks import CommandResult, run_cli, run_ranks
 
 _BAD = ("--moe-freq", "7", "--moe-second-expert-policy", "best", "--moe-eval-capacity-token-fraction", "nan")
 _BAD += ("--decoder-layerdrop", "0.5", "--moe-gate-loss-wt", "-1")
@@ -130,6 +130,35 @@ def test_a_text_too_short_for_one_batch_is_told_from_an_empty_one(text_data: Pat
     assert "--required-batch-size-multiple" in sentence
     num_blocks = re.search(r"a split with (\d+) samples", sentence)
     assert num_blocks is not None and int(num_blocks[1]) > 0
+
+
+def _load_what_is_not_there(rank: int, folder: str, split: str) -> list[str]:
+    """Names of the classes of the error that a program meets, of which stock raises one."""
+    from fairseq import tasks
+    from fairseq.tasks.language_modeling import LanguageModelingConfig
+    from omegaconf import OmegaConf
+
+    import fairseq_moe  # noqa: F401
+
+    # Without the fields that stand for flags of other groups.
+    defaults = {
+        name: value for name, value in vars(LanguageModelingConfig()).items() if "$" not in str(value)
+    }
+    others = {"dataset_impl": None, "seed": 1, "use_plasma_view": False}
+
+    settings = OmegaConf.create({**defaults, **others, "_name": "language_modeling", "data": folder})
+    task = tasks.setup_task(settings)
+    try:
+        task.load_dataset(split)
+    except Exception as error:
+        return [kind.__name__ for kind in type(error).__mro__]
+    return []
+
+
+@pytest.mark.parametrize(("split", "kind"), [("tset", "FileNotFoundError"), ("test", "ValueError")])
+def test_programs_catch_the_error_that_stock_raises(split: str, kind: str, empty_splits: Path) -> None:
+    [kinds] = run_ranks(_load_what_is_not_there, 1, str(empty_splits), split)
+    assert kind in kinds and "MoEError" in kinds
 
 
 # --- models that have none of our flags ---

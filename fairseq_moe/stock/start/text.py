@@ -7,7 +7,7 @@ from typing import Any
 
 from fairseq import utils
 
-from fairseq_moe.errors import MoEError
+from fairseq_moe.errors import MoEError, TextError
 from fairseq_moe.stock.seam import seam
 
 _NOT_FOUND = "Dataset not found"  # how stock's message begins
@@ -18,7 +18,7 @@ _NOT_FOUND = "Dataset not found"  # how stock's message begins
     signature="(self, split, epoch, combine, **kwargs)",
     stock_does="ends in stack traces where a split is not there, or fairseq-preprocess was given an empty file",
     breaks="they name mmap and not the text",
-    we_do="one sentence that names the file",
+    we_do="one sentence that names the file, whatever the model; the error is still one of stock's classes",
     test="tests/e2e/test_bad_input.py",
 )
 def load_dataset(
@@ -29,7 +29,7 @@ def load_dataset(
     # Before stock opens it: an index that fails half-way prints a trace of its own when it is thrown away.
     for part in _parts(path, combine=combine):
         if os.path.getsize(part) == 0:
-            raise MoEError(
+            raise TextError(
                 f"{part} is empty, so there is no text in the split {split!r}; give fairseq-preprocess text for it, "
                 "or choose another split."
             )
@@ -38,7 +38,7 @@ def load_dataset(
     except FileNotFoundError as error:
         if not str(error).startswith(_NOT_FOUND):
             raise
-        raise MoEError(
+        raise TextError(
             f"there is no text of the split {split!r}: {path}.idx and .bin do not exist; correct the data directory or "
             "the split, or binarise text with fairseq-preprocess --only-source (of a converted model: "
             "fairseq-moe-convert preprocess)."
