@@ -54,6 +54,7 @@ def _from_hf(args: argparse.Namespace) -> None:
         args.to,
         expert_parallel_size=args.expert_parallel_size,
         fp8_to=_DTYPES[args.fp8_to],
+        ignored_keys=args.ignore_config_key,
     )
     _report(done)
     if args.verify:
@@ -140,6 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--fp8-to", choices=_DTYPES, default="bfloat16", help="what FP8 weights become (default: %(default)s)"
+    )
+    command.add_argument(
+        "--ignore-config-key",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a key of config.json that nobody here knows and that changes nothing; may be given several times",
     )
     command.set_defaults(run=_from_hf)
     _add_verify(command)

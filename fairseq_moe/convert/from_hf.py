@@ -7,7 +7,7 @@ the same names and files.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.convert.directories import appearing, copy_companions
-from fairseq_moe.convert.hf.directory import TensorDir, digest_of, read_json
-from fairseq_moe.convert.hf.families import fp8_block, read_config
+from fairseq_moe.convert.hf.directory import TensorDir, digest_of, read_json, refuse_other_directories
+from fairseq_moe.convert.hf.families import fp8_block, read_keys
 from fairseq_moe.convert.hf.names import OurTensor, copied_names, is_fused, mtp_prefix, tensor_table
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.convert.spec_flags import command_line
@@ -33,7 +33,7 @@ _MAX_LISTED = 5
 
 @dataclass(kw_only=True)
 class Conversion:
-    """What a conversion did.
+    """Record what a conversion did.
 
     Args:
         target: what was written.
@@ -53,23 +53,33 @@ class Conversion:
 
 
 def from_hf(
-    source: Path, target: Path, *, expert_parallel_size: int = 1, fp8_to: torch.dtype = torch.bfloat16
+    source: Path,
+    target: Path,
+    *,
+    expert_parallel_size: int = 1,
+    fp8_to: torch.dtype = torch.bfloat16,
+    ignored_keys: Collection[str] = (),
 ) -> Conversion:
-    """Convert.
+    """Convert a Hugging Face directory to a checkpoint of ours.
 
     Args:
         source: directory with config.json and safetensors files.
         target: directory to be made.
         expert_parallel_size: shards over which the experts are spread; any number of ranks reads them.
         fp8_to: dtype of weights that are FP8 there.
+        ignored_keys: keys of config.json that nobody here knows and that the user says change nothing.
 
     Raises:
         ConfigError: the model is none that we know.
         CheckpointError: the files are not that model, or ``target`` exists.
     """
+    refuse_other_directories(source)
     values = read_json(source / "config.json")
     where = str(source / "config.json")
-    spec, block = read_config(values, source=where), fp8_block(values, source=where)
+    (spec, carried), block = (
+        read_keys(values, source=where, ignored=ignored_keys),
+        fp8_block(values, source=where),
+    )
     if spec.routing.num_experts % expert_parallel_size:
         raise CheckpointError(
             f"{spec.routing.num_experts} experts do not divide over --expert-parallel-size "
@@ -78,6 +88,10 @@ def from_hf(
     with appearing(target) as directory:
         tensors = TensorDir.open(source, fp8_block=block, fp8_to=fp8_to)
         spec, notes = _without_absent_mtp(spec, tensors)
+        if carried:
+            notes.append(
+                f"config.json has keys that change nothing here and are carried along: {', '.join(carried)}."
+            )
         table = tensor_table(spec, fused=is_fused(tensors.stored))
         copies = {copy: name for copy, name in copied_names(spec).items() if copy in tensors.stored}
         check_tensors(tensors, table, copies)
@@ -93,7 +107,7 @@ def from_hf(
         digest = digest_of(
             tensors.digests, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.stored.items()}
         )
-        _write_companions(source, directory, values, spec, tensors, digest)
+        _write_companions(source, directory, values, spec, tensors, digest, ignored_keys)
     if block is not None:
         notes.append(
             f"FP8 weights are now {str(fp8_to).removeprefix('torch.')}; the way back does not quantise."
@@ -109,7 +123,7 @@ def from_hf(
 
 
 def _without_absent_mtp(spec: ModelSpec, tensors: TensorDir) -> tuple[ModelSpec, list[str]]:
-    """transformers writes no prediction blocks, and yet writes how many there were."""
+    """Leave out prediction blocks that the files lack: transformers writes none, and yet how many there were."""
     prefix = mtp_prefix(spec, 0)
     if not spec.mtp_layers or any(name.startswith(prefix) for name in tensors.stored):
         return spec, []
@@ -194,6 +208,7 @@ def _write_companions(
     spec: ModelSpec,
     tensors: TensorDir,
     digest: str,
+    ignored_keys: Collection[str],
 ) -> None:
     companions = directory / COMPANIONS
     companions.mkdir()
@@ -203,6 +218,8 @@ def _write_companions(
         "quantized": any(tensors.dtype(name) != tensors.stored[name].dtype for name in tensors.names()),
         "weight_map": {name: tensors.file_of(name) for name in tensors.names()},
     }
+    if ignored_keys:
+        record["ignored_config_keys"] = sorted(ignored_keys)
     (companions / CONVERSION).write_text(json.dumps(record, indent=1), encoding="utf-8")
     (directory / "flags.txt").write_text("\n".join(command_line(spec)) + "\n", encoding="utf-8")
     (directory / "dict.txt").write_text(dictionary_text(spec.vocab_size, values), encoding="utf-8")

@@ -70,7 +70,9 @@ def to_hf(
         if beside is not None:
             copy_companions(beside, directory)
             (directory / CONVERSION).unlink(missing_ok=True)
-        config = write_config(model.spec, like=like, dtype=_main_dtype(outputs))
+        config = write_config(
+            model.spec, like=like, dtype=_main_dtype(outputs), ignored=record.get("ignored_config_keys", ())
+        )
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         digests = _write_files(model, outputs, files, directory, target.name)
     stored = {name: (output.dtype, output.block.shape) for name, output in outputs.items()}

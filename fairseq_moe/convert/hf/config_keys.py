@@ -1,25 +1,16 @@
-"""Reading a config.json key by key, so that what nobody has read can be refused by name."""
+"""Read a config.json key by key, so that what nobody has read is carried along or refused by name."""
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from fairseq_moe.convert.hf.harmless_keys import is_common, is_harmless
 from fairseq_moe.convert.spec import Rope
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.modules.blocks.rope import YarnConfig
 
-__all__ = ["ConfigKeys", "rope_keys"]
-
-# Of no effect on what the model computes from its weights, in any of the families.
-_WITHOUT_EFFECT = frozenset(
-    {
-        "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
-        "eos_token_id", "ep_size", "id2label", "is_encoder_decoder", "label2id", "max_window_layers",
-        "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-        "pretraining_tp", "problem_type", "quantization_config", "return_dict", "torch_dtype",
-        "transformers_version", "use_cache",
-    }
-)  # fmt: skip
+__all__ = ["REQUIRED", "ConfigKeys", "rope_keys"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +32,7 @@ class _Kind:
         return f"a {'whole ' if self.is_whole else ''}number {bound}"
 
     def holds(self, value: Any) -> bool:
-        """Whether ``value`` is one; NaN and what no float holds never are."""
+        """Tell whether ``value`` is one; NaN and what no float holds never are."""
         if isinstance(value, bool) or not isinstance(value, int if self.is_whole else int | float):
             return False
         return bool(self.least <= value <= sys.float_info.max) and not (self.is_open and value == self.least)
@@ -59,45 +50,59 @@ _YARN_KEYS = {
     "attention_factor": ("attention_factor", _POSITIVE),
 }
 _YARN_NEEDS = ("factor", "original_max_position_embeddings")
+_OWN_THETA = {"mixtral": 1_000_000.0}  # transformers' default_theta; 10,000 for the others
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
-_REQUIRED: Any = object()
+REQUIRED: Any = object()  # a default: the key must be there
 
 
 class ConfigKeys:
-    """A config.json that remembers which of its keys were read, and what was wrong with them.
+    """Remember which keys of a config.json were read, and what was wrong with them.
+
+    A key that is null is not one that is absent: transformers then computes with None in place of its default. So
+    null counts as the default where that is None, or false and empty as None is, or where ``null`` says so; elsewhere
+    it is refused.
 
     Args:
         values: the parsed file.
         source: its name, for messages.
+        ignored: keys that the user says change nothing.
     """
 
-    def __init__(self, values: dict[str, Any], *, source: str) -> None:
+    def __init__(self, values: dict[str, Any], *, source: str, ignored: Collection[str] = ()) -> None:
         self.values = values
         self.source = source
+        self.ignored = ignored
         self.problems: list[str] = []
         self._read: set[str] = set()
 
-    def _value(self, names: tuple[str, ...], default: Any) -> Any:
+    def _value(self, names: tuple[str, ...], default: Any, *, null: bool = False) -> Any:
         self._read.update(names)
         for name in names:
             if self.values.get(name) is not None:
                 return self.values[name]
-        if default is _REQUIRED:
+        if default is REQUIRED:
             self.problems.append(f"{self.source} has no {' or '.join(names)}, which this model needs.")
+        elif default and not null and any(name in self.values for name in names):
+            name = next(name for name in names if name in self.values)
+            self._refuse(
+                f"{name} null, which transformers does not take for its default; expected {default!r}."
+            )
         return default
 
-    def integer(self, *names: str, default: Any = _REQUIRED, least: int = 1) -> Any:
-        """The first of these keys that is there and not null; must be an integer of at least ``least``."""
-        value = self._value(names, default)
+    def integer(self, *names: str, default: Any = REQUIRED, least: int = 1, null: bool = False) -> Any:
+        """Read the first of these keys that is there and not null; must be an integer of at least ``least``."""
+        value = self._value(names, default, null=null)
         if value is default:
-            return 1 if value is _REQUIRED else value
+            return 1 if value is REQUIRED else value
         return value if self._is(names[0], value, _Kind(least=least, is_whole=True)) else 1
 
-    def number(self, name: str, default: Any = _REQUIRED, *, positive: bool = False) -> Any:
-        """The same for real numbers; not negative, and with ``positive`` not 0 either."""
-        value = self._value((name,), default)
+    def number(
+        self, name: str, default: Any = REQUIRED, *, positive: bool = False, null: bool = False
+    ) -> Any:
+        """Read a real number; not negative, and with ``positive`` not 0 either."""
+        value = self._value((name,), default, null=null)
         if value is default:
-            return 1.0 if value is _REQUIRED else value
+            return 1.0 if value is REQUIRED else value
         return float(value) if self._is(name, value, _POSITIVE if positive else _NOT_NEGATIVE) else 1.0
 
     def _is(self, what: str, value: Any, kind: _Kind) -> bool:
@@ -113,40 +118,43 @@ class ConfigKeys:
             self.problems.append(problem)
 
     def flag(self, name: str, default: bool) -> bool:
-        """The same for true and false."""
+        """Read true or false."""
         value = self._value((name,), default)
         if not isinstance(value, bool):
             self.problems.append(f"{self.source} has {name} {value!r}, expected true or false.")
         return bool(value)
 
     def integers(self, name: str) -> list[int]:
-        """A list of integers; null means none."""
+        """Read a list of integers; null means none."""
         value = self._value((name,), [])
         if not isinstance(value, list) or not all(type(entry) is int for entry in value):
             self.problems.append(f"{self.source} has {name} {value!r}, expected a list of layers.")
             return []
         return value
 
-    def fixed(self, name: str, *allowed: Any) -> None:
-        """A key that may be absent or null, or have one of these values."""
+    def fixed(self, name: str, *allowed: Any, null: bool = False) -> None:
+        """Refuse a key that is there with none of these values; null may be with ``null``, or where one is false."""
         value = self._value((name,), None)
-        if value is not None and value not in allowed:
-            expected = " or ".join(repr(entry) for entry in allowed) if allowed else "no such key"
-            self.problems.append(f"{self.source} has {name} {value!r}, expected {expected}.")
+        if name not in self.values or value in allowed:
+            return
+        if value is None and (null or not allowed or not all(allowed)):
+            return
+        expected = " or ".join(repr(entry) for entry in allowed) if allowed else "null"
+        self.problems.append(f"{self.source} has {name} {_shown(value)}, expected {expected}.")
 
     def one_of(self, name: str, allowed: tuple[str, ...], default: str) -> Any:
-        """A key with one of these words."""
+        """Read a key that has one of these words."""
         value = self._value((name,), default)
         if value not in allowed:
             self.problems.append(f"{self.source} has {name} {value!r}, expected one of {', '.join(allowed)}.")
         return value if value in allowed else allowed[0]
 
     def ignore(self, *names: str) -> None:
-        """Keys without effect in this family."""
+        """Count keys as read that have no effect in this family."""
         self._read.update(names)
 
     def rope(self, *, interleaved: bool) -> Rope:
-        """Positions, from the form of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
+        """Read positions, from the form of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
         self._read.update(_ROPE_KEYS)
         self.fixed("partial_rotary_factor", 1, 1.0)
         wrong = [
@@ -169,12 +177,17 @@ class ConfigKeys:
         return found[0]
 
     def _rope_forms(self) -> list[dict[str, Any]]:
-        """Each reading: transformers 4 takes theta and rope_scaling, 5 takes ``rope_scaling or rope_parameters``."""
+        """List each reading: transformers 4's (theta and rope_scaling) and 5's (rope_scaling or rope_parameters)."""
         theta, scaling, parameters = (_without_nulls(self.values.get(name)) for name in _ROPE_KEYS)
         top = {} if theta is None else {"rope_theta": theta}
         forms = []
         if scaling is not None:
-            below = {key: value for key, value in (parameters or {}).items() if key == "rope_theta"}
+            # 5 does not look into rope_parameters then: without theta elsewhere it takes the family's own.
+            below = (
+                {"rope_theta": _OWN_THETA.get(str(self.values.get("model_type")), 10_000.0)}
+                if parameters
+                else {}
+            )
             forms.append({**below, **top, **scaling})
         if parameters is not None:
             forms.append({**top, **parameters})
@@ -202,7 +215,7 @@ class ConfigKeys:
         return Rope(theta=float(theta), interleaved=interleaved, yarn=yarn)
 
     def _yarn(self, form: dict[str, Any]) -> YarnConfig:
-        """Takes its settings out of ``form``."""
+        """Take YaRN's settings out of ``form``."""
         settings: dict[str, Any] = {"factor": 1.0, "original_max_positions": 1}
         for key, (ours, kind) in _YARN_KEYS.items():
             if key in form:
@@ -215,28 +228,41 @@ class ConfigKeys:
             del form["truncate"]
         return YarnConfig(**settings)
 
-    def finish(self) -> None:
-        """Refuse what was wrong and what nobody has read.
+    def finish(self) -> list[str]:
+        """Refuse what was wrong and what nobody has read; return the keys that are carried along unread.
 
         Raises:
             ConfigError: with a sentence for each problem.
         """
-        unread = sorted(
-            key
-            for key, value in self.values.items()
-            if key not in self._read and key not in _WITHOUT_EFFECT and value is not None
-        )
+        family = str(self.values.get("model_type"))
+        unread = {key: value for key, value in sorted(self.values.items()) if key not in self._read}
+        listed = {key for key, value in unread.items() if is_harmless(family, key, value)}
+        unknown = [key for key, value in unread.items() if value is not None and key not in listed]
         self.problems += [
-            f"{self.source} has the key {key} ({self.values[key]!r}), which fairseq_moe does not know; remove "
-            "it if it does not change what the model computes."
-            for key in unread
+            f"{self.source} has the key {key} ({self.values[key]!r}), which fairseq_moe does not know for "
+            f"{family}; pass --ignore-config-key {key} if it does not change what the model computes."
+            for key in unknown
+            if key not in self.ignored
         ]
+        for key in self.ignored:
+            if key not in self.values:
+                self.problems.append(f"{self.source} has no key {key} that --ignore-config-key could ignore.")
+            elif key in self._read:
+                self.problems.append(
+                    f"{self.source} has the key {key}, which the conversion reads; --ignore-config-key is for keys "
+                    "that it does not know."
+                )
         if self.problems:
             raise ConfigError(self.problems)
+        return [key for key in unread if key in self.ignored or not is_common(family, key, self.values[key])]
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _without_nulls(value: Any) -> Any:
-    """A dictionary without what is null in it; anything else as it is."""
+    """Drop entries that are null from a dictionary; return anything else as it is."""
     return (
         {key: entry for key, entry in value.items() if entry is not None}
         if isinstance(value, dict)
@@ -245,7 +271,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def rope_keys(rope: Rope) -> dict[str, Any]:
-    """Both forms of ``rope`` for a config.json: transformers 4 would read theta as 10000 without the first."""
+    """Write both forms of ``rope`` for a config.json: transformers 4 would read theta as 10000 without the first."""
     if rope.yarn is None:
         scaling = None
     else:

@@ -1,6 +1,6 @@
-"""Writing a config.json that transformers 4 and 5 both understand."""
+"""Write a config.json that transformers 4 and 5 both understand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,16 @@ from fairseq_moe.errors import ConfigError
 __all__ = ["write_config"]
 
 
-def write_config(spec: ModelSpec, *, like: dict[str, Any] | None = None, dtype: str) -> dict[str, Any]:
-    """A config.json for transformers 4 and 5.
+def write_config(
+    spec: ModelSpec, *, like: dict[str, Any] | None = None, dtype: str, ignored: Collection[str] = ()
+) -> dict[str, Any]:
+    """Write a config.json for transformers 4 and 5.
 
     Args:
         spec: what the model is.
         like: the config.json that the model came with; what it says besides is kept, but for quantisation.
         dtype: of the weights, such as ``bfloat16``.
+        ignored: keys of ``like`` that the user says change nothing.
 
     Raises:
         ConfigError: ``like`` describes another model.
@@ -42,8 +45,10 @@ def write_config(spec: ModelSpec, *, like: dict[str, Any] | None = None, dtype: 
     else:
         values = {key: value for key, value in like.items() if key != "quantization_config"}
     values |= rope_keys(spec.rope) | {"torch_dtype": dtype, "dtype": dtype}
+    if spec.family == "qwen3_moe":  # transformers knows both names since version 5, and one before
+        values["num_experts"] = spec.routing.num_experts
     values = dict(sorted(values.items()))
-    again = read_config(values)
+    again = read_config(values, ignored=[key for key in ignored if key in values])
     wrong = differences(spec, replace(again, mtp_layers=spec.mtp_layers))
     # Files may lack the prediction blocks that a config promises (transformers leaves them out), not the other way.
     if spec.mtp_layers not in (0, again.mtp_layers):

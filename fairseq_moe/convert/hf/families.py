@@ -1,26 +1,36 @@
-"""The model families: what their config.json says.
+"""Read what a model is from the config.json of its family.
 
 Published files (transformers 4) leave out what was a default of their modelling code; transformers 5 writes
 everything. Both are read. A key that is not understood is refused, because a model that is read without it
 may be another model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from fairseq_moe.convert.hf.config_keys import ConfigKeys
+from fairseq_moe.convert.hf.config_keys import REQUIRED, ConfigKeys
 from fairseq_moe.convert.spec import Mla, ModelSpec, Routing
 from fairseq_moe.errors import ConfigError
 
-__all__ = ["FAMILIES", "fp8_block", "read_config"]
+__all__ = ["FAMILIES", "fp8_block", "read_config", "read_keys"]
 
 
-def read_config(values: dict[str, Any], *, source: str = "config.json") -> ModelSpec:
-    """What the model is.
+def read_config(
+    values: dict[str, Any], *, source: str = "config.json", ignored: Collection[str] = ()
+) -> ModelSpec:
+    """Read what a model is from its config.json; arguments and errors as ``read_keys``."""
+    return read_keys(values, source=source, ignored=ignored)[0]
+
+
+def read_keys(
+    values: dict[str, Any], *, source: str = "config.json", ignored: Collection[str] = ()
+) -> tuple[ModelSpec, list[str]]:
+    """Read what a model is, and which keys are carried along although nothing of ours reads them.
 
     Args:
         values: the parsed config.json.
         source: its name, for messages.
+        ignored: further keys that the user says change nothing.
 
     Raises:
         ConfigError: another family, or settings that change the model and are not supported, each by name.
@@ -32,18 +42,18 @@ def read_config(values: dict[str, Any], *, source: str = "config.json") -> Model
                 f"{source} has model_type {kind!r}, expected one of {', '.join(FAMILIES)}; convert such a model."
             ]
         )
-    keys = ConfigKeys(values, source=source)
+    keys = ConfigKeys(values, source=source, ignored=ignored)
     keys.fixed("hidden_act", "silu")
+    keys.ignore("model_type", "quantization_config")  # read here and by fp8_block
     spec = FAMILIES[kind](keys)
     if not keys.problems:
         _check_sizes(keys, spec)
     fp8_block(values, source=source)
-    keys.finish()
-    return spec
+    return spec, keys.finish()
 
 
 def fp8_block(values: dict[str, Any], *, source: str = "config.json") -> tuple[int, int] | None:
-    """Rows and columns of the blocks of FP8 weights that share a scale; None: the weights are not quantised.
+    """Read rows and columns of the blocks of FP8 weights that share a scale; None: the weights are not quantised.
 
     Raises:
         ConfigError: another kind of quantisation.
@@ -84,7 +94,9 @@ def _check_sizes(keys: ConfigKeys, spec: ModelSpec) -> None:
         ),
         (
             routing.normalized and routing.top_k == 1,
-            "norm_topk_prob with one expert per token, whose weight is 1",
+            ("norm_topk_prob and " if "norm_topk_prob" in keys.values else "")
+            + "num_experts_per_tok 1: its weight, divided by its own sum, is 1 for every token, so that the router "
+            "could not learn",
         ),
     ):
         if problem:
@@ -99,17 +111,24 @@ def _common(keys: ConfigKeys, *, max_positions: int) -> dict[str, Any]:
         "num_layers": keys.integer("num_hidden_layers"),
         "num_heads": keys.integer("num_attention_heads"),
         "tied": keys.flag("tie_word_embeddings", False),
-        "max_positions": keys.integer("max_position_embeddings", default=max_positions),
-        "init_std": keys.number("initializer_range", 0.02),
+        "max_positions": keys.integer("max_position_embeddings", default=max_positions, null=True),
+        "init_std": keys.number("initializer_range", 0.02, null=True),
         "attention_dropout": keys.number("attention_dropout", 0.0),
     }
 
 
-def _grouped_heads(keys: ConfigKeys, common: dict[str, Any]) -> dict[str, Any]:
+def _grouped_heads(
+    keys: ConfigKeys, common: dict[str, Any], *, if_null: bool = False, if_absent: bool = False
+) -> dict[str, Any]:
+    """Read the sizes of heads; whether a null or absent number of key heads means as many as query heads."""
     heads = common["num_heads"]
+    means_heads = if_null if "num_key_value_heads" in keys.values else if_absent
+    kv_heads = keys.integer(
+        "num_key_value_heads", default=heads if means_heads else REQUIRED, null=means_heads
+    )
     return {
-        "num_kv_heads": keys.integer("num_key_value_heads", default=heads),
-        "head_dim": keys.integer("head_dim", default=common["model_dim"] // heads),
+        "num_kv_heads": kv_heads,
+        "head_dim": keys.integer("head_dim", default=common["model_dim"] // heads, null=if_null),
         "rope": keys.rope(interleaved=False),
     }
 
@@ -127,7 +146,7 @@ def _no_sliding_window(keys: ConfigKeys) -> None:
 
 def _mixtral(keys: ConfigKeys) -> ModelSpec:
     common = _common(keys, max_positions=131072)
-    keys.fixed("sliding_window", 0)
+    keys.fixed("sliding_window")  # 0 would be a window of no tokens
     keys.fixed("router_jitter_noise", 0, 0.0)
     routing = Routing(
         num_experts=keys.integer("num_local_experts", "num_experts"),
@@ -137,7 +156,7 @@ def _mixtral(keys: ConfigKeys) -> ModelSpec:
     )
     return ModelSpec(
         **common,
-        **_grouped_heads(keys, common),
+        **_grouped_heads(keys, common, if_null=True),
         norm_eps=keys.number("rms_norm_eps", 1e-5, positive=True),
         expert_ffn_dim=keys.integer("intermediate_size"),
         moe_layers=(True,) * common["num_layers"],
@@ -155,7 +174,7 @@ def _olmoe(keys: ConfigKeys) -> ModelSpec:
     )
     return ModelSpec(
         **common,
-        **_grouped_heads(keys, common),
+        **_grouped_heads(keys, common, if_null=True, if_absent=True),
         attention_bias="all" if keys.flag("attention_bias", False) else "none",
         qk_norm="full",
         clip_qkv=keys.number("clip_qkv", None, positive=True),
@@ -209,8 +228,10 @@ def _qwen3_moe(keys: ConfigKeys) -> ModelSpec:
 def _deepseek(keys: ConfigKeys, *, routing: Routing, interleaved: bool, **own: Any) -> ModelSpec:
     common = _common(keys, max_positions=4096)
     heads, layers = common["num_heads"], common["num_layers"]
+    # null means that queries are not compressed; transformers takes 1536 where it is absent.
+    has_rank = "q_lora_rank" in keys.values
     mla = Mla(
-        q_lora_rank=keys.integer("q_lora_rank", default=None),
+        q_lora_rank=keys.integer("q_lora_rank", default=None if has_rank else REQUIRED),
         kv_lora_rank=keys.integer("kv_lora_rank"),
         qk_nope_head_dim=keys.integer("qk_nope_head_dim"),
         qk_rope_head_dim=keys.integer("qk_rope_head_dim"),

@@ -182,7 +182,8 @@ REFUSED = {
         "groups of one expert, of which the best two are counted",
     ),
     "heads": (MIXTRAL, {"num_key_value_heads": 5}, "not a multiple of num_key_value_heads"),
-    "one expert": (QWEN3, {"num_experts_per_tok": 1}, "norm_topk_prob with one expert per token"),
+    "one expert": (QWEN3, {"num_experts_per_tok": 1}, "with norm_topk_prob and num_experts_per_tok 1"),
+    "Mixtral's one expert": (MIXTRAL, {"num_experts_per_tok": 1}, "with num_experts_per_tok 1"),
 }
 
 

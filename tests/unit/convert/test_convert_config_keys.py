@@ -1,0 +1,185 @@
+"""Keys of a config.json that change nothing: carried along and named, or refused by name; directories of another kind.
+
+Run with ``pytest tests/unit/convert/test_convert_config_keys.py``.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fairseq_moe.convert import from_hf, to_hf
+from fairseq_moe.convert.cli import main
+from fairseq_moe.convert.hf.families import FAMILIES, read_keys
+from fairseq_moe.convert.hf.harmless_keys import HARMLESS_KEYS
+from fairseq_moe.errors import CheckpointError, ConfigError
+from tests.helpers.published_configs import (
+    DEEPSEEK_V2,
+    MIXTRAL,
+    QWEN3,
+)
+
+CODER = {
+    "qkv_bias": False,
+    "shared_expert_intermediate_size": 0,
+    "use_qk_norm": True,
+}
+
+
+def carried(values: dict[str, Any], **kwargs: Any) -> list[str]:
+    return read_keys(values, **kwargs)[1]
+
+
+class TestKeys:
+    def test_what_a_public_file_of_the_family_says_besides_is_named(self) -> None:
+        assert carried(QWEN3) == []
+        assert carried(QWEN3 | CODER) == sorted(CODER)
+
+    def test_null_is_named_too(self) -> None:
+        assert carried(QWEN3 | {"a_key_of_tomorrow": None}) == ["a_key_of_tomorrow"]
+
+    @pytest.mark.parametrize("value", [False, 0, "", 0.0, [], True, 3])
+    def test_an_unknown_key_is_refused_whatever_it_holds(self, value: Any) -> None:
+        with pytest.raises(
+            ConfigError, match=r"the key a_key_of_tomorrow .*--ignore-config-key a_key_of_tomorrow"
+        ):
+            read_keys(QWEN3 | {"a_key_of_tomorrow": value})
+
+    @pytest.mark.parametrize(("key", "value"), [("qkv_bias", True), ("shared_expert_intermediate_size", 128)])
+    def test_a_harmless_key_with_another_value_is_refused(self, key: str, value: Any) -> None:
+        with pytest.raises(ConfigError, match=f"the key {key}"):
+            read_keys(QWEN3 | {key: value})
+
+    def test_a_key_that_is_harmless_in_one_family_is_refused_in_another(self) -> None:
+        with pytest.raises(ConfigError, match="the key qkv_bias"):
+            read_keys(MIXTRAL | {"qkv_bias": False})
+
+    def test_false_is_not_zero(self) -> None:
+        with pytest.raises(ConfigError, match="the key shared_expert_intermediate_size"):
+            read_keys(QWEN3 | {"shared_expert_intermediate_size": False})
+
+    @pytest.mark.parametrize(
+        "left_behind",
+        [
+            {"unsloth_fixed": True, "unsloth_version": "2025.3"},
+            {"_attn_implementation_autoset": True, "_name_or_path": "x", "_commit_hash": "0"},
+            {
+                "do_sample": True,
+                "temperature": 0.7,
+                "top_p": 0.9,
+                "repetition_penalty": 1.1,
+                "max_length": 20,
+            },
+            {"model_creator": "somebody", "quantized_by": "nobody"},
+            {
+                "is_decoder": False,
+                "add_cross_attention": False,
+                "tie_encoder_decoder": False,
+                "pruned_heads": {},
+            },
+        ],
+        ids=lambda keys: next(iter(keys)),
+    )
+    def test_what_tools_leave_behind_is_known_as_a_kind(self, left_behind: dict[str, Any]) -> None:
+        for family in (MIXTRAL, QWEN3, DEEPSEEK_V2):
+            assert set(carried(family | left_behind)) <= set(left_behind)
+
+    def test_the_user_decides(self) -> None:
+        values = QWEN3 | {"a_key_of_tomorrow": 0}
+        assert carried(values, ignored=["a_key_of_tomorrow"]) == ["a_key_of_tomorrow"]
+        with pytest.raises(ConfigError, match="no key another that --ignore-config-key could ignore"):
+            read_keys(values, ignored=["a_key_of_tomorrow", "another"])
+        with pytest.raises(ConfigError, match="the key num_experts, which the conversion reads"):
+            read_keys(values, ignored=["a_key_of_tomorrow", "num_experts"])
+
+    def test_every_entry_of_the_table_has_a_reason_and_known_families(self) -> None:
+        for entry in HARMLESS_KEYS:
+            assert len(entry.why.split()) >= 2
+            assert set(entry.families) <= set(FAMILIES)
+
+
+def with_keys(source: Path, target: Path, **keys: Any) -> Path:
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | keys))
+    return target
+
+
+def test_keys_survive_the_way_there_and_back(hf_model: Any, tmp_path: Path) -> None:
+    source = with_keys(hf_model("qwen3_moe"), tmp_path / "source", **CODER, a_key_of_tomorrow=0)
+    done = from_hf(source, tmp_path / "ours", ignored_keys=["a_key_of_tomorrow"])
+    (note,) = done.notes
+    assert note.endswith(
+        "carried along: a_key_of_tomorrow, qkv_bias, shared_expert_intermediate_size, use_qk_norm."
+    )
+    to_hf(tmp_path / "ours" / "checkpoint.pt", tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back.items() >= (CODER | {"a_key_of_tomorrow": 0}).items()
+
+
+def test_the_command_takes_keys_to_ignore(
+    hf_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = with_keys(hf_model("mixtral"), tmp_path / "source", first=1, second=2)
+    command = ["from-hf", str(source), "--to", str(tmp_path / "ours"), "--ignore-config-key", "first"]
+    assert main(command) == 2
+    assert "the key second (2)" in capsys.readouterr().err
+    assert main([*command, "--ignore-config-key", "second"]) == 0
+    assert "carried along: first, second." in capsys.readouterr().err
+
+
+def test_qwen3_is_written_under_both_names_of_its_number_of_experts(hf_model: Any, tmp_path: Path) -> None:
+    source = with_keys(hf_model("qwen3_moe"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["num_local_experts"] = config.pop("num_experts", config.get("num_local_experts"))
+    (source / "config.json").write_text(json.dumps(config))
+    from_hf(source, tmp_path / "ours")
+    to_hf(tmp_path / "ours" / "checkpoint.pt", tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["num_experts"] == back["num_local_experts"] == config["num_local_experts"]
+
+
+def _without_weights(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    return target
+
+
+class TestOtherDirectories:
+    """Each says what it is before any key of its config.json, which is one that would be refused too."""
+
+    def _refusal(self, directory: Path, tmp_path: Path) -> str:
+        if (directory / "config.json").is_file():
+            config = json.loads((directory / "config.json").read_text())
+            (directory / "config.json").write_text(json.dumps(config | {"a_key_of_tomorrow": 1}))
+        with pytest.raises(CheckpointError) as caught:
+            from_hf(directory, tmp_path / "ours")
+        assert not (tmp_path / "ours").exists()
+        return str(caught.value)
+
+    def test_an_adapter(self, tmp_path: Path) -> None:
+        (tmp_path / "lora").mkdir()
+        (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(b"")
+        said = self._refusal(tmp_path / "lora", tmp_path)
+        assert "holds an adapter (LORA) of a model, not the model; merge it" in said
+
+    @pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "compressed-tensors"])
+    def test_quantised_weights(self, method: str, hf_model: Any, tmp_path: Path) -> None:
+        source = with_keys(
+            hf_model("mixtral"), tmp_path / "source", quantization_config={"quant_method": method}
+        )
+        assert f"holds weights quantised by {method}, which are not read here" in self._refusal(
+            source, tmp_path
+        )
+
+    def test_files_of_another_program(self, hf_model: Any, tmp_path: Path) -> None:
+        source = _without_weights(hf_model("mixtral"), tmp_path / "source")
+        (source / "model-q4_k_m.gguf").write_bytes(b"GGUF")
+        assert "holds model-q4_k_m.gguf, weights for another program" in self._refusal(source, tmp_path)
+
+    def test_pickles(self, hf_model: Any, tmp_path: Path) -> None:
+        source = _without_weights(hf_model("mixtral"), tmp_path / "source")
+        (source / "pytorch_model.bin").write_bytes(b"\x80")
+        assert "holds its weights in pytorch_model.bin, a pickle" in self._refusal(source, tmp_path)
