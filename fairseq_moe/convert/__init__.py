@@ -1,4 +1,4 @@
-"""Published mixture-of-experts models: from Hugging Face directories to our checkpoints and back.
+"""How does a published model become a checkpoint of ours, and go back to a Hugging Face directory?
 
 Works on files: no GPU, no network, no process group, no transformers, and memory for one tensor at a time.
 

@@ -19,7 +19,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run ``fairseq-moe-convert`` with these arguments.
 
     Args:
         arguments: command line without the program's name; None: the process's own.

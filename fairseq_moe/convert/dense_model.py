@@ -21,7 +21,7 @@ _MAX_LISTED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class DenseModel:
-    """What there is.
+    """Hold the tensors and flags of a dense checkpoint that experts are made from.
 
     Args:
         tensors: by name, tied ones under each of theirs.

@@ -22,7 +22,7 @@ from fairseq_moe.convert.hf.names import OurTensor, copied_names, is_fused, mtp_
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.convert.spec_flags import command_line
 from fairseq_moe.convert.store import CHECKPOINT, COMPANIONS, CONVERSION, Assembled, write_model
-from fairseq_moe.data.identity_dictionary import dictionary_text
+from fairseq_moe.data.identity_dictionary import dictionary_text, parse_identity
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.progress import progress
 
@@ -108,6 +108,7 @@ def from_hf(
             tensors.digests, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.stored.items()}
         )
         _write_companions(source, directory, values, spec, tensors, digest, ignored_keys)
+    notes += _missing_end(values, spec)
     if block is not None:
         notes.append(
             f"FP8 weights are now {str(fp8_to).removeprefix('torch.')}; the way back does not quantise."
@@ -120,6 +121,20 @@ def from_hf(
         num_bytes=num_bytes,
         notes=notes,
     )
+
+
+def _missing_end(values: dict[str, Any], spec: ModelSpec) -> list[str]:
+    if parse_identity(dictionary_text(spec.vocab_size, values), source="dict.txt").eos is not None:  # type: ignore[union-attr]
+        return []
+    named = values.get("eos_token_id")
+    said = (
+        "names no eos_token_id"
+        if named is None
+        else f"has eos_token_id {named!r}, which is no id of the model"
+    )
+    return [
+        f"config.json {said}: generation needs an end token; put its id into dict.txt (eos=ID in place of eos=-)."
+    ]
 
 
 def _without_absent_mtp(spec: ModelSpec, tensors: TensorDir) -> tuple[ModelSpec, list[str]]:

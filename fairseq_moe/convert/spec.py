@@ -9,7 +9,7 @@ __all__ = ["Mla", "ModelSpec", "Rope", "Routing", "differences"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embedding.
+    """Describe a rotary position embedding.
 
     Args:
         theta: base of the frequencies.

@@ -91,7 +91,7 @@ def _pattern(moe_layers: tuple[bool, ...]) -> str:
 
 
 def command_line(spec: ModelSpec) -> list[str]:
-    """The same for a shell, one flag a line."""
+    """Write the model flags for a shell, one flag a line."""
     lines = ["--arch transformer_lm"]
     for name, value in (flags_of(spec) | {"max_target_positions": spec.max_positions}).items():
         flag = "--" + name.replace("_", "-")

@@ -1,6 +1,6 @@
 """Our checkpoint as a converter sees it: the model's tensors and flags, without a trainer.
 
-The one module of this package that knows the checkpoint format.
+What all directions of conversion share of the checkpoint format.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ class Assembled:
     load: Callable[[Sequence[int] | None], Tensor]
 
     def lazily(self, expert_ids: Sequence[int]) -> LazyTensor:
-        """What a shard with these experts holds of it."""
+        """Make the part of the tensor that a shard with these experts holds, unread."""
         if not has_expert_rows(self.name):
             return LazyTensor(dtype=self.dtype, shape=self.shape, load=lambda: self.load(None))
         shape = (len(expert_ids), *self.shape[1:])
@@ -107,7 +107,7 @@ def write_tensors(
     aliases: dict[str, str],
     num_shards: int,
 ) -> None:
-    """Write a checkpoint.
+    """Write tensors as the shards and main file of a checkpoint.
 
     Args:
         directory: of the main file, ``checkpoint.pt``.
@@ -148,7 +148,7 @@ def _main_state(spec: ModelSpec) -> dict[str, Any]:
 
 
 def fresh_state(cfg: dict[str, Any]) -> dict[str, Any]:
-    """What stock fairseq expects of a checkpoint besides the weights, before any training."""
+    """Make what stock fairseq expects of a checkpoint besides the weights, before any training."""
     return {
         "args": None,
         "cfg": cfg,
@@ -213,22 +213,22 @@ class StoredModel:
         return cls(path=path, spec=spec, restored_from=restored_from, _parts=parts)
 
     def names(self) -> list[str]:
-        """Of all parameters and buffers, tied ones once."""
+        """List the names of all parameters and buffers, tied ones once."""
         return sorted(self._parts)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of its elements."""
+        """Return the dtype of a tensor."""
         return self._parts[name][0].stored.dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor, with all E experts."""
+        """Return the shape of a whole tensor, with all E experts."""
         shape = self._parts[name][0].stored.shape
         if has_expert_rows(name):
             return (sum(len(part.expert_ids) for part in self._parts[name]), *shape[1:])
         return shape
 
     def tensor(self, name: str) -> Tensor:
-        """All of it."""
+        """Read a whole tensor, with all E experts."""
         if not has_expert_rows(name):
             return read_tensor(self._parts[name][0].stored)
         whole = torch.empty(self.shape(name), dtype=self.dtype(name))
@@ -251,7 +251,7 @@ def _spec(path: Path, flags: dict[str, Any], *, vocab_size: int) -> ModelSpec:
 
 
 class _Part(NamedTuple):
-    """What one shard holds of a tensor."""
+    """Hold the part of a tensor that goes into one shard."""
 
     expert_ids: list[int]
     stored: StoredTensor

@@ -45,7 +45,7 @@ def to_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Conversion:
-    """Convert.
+    """Convert a checkpoint of ours to a Hugging Face directory.
 
     Args:
         checkpoint: main file of a checkpoint, or the directory that ``from_hf`` made.
@@ -168,7 +168,7 @@ def _num_bytes(output: _Output) -> int:
 def _files(
     outputs: Mapping[str, _Output], weight_map: Mapping[str, str], max_bytes: int
 ) -> dict[str, list[str]]:
-    """Which tensors each file holds: as the model came, or one after the other until a file is full."""
+    """Lay tensors out in files: as the model came, or one after the other until a file is full."""
     files: dict[str, list[str]] = {}
     if set(weight_map) == set(outputs):
         for name in outputs:

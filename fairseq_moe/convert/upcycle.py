@@ -29,7 +29,7 @@ _ROUTER_STD = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Upcycled:
-    """What was made.
+    """Record the checkpoint that upcycling has made.
 
     Args:
         target: main file of the checkpoint.

@@ -135,9 +135,6 @@ def _latent_problems(config: BlocksConfig) -> list[str]:
         found.append("--kv-lora-rank needs --position-embedding rope; add it.")
     if not missing and config.qk_rope_head_dim is not None and config.qk_rope_head_dim % 2:
         found.append(f"--qk-rope-head-dim is {config.qk_rope_head_dim}, expected an even number.")
-    width = (config.qk_nope_head_dim or 0) + (config.qk_rope_head_dim or 0)
-    if not missing and (config.v_head_dim or 0) > width:
-        found.append("--v-head-dim is more than --qk-nope-head-dim and --qk-rope-head-dim together.")
     return found
 
 

@@ -17,5 +17,5 @@ d      width of a head
 In docstrings V is the size of the vocabulary, F the hidden width of a network and K the experts per token.
 
 Tests: tests/unit/models, tests/distributed/test_decoder.py, tests/distributed/test_blocks.py; attention:
-tests/unit/modules/test_blocks.py; whole models: tests/numerics/test_families_against_transformers.py.
+tests/unit/models/test_attention.py; whole models: tests/numerics/test_families_against_transformers.py.
 """

@@ -1,7 +1,7 @@
 """Memory-saving and faster passes of the decoder under fairseq's Trainer: the numbers stay.
 
 Run with ``pytest tests/distributed/test_recompute.py``. Single layers are in
-``tests/unit/modules/test_recompute.py`` and ``tests/unit/modules/test_blocks.py``.
+``tests/unit/modules/test_recompute.py`` and ``tests/unit/models/test_attention.py``.
 """
 
 import functools

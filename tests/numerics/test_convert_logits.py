@@ -48,6 +48,12 @@ def test_a_prediction_block_finds_its_place_and_changes_no_logits(hf_model: Mode
     )
 
 
+def test_values_may_be_wider_than_keys(hf_model: Models, tmp_path: Path) -> None:
+    source = hf_model("deepseek_v3", config_v_head_dim=30)  # queries and keys: 12 + 8
+    converter.from_hf(source, tmp_path / "ours")
+    assert "verified" in verify(source, tmp_path / "ours")
+
+
 def _routing(**changes: Any) -> Callable[[ModelSpec], ModelSpec]:
     return lambda spec: replace(spec, routing=replace(spec.routing, **changes))
 
@@ -90,8 +96,13 @@ def test_a_rule_that_is_read_wrongly_shows(
     misreading: str, hf_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, change = MISREADINGS[misreading]
-    right = converter.read_config
-    monkeypatch.setattr(converter, "read_config", lambda values, source: change(right(values, source=source)))
+    right = converter.read_keys
+
+    def misread(values: dict[str, Any], **kwargs: Any) -> Any:
+        spec, carried = right(values, **kwargs)
+        return change(spec), carried
+
+    monkeypatch.setattr(converter, "read_keys", misread)
     converter.from_hf(hf_model(name), tmp_path / "ours")
     with pytest.raises(CheckpointError, match=r"the logits of .* differ"):
         verify(hf_model(name), tmp_path / "ours")

@@ -15,7 +15,7 @@ __all__ = ["REQUIRED", "ConfigKeys", "rope_keys"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """Which numbers a setting may be.
+    """Bound the numbers that a setting may be.
 
     Args:
         least: of them.

@@ -87,7 +87,7 @@ def refuse_other_directories(path: Path) -> None:
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """Which file holds each tensor, from a JSON file that says so under ``weight_map``.
+    """Read which file holds each tensor, from a JSON file that says so under ``weight_map``.
 
     Raises:
         CheckpointError: it does not, or names what is no safetensors file of one directory.
@@ -186,7 +186,7 @@ class TensorDir:
         return weight is not None and weight.dtype == _FP8
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of what ``read`` returns."""
+        """Return the dtype that ``read`` gives a tensor."""
         dtype = self.stored[name].dtype
         return self.fp8_to if dtype == _FP8 else dtype
 

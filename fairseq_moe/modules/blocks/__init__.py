@@ -21,5 +21,5 @@ f      pairs of values that turn together: half of what turns of a head
 r      width of the latent vector of keys and values
 ====== ==========================================================
 
-Tests: tests/unit/modules/test_blocks.py, tests/numerics/test_blocks_against_transformers.py.
+Tests: tests/unit/models/test_attention.py, tests/numerics/test_blocks_against_transformers.py.
 """

@@ -39,7 +39,7 @@ def attend(
     Args:
         q_BHSd: float queries, the last S of T positions.
         k_BGTd: float keys; G divides H.
-        v_BGTe: float values, e <= d.
+        v_BGTe: float values, of any size.
         scale: multiplies the scores.
         causal: no query sees later positions.
         padding_BT: bool, True where nobody looks, except a padded position at itself: it gets finite values.
@@ -50,9 +50,11 @@ def attend(
     """
     num_queries, num_keys = q_BHSd.shape[-2], k_BGTd.shape[-2]
     value_dim, missing = v_BGTe.shape[-1], q_BHSd.shape[-1] - v_BGTe.shape[-1]
-    if missing:
-        # Fused kernels take heads of one size; zeros cost less than scores written to memory.
+    # Fused kernels take heads of one size; zeros cost less than scores written to memory.
+    if missing > 0:
         v_BGTe = F.pad(v_BGTe, (0, missing))
+    elif missing < 0:
+        q_BHSd, k_BGTd = F.pad(q_BHSd, (0, -missing)), F.pad(k_BGTd, (0, -missing))
     whole = causal and num_queries == num_keys and padding_BT is None
     y_BHSd = F.scaled_dot_product_attention(
         q_BHSd,

@@ -301,7 +301,6 @@ REFUSED_LATENT: dict[str, dict[str, Any]] = {
     "--attention-bias qkv does not describe": {"attention_bias": "qkv"},
     "needs --position-embedding rope": {"position_embedding": None},
     "--qk-rope-head-dim is 3": {"qk_rope_head_dim": 3},
-    "--v-head-dim is more than": {"v_head_dim": 13},
 }
 
 

@@ -1,6 +1,6 @@
 """--fused-attention: stock's self-attention within rounding, outputs and gradients, and stock's path elsewhere.
 
-Run with ``pytest tests/unit/modules/test_blocks.py``.
+Run with ``pytest tests/unit/models/test_attention.py``.
 """
 
 import copy
