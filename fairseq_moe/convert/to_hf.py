@@ -19,13 +19,12 @@ from fairseq_moe.convert.hf.file import SafetensorsWriter
 from fairseq_moe.convert.hf.names import Block, OurTensor, copied_names, is_fused, tensor_table
 from fairseq_moe.convert.store import COMPANIONS, CONVERSION, StoredModel
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.models.fitting import is_bookkeeping
 from fairseq_moe.progress import progress
 
 __all__ = ["to_hf"]
 
 _BIAS = ".expert_bias"
-# What our decoder keeps beside its parameters, and Hugging Face's models do not have.
-_OURS_ONLY = (".version", "._float_tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +124,7 @@ def _notes(beside: Path | None, record: dict[str, Any], digest: str) -> list[str
 
 def _check_names(model: StoredModel, table: list[OurTensor]) -> None:
     expected = {tensor.name: tensor.shape for tensor in table}
-    found = {name for name in model.names() if not name.endswith(_OURS_ONLY)}
+    found = {name for name in model.names() if not is_bookkeeping(name)}
     problems = [f"lacks {name}" for name in expected if name not in found]
     problems += [
         f"has {name}, which no {model.spec.family} model has" for name in sorted(found - set(expected))
