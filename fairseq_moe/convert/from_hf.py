@@ -18,6 +18,8 @@ from torch import Tensor
 from fairseq_moe.convert.directories import appearing, copy_companions
 from fairseq_moe.convert.hf.directory import TensorDir, digest_of, read_json, refuse_other_directories
 from fairseq_moe.convert.hf.families import fp8_block, read_keys
+from fairseq_moe.convert.hf.file import read_tensor
+from fairseq_moe.convert.hf.leftovers import is_leftover, is_leftover_name
 from fairseq_moe.convert.hf.names import OurTensor, copied_names, is_fused, mtp_prefix, tensor_table
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.convert.spec_flags import command_line
@@ -87,7 +89,9 @@ def from_hf(
         )
     with appearing(target) as directory:
         tensors = TensorDir.open(source, fp8_block=block, fp8_to=fp8_to)
-        spec, notes = _without_absent_mtp(spec, tensors)
+        notes = _without_leftovers(spec, tensors)
+        spec, more = _without_absent_mtp(spec, tensors)
+        notes += more
         if carried:
             notes.append(
                 f"config.json has keys that change nothing here and are carried along: {', '.join(carried)}."
@@ -135,6 +139,24 @@ def _missing_end(values: dict[str, Any], spec: ModelSpec) -> list[str]:
     return [
         f"config.json {said}: generation needs an end token; put its id into dict.txt (eos=ID in place of eos=-)."
     ]
+
+
+def _without_leftovers(spec: ModelSpec, tensors: TensorDir) -> list[str]:
+    """Take out what old releases saved although config.json implies it, and note it."""
+    num_layers = spec.num_layers + spec.mtp_layers
+    names = sorted(name for name in tensors.stored if is_leftover_name(name, num_layers=num_layers))
+    for name in names:
+        stored = tensors.stored.pop(name)
+        if not is_leftover(name, read_tensor(stored), spec):
+            raise CheckpointError(
+                f"{stored.path} has {name} of shape {stored.shape} and {stored.dtype}, which is not what config.json "
+                "implies; correct config.json, or remove the tensor if the model is right without it."
+            )
+    if not names:
+        return []
+    one = "1 tensor of an older release, which follows"
+    which = one if len(names) == 1 else f"{len(names)} tensors of older releases, which follow"
+    return [f"{which} from config.json, left out: {_listed(names)}."]
 
 
 def _without_absent_mtp(spec: ModelSpec, tensors: TensorDir) -> tuple[ModelSpec, list[str]]:

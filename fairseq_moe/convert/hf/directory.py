@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fairseq_moe.checkpoint.safetensors_bytes import bytes_of
 from fairseq_moe.convert.hf.file import StoredTensor, read_header, read_tensor
+from fairseq_moe.convert.hf.leftovers import is_leftover_name
 from fairseq_moe.errors import CheckpointError
 
 __all__ = [
@@ -147,7 +148,7 @@ class TensorDir:
 
     def _check_dtypes(self) -> None:
         for name, tensor in self.stored.items():
-            if tensor.dtype not in _OF_WEIGHTS:
+            if tensor.dtype not in _OF_WEIGHTS and not is_leftover_name(name):
                 raise CheckpointError(
                     f"{name} of {self.path} is {tensor.dtype}, expected float32, another dtype of weights, or "
                     "FP8 of the kind e4m3."
