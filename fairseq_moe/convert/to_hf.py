@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fairseq_moe.checkpoint.safetensors_bytes import bytes_of
 from fairseq_moe.convert.directories import appearing, copy_companions
+from fairseq_moe.convert.finite import refuse_not_finite
 from fairseq_moe.convert.from_hf import Conversion
 from fairseq_moe.convert.hf.config_writer import write_config
 from fairseq_moe.convert.hf.directory import INDEX, SINGLE, digest_of, read_json, read_weight_map
@@ -235,6 +236,8 @@ def _tensors(
         if len(source.blocks) > 1:
             whole = whole[block.first_row : block.first_row + block.shape[0]]
         tensor = whole.to(output.dtype).contiguous()
+        file = model.file_of(source.name, block.expert)
+        refuse_not_finite(tensor, name=source.name, file=file, before=whole, flag="--dtype")
         digests[name] = hashlib.sha256(bytes_of(tensor)).hexdigest()
         advance(tensor.nbytes)
         yield tensor
