@@ -89,13 +89,9 @@ def from_hf(
         )
     with appearing(target) as directory:
         tensors = TensorDir.open(source, fp8_block=block, fp8_to=fp8_to)
-        notes = _without_leftovers(spec, tensors)
+        notes = _without_leftovers(spec, tensors) + _carried_along(carried)
         spec, more = _without_absent_mtp(spec, tensors)
         notes += more
-        if carried:
-            notes.append(
-                f"config.json has keys that change nothing here and are carried along: {', '.join(carried)}."
-            )
         table = tensor_table(spec, fused=is_fused(tensors.stored))
         copies = {copy: name for copy, name in copied_names(spec).items() if copy in tensors.stored}
         check_tensors(tensors, table, copies)
@@ -125,6 +121,12 @@ def from_hf(
         num_bytes=num_bytes,
         notes=notes,
     )
+
+
+def _carried_along(keys: Sequence[str]) -> list[str]:
+    if not keys:
+        return []
+    return [f"config.json has keys that change nothing here and are carried along: {', '.join(keys)}."]
 
 
 def _missing_end(values: dict[str, Any], spec: ModelSpec) -> list[str]:
