@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fairseq_moe.convert.from_hf import Conversion, from_hf
+from fairseq_moe.convert.stopping import Stopped, stopped_by_signals
 from fairseq_moe.convert.to_hf import to_hf
 from fairseq_moe.convert.upcycle import upcycle
 from fairseq_moe.errors import MoEError
@@ -25,11 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line without the program's name; None: the process's own.
 
     Returns:
-        Exit code: 0, or 2 after an error, which is one sentence on stderr.
+        Exit code: 0; 2 after an error, which is one sentence on stderr; 128 + n after signal n.
     """
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
+        with stopped_by_signals():
+            args.run(args)
+    except Stopped as stop:
+        print(
+            f"fairseq_moe.convert: stopped by {stop.signal.name}; no incomplete directory is left.",
+            file=sys.stderr,
+        )
+        return 128 + stop.signal
     except MoEError as error:
         print(f"fairseq_moe.convert: {error}", file=sys.stderr)
         return 2

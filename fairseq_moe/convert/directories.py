@@ -1,8 +1,8 @@
 """Directories that appear complete or not at all, and the small files that travel with a model."""
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,15 +24,12 @@ def appearing(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise CheckpointError(f"{target} exists; nothing is overwritten, so give another place or remove it.")
+    # A name that nobody else has: on shared storage other machines have processes of the same number.
+    temporary = target.parent / f".{target.name}.tmp-{secrets.token_hex(8)}"
     try:
         parents = make_directory(target.parent)
-        # A name that nobody else has: on shared storage other machines have processes of the same number.
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
-    except OSError as error:
-        raise _not_written(target, error) from error
-    try:
-        filling = temporary / target.name  # with the usual permissions, which mkdtemp does not give
-        filling.mkdir()
+        filling = temporary / target.name
+        filling.mkdir(parents=True)
         yield filling
         _flush_tree(filling)
         os.rename(filling, target)
@@ -41,7 +38,16 @@ def appearing(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise _not_written(target, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory, even if signals stop the removal with an exception; then raise the last one."""
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    except BaseException:
+        _remove(directory)
+        raise
 
 
 def _flush_tree(directory: Path) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor
 from fairseq_moe.convert.directories import appearing, copy_companions
 from fairseq_moe.convert.hf.directory import TensorDir, digest_of, read_json, refuse_other_directories
 from fairseq_moe.convert.hf.families import fp8_block, read_keys
+from fairseq_moe.convert.hf.file import read_tensor
+from fairseq_moe.convert.hf.leftovers import is_leftover, is_leftover_name
 from fairseq_moe.convert.hf.names import OurTensor, copied_names, is_fused, mtp_prefix, tensor_table
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.convert.spec_flags import command_line
@@ -87,11 +89,9 @@ def from_hf(
         )
     with appearing(target) as directory:
         tensors = TensorDir.open(source, fp8_block=block, fp8_to=fp8_to)
-        spec, notes = _without_absent_mtp(spec, tensors)
-        if carried:
-            notes.append(
-                f"config.json has keys that change nothing here and are carried along: {', '.join(carried)}."
-            )
+        notes = _without_leftovers(spec, tensors) + _carried_along(carried)
+        spec, more = _without_absent_mtp(spec, tensors)
+        notes += more
         table = tensor_table(spec, fused=is_fused(tensors.stored))
         copies = {copy: name for copy, name in copied_names(spec).items() if copy in tensors.stored}
         check_tensors(tensors, table, copies)
@@ -123,6 +123,12 @@ def from_hf(
     )
 
 
+def _carried_along(keys: Sequence[str]) -> list[str]:
+    if not keys:
+        return []
+    return [f"config.json has keys that change nothing here and are carried along: {', '.join(keys)}."]
+
+
 def _missing_end(values: dict[str, Any], spec: ModelSpec) -> list[str]:
     if parse_identity(dictionary_text(spec.vocab_size, values), source="dict.txt").eos is not None:  # type: ignore[union-attr]
         return []
@@ -135,6 +141,24 @@ def _missing_end(values: dict[str, Any], spec: ModelSpec) -> list[str]:
     return [
         f"config.json {said}: generation needs an end token; put its id into dict.txt (eos=ID in place of eos=-)."
     ]
+
+
+def _without_leftovers(spec: ModelSpec, tensors: TensorDir) -> list[str]:
+    """Take out what old releases saved although config.json implies it, and note it."""
+    num_layers = spec.num_layers + spec.mtp_layers
+    names = sorted(name for name in tensors.stored if is_leftover_name(name, num_layers=num_layers))
+    for name in names:
+        stored = tensors.stored.pop(name)
+        if not is_leftover(name, read_tensor(stored), spec):
+            raise CheckpointError(
+                f"{stored.path} has {name} of shape {stored.shape} and {stored.dtype}, which is not what config.json "
+                "implies; correct config.json, or remove the tensor if the model is right without it."
+            )
+    if not names:
+        return []
+    one = "1 tensor of an older release, which follows"
+    which = one if len(names) == 1 else f"{len(names)} tensors of older releases, which follow"
+    return [f"{which} from config.json, left out: {_listed(names)}."]
 
 
 def _without_absent_mtp(spec: ModelSpec, tensors: TensorDir) -> tuple[ModelSpec, list[str]]:

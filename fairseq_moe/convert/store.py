@@ -236,6 +236,11 @@ class StoredModel:
             whole[part.expert_ids] = read_tensor(part.stored)
         return whole
 
+    def file_of(self, name: str, expert: int | None) -> Path:
+        """The shard that holds the tensor, or the row of one expert."""
+        parts = self._parts[name]
+        return next(part for part in parts if expert is None or expert in part.expert_ids).stored.path
+
     def row(self, name: str, expert: int) -> Tensor:
         """The row of one expert."""
         part = next(part for part in self._parts[name] if expert in part.expert_ids)

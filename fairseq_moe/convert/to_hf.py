@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fairseq_moe.checkpoint.safetensors_bytes import bytes_of
 from fairseq_moe.convert.directories import appearing, copy_companions
+from fairseq_moe.convert.finite import refuse_not_finite
 from fairseq_moe.convert.from_hf import Conversion
 from fairseq_moe.convert.hf.config_writer import write_config
 from fairseq_moe.convert.hf.directory import INDEX, SINGLE, digest_of, read_json, read_weight_map
@@ -19,13 +20,12 @@ from fairseq_moe.convert.hf.file import SafetensorsWriter
 from fairseq_moe.convert.hf.names import Block, OurTensor, copied_names, is_fused, tensor_table
 from fairseq_moe.convert.store import COMPANIONS, CONVERSION, StoredModel
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.models.fitting import is_bookkeeping
 from fairseq_moe.progress import progress
 
 __all__ = ["to_hf"]
 
 _BIAS = ".expert_bias"
-# What our decoder keeps beside its parameters, and Hugging Face's models do not have.
-_OURS_ONLY = (".version", "._float_tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def _notes(beside: Path | None, record: dict[str, Any], digest: str) -> list[str
 
 def _check_names(model: StoredModel, table: list[OurTensor]) -> None:
     expected = {tensor.name: tensor.shape for tensor in table}
-    found = {name for name in model.names() if not name.endswith(_OURS_ONLY)}
+    found = {name for name in model.names() if not is_bookkeeping(name)}
     problems = [f"lacks {name}" for name in expected if name not in found]
     problems += [
         f"has {name}, which no {model.spec.family} model has" for name in sorted(found - set(expected))
@@ -236,6 +236,8 @@ def _tensors(
         if len(source.blocks) > 1:
             whole = whole[block.first_row : block.first_row + block.shape[0]]
         tensor = whole.to(output.dtype).contiguous()
+        file = model.file_of(source.name, block.expert)
+        refuse_not_finite(tensor, name=source.name, file=file, before=whole, flag="--dtype")
         digests[name] = hashlib.sha256(bytes_of(tensor)).hexdigest()
         advance(tensor.nbytes)
         yield tensor

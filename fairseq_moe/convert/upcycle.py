@@ -18,6 +18,7 @@ from torch import Tensor
 from fairseq_moe.checkpoint import ModelShape, find_aliases
 from fairseq_moe.convert.dense_model import DenseModel
 from fairseq_moe.convert.directories import appearing
+from fairseq_moe.convert.finite import refuse_not_finite
 from fairseq_moe.convert.store import CHECKPOINT, Assembled, fresh_state, write_tensors
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.flags.megatron import moe_layer_pattern
@@ -85,7 +86,7 @@ def upcycle(
         entry
         for name in model
         if name not in aliases
-        for entry in _converted(name, model, is_moe, num_experts, cut)
+        for entry in _converted(name, model, is_moe, num_experts, cut, source)
     ]
     tensors += _routers(is_moe, num_experts, granularity, dense.model_dim, seed)
     shape = ModelShape(
@@ -147,26 +148,39 @@ def _routers(
     return found
 
 
-def _whole(name: str, tensor: Tensor) -> Assembled:
-    return Assembled(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, load=lambda ids: tensor)
+def _whole(name: str, tensor: Tensor, file: Path | None = None) -> Assembled:
+    """A tensor as it is; one from a file is refused if it is not finite."""
+
+    def load(expert_ids: Sequence[int] | None) -> Tensor:
+        if file is not None:
+            refuse_not_finite(tensor, name=name, file=file)
+        return tensor
+
+    return Assembled(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, load=load)
 
 
 def _converted(
-    name: str, model: dict[str, Tensor], is_moe: Sequence[bool], num_experts: int, cut: Any
+    name: str, model: dict[str, Tensor], is_moe: Sequence[bool], num_experts: int, cut: Any, file: Path
 ) -> list[Assembled]:
     """A tensor of the dense model, or the stack of experts that it becomes."""
     parts = name.split(".")
     is_network = parts[:2] == ["decoder", "layers"] and parts[3] in ("fc1", "fc2") and is_moe[int(parts[2])]
     if not is_network:
-        return [_whole(name, model[name])]
+        return [_whole(name, model[name], file)]
     layer, (matrix, kind) = ".".join(parts[:3]), parts[3:]
     first = cut(model[name], matrix=matrix, kind=kind, expert_ids=[0])
+
+    def load(expert_ids: Sequence[int] | None) -> Tensor:
+        refuse_not_finite(model[name], name=name, file=file)
+        stack: Tensor = cut(model[name], matrix=matrix, kind=kind, expert_ids=expert_ids)
+        return stack
+
     return [
         Assembled(
             name=f"{layer}.moe_layer.experts.{matrix}_{kind}",
             shape=(num_experts, *first.shape[1:]),
             dtype=first.dtype,
-            load=lambda ids: cut(model[name], matrix=matrix, kind=kind, expert_ids=ids),
+            load=load,
         )
     ]
 

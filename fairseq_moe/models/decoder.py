@@ -94,11 +94,14 @@ class MoEDecoder(TransformerDecoder):
         if self.blocks.mtp_layers:
             self.mtp = nn.ModuleList(self._build_mtp(cfg) for _ in range(self.blocks.mtp_layers))
 
-    def _build_mtp(self, cfg: TransformerConfig) -> MTPBlock:
+    def _build_mtp(self, cfg: TransformerConfig) -> nn.Module:
         layer = self._wrapped(self._build_blocks_layer(cfg, has_experts=self.moe.enabled), cfg)
         block = MTPBlock(self.blocks, self.embed_dim, layer)
-        # Without a loss they get no gradient; what has none is not the optimizer's.
-        return block.requires_grad_(self.blocks.mtp_loss_weight > 0)
+        if self.blocks.mtp_loss_weight > 0:
+            return block
+        # Without a loss they get no gradient; what has none is not the optimizer's. Wrapped apart, because FSDP shards
+        # what is frozen and what is not in different flat parameters.
+        return fsdp_wrap(block.requires_grad_(False))
 
     def _build_mesh(self) -> ParallelMesh:
         # The size of a group is a property of the run: a model that is loaded elsewhere may not fit it.

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-__all__ = ["LoadedTensors", "shape_problems"]
+__all__ = ["LoadedTensors", "is_bookkeeping", "shape_problems"]
 
 _MAX_LISTED = 3
+_BOOKKEEPING = (".version", "._float_tensor")
 
 
 class LoadedTensors(dict[str, Tensor]):
@@ -24,6 +25,15 @@ class LoadedTensors(dict[str, Tensor]):
         super().__init__(tensors)
         self.source = source
         self.dictionary = dictionary
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Tell by its name whether a buffer is stock's own bookkeeping, on which no output depends.
+
+    A checkpoint that no stock decoder has written, such as a converted model's, lacks it. Other buffers, such as a
+    router's ``expert_bias``, are part of the model.
+    """
+    return name.endswith(_BOOKKEEPING)
 
 
 def shape_problems(saved: Mapping[str, tuple[int, ...]], model: nn.Module) -> list[str]:

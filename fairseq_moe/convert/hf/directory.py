@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.checkpoint.safetensors_bytes import bytes_of
+from fairseq_moe.convert.finite import refuse_not_finite
 from fairseq_moe.convert.hf.file import StoredTensor, read_header, read_tensor
+from fairseq_moe.convert.hf.leftovers import is_leftover_name
 from fairseq_moe.errors import CheckpointError
 
 __all__ = [
@@ -147,7 +149,7 @@ class TensorDir:
 
     def _check_dtypes(self) -> None:
         for name, tensor in self.stored.items():
-            if tensor.dtype not in _OF_WEIGHTS:
+            if tensor.dtype not in _OF_WEIGHTS and not is_leftover_name(name):
                 raise CheckpointError(
                     f"{name} of {self.path} is {tensor.dtype}, expected float32, another dtype of weights, or "
                     "FP8 of the kind e4m3."
@@ -195,17 +197,23 @@ class TensorDir:
         return self.stored[name].path.name
 
     def read(self, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor, dequantised if it is FP8.
+        """A tensor, dequantised if it is FP8; one that is not finite is refused.
 
         Args:
             name: of the tensor.
             rows: first and end of those wanted (None: all); parts must be read in their order.
         """
-        tensor = self._read(name, rows)
+        tensor, file = self._read(name, rows), self.stored[name].path
         if tensor.dtype != _FP8:
+            refuse_not_finite(tensor, name=name, file=file)
             return tensor
         assert self.fp8_block is not None
-        return dequantized(tensor, self._read(name + _SCALE, None), block=self.fp8_block).to(self.fp8_to)
+        scale = self._read(name + _SCALE, None)
+        refuse_not_finite(scale, name=name + _SCALE, file=self.stored[name + _SCALE].path)
+        exact = dequantized(tensor, scale, block=self.fp8_block)
+        rounded = exact.to(self.fp8_to)
+        refuse_not_finite(rounded, name=name, file=file, before=exact, flag="--fp8-to")
+        return rounded
 
     def _read(self, name: str, rows: tuple[int, int] | None) -> Tensor:
         stored = self.stored[name]

@@ -66,6 +66,16 @@ class _AdaptedFSDP:
             saved = getattr(param, "_saved_grad_shard", 0.0)
             param._saved_grad_shard, param.grad = saved + reduced_grad, None
 
+    def _free_full_params(self, params: list[nn.Parameter] | None = None) -> None:
+        super()._free_full_params(self._set_up(params))
+
+    def _use_fp32_param_shard(self, params: list[nn.Parameter] | None = None) -> None:
+        super()._use_fp32_param_shard(self._set_up(params))
+
+    def _set_up(self, params: list[nn.Parameter] | None) -> list[nn.Parameter]:
+        """List the parameters that a forward pass has set up: blocks that it leaves out have nothing to free."""
+        return [p for p in (self.params if params is None else params) if hasattr(p, "_fp32_shard")]
+
     def load_state_dict(
         self, state_dict: dict[str, Tensor], strict: bool = True, model_cfg: Any = None
     ) -> Any:
@@ -101,12 +111,14 @@ class _AdaptedFSDP:
     "fairseq.distributed.fully_sharded_data_parallel:FullyShardedDataParallel",
     signature=None,
     stock_does="computes on a CUDA device, refuses --memory-efficient-fp16 with fairscale 0.4.13, keeps the "
-    "gradients of unsharded parameters in half precision, gathers Adam's two moments into one buffer, and "
-    "loads rank 0's parameters on all ranks",
+    "gradients of unsharded parameters in half precision, gathers Adam's two moments into one buffer, "
+    "loads rank 0's parameters on all ranks, and frees blocks that no forward pass has used",
     breaks="nothing runs on CPU; loss scales are taken out of expert gradients in half precision; on CPU "
-    "the saved exp_avg is exp_avg_sq; a single process cannot save; experts of other ranks are lost",
+    "the saved exp_avg is exp_avg_sq; a single process cannot save; experts of other ranks are lost; frozen "
+    "prediction blocks end the run: AttributeError",
     we_do="compute where the parameters are, halve the module before it is wrapped, keep those gradients in "
-    "float32, gather each tensor by itself, and load an MoE model by name from what each rank brings",
+    "float32, gather each tensor by itself, load an MoE model by name from what each rank brings, and free "
+    "what was set up",
     test=_TEST,
 )
 def fully_sharded_data_parallel(stock: Any) -> Any:

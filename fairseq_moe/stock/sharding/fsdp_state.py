@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.models.fitting import is_bookkeeping
 from fairseq_moe.stock.checkpoint.named_state import implements_state, keep_all, numbered_groups
 from fairseq_moe.stock.sharding.flat_parameters import FlatParameter, buffers, flat_parameters
 
@@ -100,7 +101,7 @@ def load_full_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None
 
     Args:
         model: the FSDP root.
-        state: all dense tensors and this rank's experts.
+        state: all dense tensors and this rank's experts; stock's bookkeeping may be absent and then stays.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape differs.
@@ -115,7 +116,8 @@ def load_full_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None
     for flat in flats:
         flat.parameter.data.copy_(flat.shard(state[name] for name in flat.names))
     for name, buffer in buffer_of.items():
-        buffer.copy_(state[name])
+        if name in state:
+            buffer.copy_(state[name])
     for flat in flats:
         if hasattr(flat.parameter, "_fp32_shard"):  # set up: there may be gathered copies of the old weights
             flat.owner._free_full_params()
@@ -158,7 +160,7 @@ def _has_shape(value: Any) -> bool:
 
 
 def _shape_problems(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> Iterator[str]:
-    yield from (f"{name} is missing" for name in expected if name not in found)
+    yield from (f"{name} is missing" for name in expected if name not in found and not is_bookkeeping(name))
     yield from (f"{name} is unknown" for name in found if name not in expected)
     for name, shape in expected.items():
         if name in found and found[name].shape != shape:

@@ -196,6 +196,20 @@ def test_stocks_blocks_become_experts(tmp_path: Path) -> None:
     torch.testing.assert_close(_logits(done.target, is_stock=True), _of(dense), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["decoder.layers.0.fc1.weight", "decoder.layer_norm.weight"])
+def test_a_weight_that_is_not_finite_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "dense.pt"
+    _dense(source)
+    state = torch.load(source, weights_only=False)
+    tensor = state["model"][name]
+    tensor.view(-1)[5] = float("inf")
+    torch.save(state, source)
+    with pytest.raises(CheckpointError) as caught:
+        upcycle(source, tmp_path / "ours", num_experts=4, top_k=2)
+    assert f"{source} has {name} with the value inf (1 of {tensor.numel()} values)" in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.pt"]
+
+
 def test_the_command_says_which_flags_to_add(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _dense(tmp_path / "dense.pt", activation_fn="gelu")
     command = ["upcycle", str(tmp_path / "dense.pt"), "--num-experts", "4", "--topk", "2", "--to"]
