@@ -1,6 +1,7 @@
 """Weights that are not finite, or no longer are in a narrower dtype, are refused by name while they are copied."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,12 @@ __all__ = ["refuse_not_finite"]
 
 
 def refuse_not_finite(
-    tensor: Tensor, *, name: str, file: Path, before: Tensor | None = None, flag: str = ""
+    tensor: Tensor,
+    *,
+    name: str,
+    file: Path,
+    before: Callable[[], Tensor] | None = None,
+    flag: str = "",
 ) -> None:
     """Refuse NaN and infinity.
 
@@ -20,7 +26,7 @@ def refuse_not_finite(
         tensor: to be written.
         name: of the tensor in ``file``.
         file: it was read from.
-        before: what it was before it was rounded to its dtype, if it was.
+        before: makes what it was before it was rounded to its dtype, if it was.
         flag: that has chosen this dtype.
 
     Raises:
@@ -29,7 +35,7 @@ def refuse_not_finite(
     if _is_finite(tensor):
         return
     bad = ~tensor.isfinite()
-    values = (tensor if before is None else before)[bad]
+    values = (tensor if before is None else before())[bad]
     value, plural = float(values[0]), "value" if tensor.numel() == 1 else "values"
     if math.isfinite(value):
         dtype = str(tensor.dtype).removeprefix("torch.")

@@ -19,7 +19,7 @@ from fairseq_moe.convert.directories import appearing, copy_companions
 from fairseq_moe.convert.hf.directory import TensorDir, digest_of, read_json, refuse_other_directories
 from fairseq_moe.convert.hf.families import fp8_block, read_keys
 from fairseq_moe.convert.hf.file import read_tensor
-from fairseq_moe.convert.hf.leftovers import is_leftover, is_leftover_name
+from fairseq_moe.convert.hf.leftovers import are_other_frequencies, is_leftover, is_leftover_name
 from fairseq_moe.convert.hf.names import OurTensor, copied_names, is_fused, mtp_prefix, tensor_table
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.convert.spec_flags import command_line
@@ -147,9 +147,15 @@ def _without_leftovers(spec: ModelSpec, tensors: TensorDir) -> list[str]:
     """Take out what old releases saved although config.json implies it, and note it."""
     num_layers = spec.num_layers + spec.mtp_layers
     names = sorted(name for name in tensors.stored if is_leftover_name(name, num_layers=num_layers))
+    others = []
     for name in names:
         stored = tensors.stored.pop(name)
-        if not is_leftover(name, read_tensor(stored), spec):
+        tensor = read_tensor(stored)
+        if is_leftover(name, tensor, spec):
+            continue
+        if are_other_frequencies(name, tensor, spec):
+            others.append(name)
+        else:
             raise CheckpointError(
                 f"{stored.path} has {name} of shape {stored.shape} and {stored.dtype}, which is not what config.json "
                 "implies; correct config.json, or remove the tensor if the model is right without it."
@@ -158,7 +164,13 @@ def _without_leftovers(spec: ModelSpec, tensors: TensorDir) -> list[str]:
         return []
     one = "1 tensor of an older release, which follows"
     which = one if len(names) == 1 else f"{len(names)} tensors of older releases, which follow"
-    return [f"{which} from config.json, left out: {_listed(names)}."]
+    notes = [f"{which} from config.json, left out: {_listed(names)}."]
+    if others:
+        notes.append(
+            f"{_listed(others)}: other values than config.json implies; transformers takes those of config.json, and "
+            "so do we."
+        )
+    return notes
 
 
 def _without_absent_mtp(spec: ModelSpec, tensors: TensorDir) -> tuple[ModelSpec, list[str]]:

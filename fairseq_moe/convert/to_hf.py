@@ -1,5 +1,6 @@
 """From our checkpoint back to a Hugging Face directory: published names, or those that the model came with."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -237,7 +238,9 @@ def _tensors(
             whole = whole[block.first_row : block.first_row + block.shape[0]]
         tensor = whole.to(output.dtype).contiguous()
         file = model.file_of(source.name, block.expert)
-        refuse_not_finite(tensor, name=source.name, file=file, before=whole, flag="--dtype")
+        refuse_not_finite(
+            tensor, name=source.name, file=file, before=functools.partial(torch.clone, whole), flag="--dtype"
+        )
         digests[name] = hashlib.sha256(bytes_of(tensor)).hexdigest()
         advance(tensor.nbytes)
         yield tensor

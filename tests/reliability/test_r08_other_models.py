@@ -22,7 +22,7 @@ CHANGES: dict[str, tuple[list[Any], str]] = {
         ["--decoder-attention-heads", 4],
         "--decoder-attention-heads is 2 in the checkpoint and 4 in this run",
     ),
-    "vocabulary": (["--dict-size", 60], "decoder.embed_tokens.weight has shape (48, 8) in the checkpoint"),
+    "vocabulary": (["--dict-size", 60], "the dictionary has 48 words in the checkpoint and 64 in this run"),
     "no experts": (
         ["--moe-freq", 0, "--moe-expert-count", 0],
         "--moe-freq is 2 in the checkpoint and 0 in this run",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq_moe.checkpoint.files import OverlappedWriter
 from fairseq_moe.checkpoint.safetensors_bytes import DTYPES, bytes_of, file_header
 from fairseq_moe.errors import CheckpointError
 
@@ -151,7 +152,9 @@ class SafetensorsWriter:
     def write(self, tensors: Iterable[Tensor]) -> None:
         """Write all tensors, flush them to disk and close the file."""
         with self._file:
-            for tensor in tensors:
-                self._file.write(bytes_of(tensor))
+            with OverlappedWriter(self._file) as writer:
+                for tensor in tensors:
+                    writer.write(bytes_of(tensor))
+                writer.wait()
             self._file.flush()
             os.fsync(self._file.fileno())

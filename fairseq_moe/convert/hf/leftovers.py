@@ -9,7 +9,7 @@ from torch import Tensor
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.modules.blocks.rope import RotaryConfig, frequencies
 
-__all__ = ["is_leftover", "is_leftover_name"]
+__all__ = ["are_other_frequencies", "is_leftover", "is_leftover_name"]
 
 _NAME = re.compile(
     r"model\.(?:layers\.(?P<layer>[0-9]{1,6})\.(?:self_)?attn\.)?"
@@ -60,6 +60,16 @@ def is_leftover(name: str, tensor: Tensor, spec: ModelSpec) -> bool:
     angles_Pd = (positions_P1 * implied_f).repeat(1, 2)
     error_Pd = magnitude * _FLOAT32_ERROR * (1 + angles_Pd)
     return _is_rounded(tensor.reshape(angles_Pd.shape), magnitude * function(angles_Pd), error=error_Pd)
+
+
+def are_other_frequencies(name: str, tensor: Tensor, spec: ModelSpec) -> bool:
+    """Tell whether these are rotary frequencies, finite and as many as the model has, of whatever value.
+
+    transformers computes frequencies from config.json and reads none, so the model is the same without them.
+    """
+    dim = spec.head_dim if spec.mla is None else spec.mla.qk_rope_head_dim
+    is_frequencies = name.endswith("inv_freq") and tensor.is_floating_point() and tensor.shape == (dim // 2,)
+    return is_frequencies and bool(tensor.isfinite().all())
 
 
 def _is_rounded(tensor: Tensor, implied: Tensor, *, error: Tensor) -> bool:

@@ -18,7 +18,7 @@ E      experts of the layer, on all ranks
 L      experts on this rank
 G      ranks that exchange rows
 ====== ==========================================================
-=======
+
 Tests: tests/unit/modules/test_dispatchers.py, tests/unit/modules/test_rows.py,
 tests/unit/modules/test_expert_work.py; on ranks: tests/distributed/test_uneven_batches.py,
 tests/reliability/test_r15_no_tokens.py.

@@ -18,7 +18,7 @@ A      assignments: (token, choice) pairs, token by token
 C      slots of one expert
 L      layers of the model
 ====== ==========================================================
-=======
+
 Tests: tests/unit/modules/test_branch.py, tests/unit/modules/test_topk.py, tests/unit/modules/test_router.py,
 tests/unit/modules/test_losses.py, tests/unit/modules/test_stats.py, tests/numerics/test_gate_against_masks.py,
 tests/numerics/test_routing_fixtures.py.

@@ -74,11 +74,29 @@ def test_what_follows_from_the_config_is_left_out_with_a_note(
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda frequencies: torch.ones(4),
+        lambda frequencies: frequencies * 1.0001,
+        lambda frequencies: (frequencies * 1.02).bfloat16(),
+    ],
+)
+def test_other_frequencies_than_the_config_implies_are_left_out_as_transformers_does_and_noted(
+    change: Callable[[Tensor], Tensor], hf_model: Models, tmp_path: Path
+) -> None:
+    frequencies, _, _ = _rotary(hf_model("mixtral"), 1)
+    name = ATTENTION + "rotary_emb.inv_freq"
+    source = _with(hf_model("mixtral"), tmp_path / "source", {name: change(frequencies)})
+    done, plain = from_hf(source, tmp_path / "ours"), from_hf(hf_model("mixtral"), tmp_path / "plain")
+    assert done.digest == plain.digest
+    assert done.notes[1].startswith(
+        f"{name}: other values than config.json implies; transformers takes those"
+    )
+
+
+@pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("rotary_emb.inv_freq", lambda frequencies: torch.ones(4)),
-        ("rotary_emb.inv_freq", lambda frequencies: frequencies * 1.0001),
-        ("rotary_emb.inv_freq", lambda frequencies: (frequencies * 1.02).bfloat16()),
         ("rotary_emb.inv_freq", lambda frequencies: frequencies[:3]),
         ("rotary_emb.inv_freq", lambda frequencies: frequencies * float("nan")),
         ("rotary_emb.cos_cached", lambda frequencies: torch.ones(64, 8)),
