@@ -77,9 +77,12 @@ class ConfigKeys:
 
     def _value(self, names: tuple[str, ...], default: Any, *, null: bool = False) -> Any:
         self._read.update(names)
-        for name in names:
-            if self.values.get(name) is not None:
-                return self.values[name]
+        given = {name: self.values[name] for name in names if self.values.get(name) is not None}
+        if given:
+            first, *others = given.values()
+            if any(other != first for other in others):
+                self._refuse(f"{_listed(given)}, two names of one setting; expected the same value in both.")
+            return first
         if default is REQUIRED:
             self.problems.append(f"{self.source} has no {' or '.join(names)}, which this model needs.")
         elif default and not null and any(name in self.values for name in names):
@@ -132,21 +135,21 @@ class ConfigKeys:
             return []
         return value
 
-    def fixed(self, name: str, *allowed: Any, null: bool = False) -> None:
-        """Refuse a key that is there with none of these values; null may be with ``null``, or where one is false."""
+    def fixed(self, name: str, *allowed: Any, why: str) -> None:
+        """Refuse a key that is there with none of these values, and say why; null may be where one of them is false."""
         value = self._value((name,), None)
         if name not in self.values or value in allowed:
             return
-        if value is None and (null or not allowed or not all(allowed)):
+        if value is None and not (allowed and all(allowed)):
             return
         expected = " or ".join(repr(entry) for entry in allowed) if allowed else "null"
-        self.problems.append(f"{self.source} has {name} {_shown(value)}, expected {expected}.")
+        self._refuse(f"{name} {_shown(value)}, expected {expected}: {why}.")
 
-    def one_of(self, name: str, allowed: tuple[str, ...], default: str) -> Any:
-        """Read a key that has one of these words."""
+    def one_of(self, name: str, allowed: tuple[str, ...], default: str, *, why: str) -> Any:
+        """Read a key that has one of these words; ``why`` no other."""
         value = self._value((name,), default)
         if value not in allowed:
-            self.problems.append(f"{self.source} has {name} {value!r}, expected one of {', '.join(allowed)}.")
+            self._refuse(f"{name} {value!r}, expected one of {', '.join(allowed)}: {why}.")
         return value if value in allowed else allowed[0]
 
     def ignore(self, *names: str) -> None:
@@ -156,7 +159,7 @@ class ConfigKeys:
     def rope(self, *, interleaved: bool) -> Rope:
         """Read positions, from the form of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
         self._read.update(_ROPE_KEYS)
-        self.fixed("partial_rotary_factor", 1, 1.0)
+        self.fixed("partial_rotary_factor", 1, 1.0, why="all of a head turns in this family")
         wrong = [
             name
             for name in ("rope_scaling", "rope_parameters")
@@ -259,6 +262,10 @@ class ConfigKeys:
 
 def _shown(value: Any) -> str:
     return "null" if value is None else repr(value)
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return " and ".join(f"{name} {value!r}" for name, value in values.items())
 
 
 def _without_nulls(value: Any) -> Any:
