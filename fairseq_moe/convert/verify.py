@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.convert.hf.directory import read_json
+from fairseq_moe.convert.hf.kinds import refuse_other_directories
 from fairseq_moe.convert.store import CHECKPOINT
 from fairseq_moe.data.identity_dictionary import IdentityDictionary, IdentityLine
 from fairseq_moe.errors import CheckpointError, MoEError
@@ -22,8 +23,9 @@ def refuse_quantized(hf: Path) -> None:
     """Say before a long conversion that its result could not be compared.
 
     Raises:
-        MoEError: the weights of this directory are quantised.
+        MoEError: the weights of this directory are quantised, or it holds what is not converted at all.
     """
+    refuse_other_directories(hf)
     if read_json(hf / "config.json").get("quantization_config") is not None:
         raise MoEError(
             f"--verify runs {hf} with transformers, which needs other packages or a GPU for quantised weights "

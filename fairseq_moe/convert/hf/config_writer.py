@@ -48,7 +48,7 @@ def write_config(
     if spec.family == "qwen3_moe":  # transformers knows both names since version 5, and one before
         values["num_experts"] = spec.routing.num_experts
     values = dict(sorted(values.items()))
-    again = read_config(values, ignored=[key for key in ignored if key in values])
+    again = read_config(values, ignored=ignored)
     wrong = differences(spec, replace(again, mtp_layers=spec.mtp_layers))
     # Files may lack the prediction blocks that a config promises (transformers leaves them out), not the other way.
     if spec.mtp_layers not in (0, again.mtp_layers):

@@ -9,10 +9,11 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from fairseq_moe.convert.hf.config_keys import REQUIRED, ConfigKeys
+from fairseq_moe.convert.hf.kinds import fp8_block
 from fairseq_moe.convert.spec import Mla, ModelSpec, Routing
 from fairseq_moe.errors import ConfigError
 
-__all__ = ["FAMILIES", "fp8_block", "read_config", "read_keys"]
+__all__ = ["FAMILIES", "read_config", "read_keys"]
 
 _ROUTED = "transformers routes this family in no other way"
 
@@ -44,6 +45,7 @@ def read_keys(
                 f"{source} has model_type {kind!r}, expected one of {', '.join(FAMILIES)}; convert such a model."
             ]
         )
+    fp8_block(values, source=source)
     keys = ConfigKeys(values, source=source, ignored=ignored)
     keys.fixed("hidden_act", "silu", why="the experts here are SwiGLU networks")
     # Read from any config by transformers, whatever the family; null makes attention look ahead.
@@ -52,32 +54,7 @@ def read_keys(
     spec = FAMILIES[kind](keys)
     if not keys.problems:
         _check_sizes(keys, spec)
-    fp8_block(values, source=source)
     return spec, keys.finish()
-
-
-def fp8_block(values: dict[str, Any], *, source: str = "config.json") -> tuple[int, int] | None:
-    """Read rows and columns of the blocks of FP8 weights that share a scale; None: the weights are not quantised.
-
-    Raises:
-        ConfigError: another kind of quantisation.
-    """
-    settings = values.get("quantization_config")
-    if settings is None:
-        return None
-    if not isinstance(settings, dict):
-        settings = {"quant_method": settings}
-    block = settings.get("weight_block_size")
-    good_block = isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
-    if settings.get("quant_method") != "fp8" or settings.get("fmt", "e4m3") != "e4m3" or not good_block:
-        raise ConfigError(
-            [
-                f"{source} has quantization_config with quant_method {settings.get('quant_method')!r}, fmt "
-                f"{settings.get('fmt')!r} and weight_block_size {block!r}, expected fp8, e4m3 and two sizes."
-            ]
-        )
-    assert isinstance(block, list)
-    return block[0], block[1]
 
 
 def _check_sizes(keys: ConfigKeys, spec: ModelSpec) -> None:

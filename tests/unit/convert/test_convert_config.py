@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from fairseq_moe.convert.hf.config_writer import write_config
-from fairseq_moe.convert.hf.families import fp8_block, read_config
+from fairseq_moe.convert.hf.families import read_config
+from fairseq_moe.convert.hf.kinds import fp8_block
 from fairseq_moe.convert.hf.names import tensor_table
 from fairseq_moe.convert.spec_flags import command_line, flags_of, spec_of
 from fairseq_moe.errors import ConfigError

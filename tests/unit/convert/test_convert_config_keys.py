@@ -1,4 +1,4 @@
-"""Keys of a config.json that change nothing: carried along and named, or refused by name; directories of another kind.
+"""Keys of a config.json that change nothing: carried along and named, or refused by name.
 
 Run with ``pytest tests/unit/convert/test_convert_config_keys.py``.
 """
@@ -14,7 +14,7 @@ from fairseq_moe.convert import from_hf, to_hf
 from fairseq_moe.convert.cli import main
 from fairseq_moe.convert.hf.families import FAMILIES, read_keys
 from fairseq_moe.convert.hf.harmless_keys import HARMLESS_KEYS
-from fairseq_moe.errors import CheckpointError, ConfigError
+from fairseq_moe.errors import ConfigError
 from tests.helpers.published_configs import (
     DEEPSEEK_V2,
     MIXTRAL,
@@ -130,6 +130,26 @@ def test_the_command_takes_keys_to_ignore(
     assert "carried along: first, second." in capsys.readouterr().err
 
 
+def test_the_way_back_takes_keys_to_ignore_of_another_config(
+    hf_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = with_keys(hf_model("mixtral"), tmp_path / "source", first=1)
+    from_hf(hf_model("mixtral"), tmp_path / "ours")
+    command = ["to-hf", str(tmp_path / "ours"), "--to", str(tmp_path / "back"), "--companions", str(source)]
+    assert main(command) == 2
+    assert "pass --ignore-config-key first" in capsys.readouterr().err
+    assert main([*command, "--ignore-config-key", "first", "--ignore-config-key", "secnd"]) == 2
+    assert "no key secnd that --ignore-config-key could ignore" in capsys.readouterr().err
+    assert main([*command, "--ignore-config-key", "first"]) == 0
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["first"] == 1
+
+
+def test_two_names_of_one_setting_must_agree() -> None:
+    assert carried(QWEN3 | {"num_local_experts": QWEN3["num_experts"]}) == []
+    with pytest.raises(ConfigError, match="num_experts 128 and num_local_experts 64, two names of one"):
+        read_keys(QWEN3 | {"num_local_experts": 64})
+
+
 def test_qwen3_is_written_under_both_names_of_its_number_of_experts(hf_model: Any, tmp_path: Path) -> None:
     source = with_keys(hf_model("qwen3_moe"), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
@@ -139,47 +159,3 @@ def test_qwen3_is_written_under_both_names_of_its_number_of_experts(hf_model: An
     to_hf(tmp_path / "ours" / "checkpoint.pt", tmp_path / "back")
     back = json.loads((tmp_path / "back" / "config.json").read_text())
     assert back["num_experts"] == back["num_local_experts"] == config["num_local_experts"]
-
-
-def _without_weights(source: Path, target: Path) -> Path:
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
-    return target
-
-
-class TestOtherDirectories:
-    """Each says what it is before any key of its config.json, which is one that would be refused too."""
-
-    def _refusal(self, directory: Path, tmp_path: Path) -> str:
-        if (directory / "config.json").is_file():
-            config = json.loads((directory / "config.json").read_text())
-            (directory / "config.json").write_text(json.dumps(config | {"a_key_of_tomorrow": 1}))
-        with pytest.raises(CheckpointError) as caught:
-            from_hf(directory, tmp_path / "ours")
-        assert not (tmp_path / "ours").exists()
-        return str(caught.value)
-
-    def test_an_adapter(self, tmp_path: Path) -> None:
-        (tmp_path / "lora").mkdir()
-        (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-        (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(b"")
-        said = self._refusal(tmp_path / "lora", tmp_path)
-        assert "holds an adapter (LORA) of a model, not the model; merge it" in said
-
-    @pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "compressed-tensors"])
-    def test_quantised_weights(self, method: str, hf_model: Any, tmp_path: Path) -> None:
-        source = with_keys(
-            hf_model("mixtral"), tmp_path / "source", quantization_config={"quant_method": method}
-        )
-        assert f"holds weights quantised by {method}, which are not read here" in self._refusal(
-            source, tmp_path
-        )
-
-    def test_files_of_another_program(self, hf_model: Any, tmp_path: Path) -> None:
-        source = _without_weights(hf_model("mixtral"), tmp_path / "source")
-        (source / "model-q4_k_m.gguf").write_bytes(b"GGUF")
-        assert "holds model-q4_k_m.gguf, weights for another program" in self._refusal(source, tmp_path)
-
-    def test_pickles(self, hf_model: Any, tmp_path: Path) -> None:
-        source = _without_weights(hf_model("mixtral"), tmp_path / "source")
-        (source / "pytorch_model.bin").write_bytes(b"\x80")
-        assert "holds its weights in pytorch_model.bin, a pickle" in self._refusal(source, tmp_path)
