@@ -90,9 +90,9 @@ _MERGE = "merge it into its base model first (peft: merge_and_unload) and conver
 
 def _quantiser(path: Path, values: dict[str, Any]) -> tuple[str | None, str]:
     """Name what quantised the weights, and what says so; None: nothing, or FP8, which ``fp8_block`` judges."""
-    for key, method in _QUANTISER_KEYS.items():
+    for key, tool in _QUANTISER_KEYS.items():
         if values.get(key):
-            return method, f"{key} in config.json"
+            return tool, f"{key} in config.json"
     if (settings := values.get("quantization_config")) is None:
         found = next((file for file in _QUANTISER_FILES if (path / file).is_file()), "")
         return _QUANTISER_FILES.get(found), found

@@ -13,11 +13,14 @@ import pytest
 from fairseq_moe.convert import from_hf, to_hf
 from fairseq_moe.convert.cli import main
 from fairseq_moe.convert.hf.families import FAMILIES, read_keys
-from fairseq_moe.convert.hf.harmless_keys import HARMLESS_KEYS
+from fairseq_moe.convert.hf.harmless_keys import HARMLESS_KEYS, is_harmless
 from fairseq_moe.errors import ConfigError
+from tests.helpers.hf import import_transformers
 from tests.helpers.published_configs import (
     DEEPSEEK_V2,
+    DEEPSEEK_V3,
     MIXTRAL,
+    OLMOE,
     QWEN3,
 )
 
@@ -36,6 +39,33 @@ class TestKeys:
     def test_what_a_public_file_of_the_family_says_besides_is_named(self) -> None:
         assert carried(QWEN3) == []
         assert carried(QWEN3 | CODER) == sorted(CODER)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            MIXTRAL | {"transformers_version": "4.36.0.dev0"},
+            MIXTRAL
+            | {
+                "head_dim": None,
+                "router_jitter_noise": 0.0,
+                "pad_token_id": None,
+                "transformers_version": "5.0",
+            },
+            OLMOE
+            | {
+                "_attn_implementation_internal": None,
+                "eos_token_id": 50279,
+                "pad_token_id": 1,
+                "use_cache": True,
+            },
+            DEEPSEEK_V2 | {"auto_map": {"AutoConfig": "x.Y"}, "bos_token_id": 100000, "use_cache": True},
+            DEEPSEEK_V3
+            | {"auto_map": {"AutoConfig": "x.Y"}, "transformers_version": "4.33.1", "use_cache": True},
+        ],
+        ids=["Mixtral of 2023", "Mixtral of 2025", "OLMoE", "V2", "V3"],
+    )
+    def test_public_files_as_they_are_need_no_note(self, values: dict[str, Any]) -> None:
+        assert carried(values) == []
 
     def test_null_is_named_too(self) -> None:
         assert carried(QWEN3 | {"a_key_of_tomorrow": None}) == ["a_key_of_tomorrow"]
@@ -73,6 +103,15 @@ class TestKeys:
                 "max_length": 20,
             },
             {"model_creator": "somebody", "quantized_by": "nobody"},
+            {"_flash_attn_2_enabled": True, "attn_implementation": "sdpa", "use_flash_attn": True},
+            {"transformers.js_config": {}, "base_model": "x", "license": "mit", "model_max_length": 4096},
+            {
+                "pretraining_tp": 1,
+                "ep_size": 8,
+                "aux_loss_alpha": 0.001,
+                "seq_aux": True,
+                "router_z_loss_coef": 0.0,
+            },
             {
                 "is_decoder": False,
                 "add_cross_attention": False,
@@ -85,6 +124,22 @@ class TestKeys:
     def test_what_tools_leave_behind_is_known_as_a_kind(self, left_behind: dict[str, Any]) -> None:
         for family in (MIXTRAL, QWEN3, DEEPSEEK_V2):
             assert set(carried(family | left_behind)) <= set(left_behind)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_what_transformers_writes_into_any_config_is_known(self, family: str) -> None:
+        transformers = import_transformers()
+        values = transformers.PretrainedConfig().to_dict() | transformers.GenerationConfig().to_dict()
+        unknown = [key for key in values if not is_harmless(family, key, "whatever it is")]
+        assert unknown == ["model_type", "_from_model_config"]  # read; never in a config.json
+
+    @pytest.mark.parametrize(
+        "key",
+        ["output_gate", "output_multiplier", "_layer_scale", "router_version", "top_k_experts", "drop_path"],
+    )
+    def test_a_pattern_covers_no_key_that_could_change_the_model(self, key: str) -> None:
+        for values in (MIXTRAL, QWEN3, DEEPSEEK_V2):
+            with pytest.raises(ConfigError, match=f"the key {key}"):
+                read_keys(values | {key: 1})
 
     def test_the_user_decides(self) -> None:
         values = QWEN3 | {"a_key_of_tomorrow": 0}
