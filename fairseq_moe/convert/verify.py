@@ -71,7 +71,7 @@ def _their_logits(hf: Path) -> tuple[Tensor, Tensor]:
         vocab_size = theirs.config.vocab_size
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(vocab_size, (2, _NUM_TOKENS), generator=generator)
-        ids[0, :4] = torch.arange(4)
+        ids[0, :4] = torch.arange(4).clamp(max=vocab_size - 1)
         ids[1, 0] = vocab_size - 1
         with torch.no_grad():
             return ids, theirs(ids, use_cache=False).logits

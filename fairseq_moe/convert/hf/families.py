@@ -59,7 +59,12 @@ def read_keys(
 
 def _check_sizes(keys: ConfigKeys, spec: ModelSpec) -> None:
     routing, group_size = spec.routing, spec.routing.num_experts // (spec.routing.num_groups or 1)
+    turned = "head_dim" if spec.mla is None else "qk_rope_head_dim"
     for problem, text in (
+        (
+            (spec.head_dim if spec.mla is None else spec.mla.qk_rope_head_dim) % 2,
+            f"an odd {turned}, of which positions turn pairs of values",
+        ),
         (spec.num_heads % spec.num_kv_heads, "num_attention_heads not a multiple of num_key_value_heads"),
         (spec.attention_dropout > 1, "attention_dropout above 1"),
         (not any(spec.moe_layers), "no layer with experts"),
