@@ -1,4 +1,4 @@
-"""The command: ``python -m fairseq_moe.convert``, or ``fairseq-moe-convert``."""
+"""Run the command: ``python -m fairseq_moe.convert``, or ``fairseq-moe-convert``."""
 
 import argparse
 import shlex

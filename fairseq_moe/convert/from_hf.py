@@ -1,4 +1,4 @@
-"""From a Hugging Face directory to our checkpoint, one of our tensors at a time.
+"""Convert a Hugging Face directory to our checkpoint, one of our tensors at a time.
 
 ``OUT/checkpoint.pt`` and ``OUT/shards`` are the checkpoint, ``OUT/dict.txt`` is its dictionary, ``OUT/flags.txt`` what
 fairseq-train must be told to build the model, ``OUT/hf`` holds config.json, tokenizer and whatever else was

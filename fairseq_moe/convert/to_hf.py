@@ -1,4 +1,4 @@
-"""From our checkpoint back to a Hugging Face directory: published names, or those that the model came with."""
+"""Convert our checkpoint back to a Hugging Face directory: published names, or those that the model came with."""
 
 import functools
 import hashlib
@@ -31,7 +31,7 @@ _BIAS = ".expert_bias"
 
 @dataclass(frozen=True, kw_only=True)
 class _Output:
-    """A tensor to be written, and where it comes from."""
+    """Say where a tensor that is to be written comes from."""
 
     source: OurTensor
     block: Block
@@ -107,7 +107,7 @@ def _find_companions(model: StoredModel, given: Path | None) -> Path | None:
 def _read_companions(
     beside: Path | None,
 ) -> tuple[dict[str, Any] | None, dict[str, Any], dict[str, str]]:
-    """config.json, the record of the conversion, and which file held each tensor."""
+    """Read config.json, the record of the conversion, and which file held each tensor."""
     if beside is None:
         return None, {}, {}
     config, path = read_json(beside / "config.json"), beside / CONVERSION
@@ -157,7 +157,7 @@ def _outputs(
 
 
 def _main_dtype(outputs: Mapping[str, _Output]) -> str:
-    """The dtype that most of the bytes have."""
+    """Name the dtype that most of the bytes have."""
     sizes: dict[torch.dtype, int] = {}
     for output in outputs.values():
         sizes[output.dtype] = sizes.get(output.dtype, 0) + _num_bytes(output)

@@ -1,4 +1,4 @@
-"""The same tokens through both models: ours from the checkpoint, and Hugging Face's from its directory."""
+"""Compare two models on the same tokens: ours from the checkpoint, and Hugging Face's from its directory."""
 
 import sys
 from pathlib import Path
@@ -62,7 +62,7 @@ def verify(hf: Path, ours: Path, *, dtype: torch.dtype | None = None) -> str:
 
 
 def _their_logits(hf: Path) -> tuple[Tensor, Tensor]:
-    """Token ids, and what Hugging Face's model makes of them."""
+    """Draw token ids, and compute the logits of Hugging Face's model for them."""
     transformers = _transformers()
     try:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -94,7 +94,7 @@ def _transformers() -> Any:
 
 
 def our_model(path: Path, vocab_size: int, dtype: torch.dtype | None = None) -> Any:
-    """The model of a checkpoint, in float32, ready to be called with token ids (B, S).
+    """Load the model of a checkpoint, in float32, ready to be called with token ids (B, S).
 
     Args:
         path: of the main file.

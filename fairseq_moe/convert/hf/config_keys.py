@@ -115,7 +115,7 @@ class ConfigKeys:
         return is_good
 
     def _refuse(self, what: str) -> None:
-        """Two forms of one setting may be wrong in the same way, which is said once."""
+        """Say that a setting is wrong; two forms of one may be wrong in the same way, which is said once."""
         problem = f"{self.source} has {what}"
         if problem not in self.problems:
             self.problems.append(problem)

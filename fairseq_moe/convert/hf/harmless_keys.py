@@ -1,4 +1,4 @@
-"""Which further keys of a config.json change nothing: a reviewed table, each entry with its reason.
+"""List further keys of a config.json that change nothing: a reviewed table, each entry with its reason.
 
 A key that no family reads and that is not in here is refused, because a model that is read without it may be another
 model. What tools leave behind is here as a kind, by a pattern, not name by name.
