@@ -11,6 +11,9 @@ from fairseq_moe.errors import ConfigError
 
 __all__ = ["write_config"]
 
+# Of the two names that transformers 5 knows, the one that version 4 needs.
+_NUM_EXPERTS = {"mixtral": "num_local_experts", "olmoe": "num_experts", "qwen3_moe": "num_experts"}
+
 
 def write_config(
     spec: ModelSpec, *, like: dict[str, Any] | None = None, dtype: str, ignored: Collection[str] = ()
@@ -45,8 +48,10 @@ def write_config(
     else:
         values = {key: value for key, value in like.items() if key != "quantization_config"}
     values |= rope_keys(spec.rope) | {"torch_dtype": dtype, "dtype": dtype}
-    if spec.family == "qwen3_moe":  # transformers knows both names since version 5, and one before
-        values["num_experts"] = spec.routing.num_experts
+    if spec.family in _NUM_EXPERTS:
+        values[_NUM_EXPERTS[spec.family]] = spec.routing.num_experts
+    if values.get("num_mtp_layers") is not None:
+        values.setdefault("num_nextn_predict_layers", values["num_mtp_layers"])
     values = dict(sorted(values.items()))
     again = read_config(values, ignored=ignored)
     wrong = differences(spec, replace(again, mtp_layers=spec.mtp_layers))

@@ -12,7 +12,8 @@ import pytest
 
 from fairseq_moe.convert import from_hf, to_hf
 from fairseq_moe.convert.cli import main
-from fairseq_moe.convert.hf.families import FAMILIES, read_keys
+from fairseq_moe.convert.hf.config_writer import write_config
+from fairseq_moe.convert.hf.families import FAMILIES, read_config, read_keys
 from fairseq_moe.convert.hf.harmless_keys import HARMLESS_KEYS, is_harmless
 from fairseq_moe.errors import ConfigError
 from tests.helpers.hf import import_transformers
@@ -203,6 +204,24 @@ def test_two_names_of_one_setting_must_agree() -> None:
     assert carried(QWEN3 | {"num_local_experts": QWEN3["num_experts"]}) == []
     with pytest.raises(ConfigError, match="num_experts 128 and num_local_experts 64, two names of one"):
         read_keys(QWEN3 | {"num_local_experts": 64})
+
+
+@pytest.mark.parametrize(
+    ("values", "old", "new"),
+    [
+        (QWEN3, "num_experts", "num_local_experts"),
+        (OLMOE, "num_experts", "num_local_experts"),
+        (MIXTRAL, "num_local_experts", "num_experts"),
+        (DEEPSEEK_V3, "num_nextn_predict_layers", "num_mtp_layers"),
+    ],
+    ids=["qwen3_moe", "olmoe", "mixtral", "deepseek_v3"],
+)
+def test_a_setting_is_written_under_the_name_that_transformers_4_needs(
+    values: dict[str, Any], old: str, new: str
+) -> None:
+    like = {(new if key == old else key): value for key, value in values.items()}
+    written = write_config(read_config(like), like=like, dtype="bfloat16")
+    assert written[old] == written[new] == values[old]
 
 
 def test_qwen3_is_written_under_both_names_of_its_number_of_experts(hf_model: Any, tmp_path: Path) -> None:
