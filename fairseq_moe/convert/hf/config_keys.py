@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq_moe.convert.hf.harmless_keys import is_common, is_harmless
+from fairseq_moe.convert.hf.harmless_keys import expectation, is_common, is_harmless
 from fairseq_moe.convert.spec import Rope
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.modules.blocks.rope import YarnConfig
@@ -52,6 +52,8 @@ _YARN_KEYS = {
 _YARN_NEEDS = ("factor", "original_max_position_embeddings")
 _OWN_THETA = {"mixtral": 1_000_000.0}  # transformers' default_theta; 10,000 for the others
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+# By the dictionary and by the writer of config.json.
+_READ_ELSEWHERE = frozenset({"bos_token_id", "dtype", "eos_token_id", "torch_dtype"})
 REQUIRED: Any = object()  # a default: the key must be there
 
 
@@ -241,16 +243,16 @@ class ConfigKeys:
         unread = {key: value for key, value in sorted(self.values.items()) if key not in self._read}
         listed = {key for key, value in unread.items() if is_harmless(family, key, value)}
         unknown = [key for key, value in unread.items() if value is not None and key not in listed]
-        self.problems += [
-            f"{self.source} has the key {key} ({self.values[key]!r}), which fairseq_moe does not know for "
-            f"{family}; pass --ignore-config-key {key} if it does not change what the model computes."
-            for key in unknown
-            if key not in self.ignored
-        ]
+        for key in (key for key in unknown if key not in self.ignored):
+            fault = expectation(family, key) or f"which fairseq_moe does not know for {family}"
+            self.problems.append(
+                f"{self.source} has the key {key} ({self.values[key]!r}), {fault}; pass --ignore-config-key {key} if "
+                "it does not change what the model computes."
+            )
         for key in self.ignored:
             if key not in self.values:
                 self.problems.append(f"{self.source} has no key {key} that --ignore-config-key could ignore.")
-            elif key in self._read:
+            elif key in self._read | _READ_ELSEWHERE:
                 self.problems.append(
                     f"{self.source} has the key {key}, which the conversion reads; --ignore-config-key is for keys "
                     "that it does not know."

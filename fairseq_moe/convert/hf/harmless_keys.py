@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["HARMLESS_KEYS", "HarmlessKey", "is_common", "is_harmless"]
+__all__ = ["HARMLESS_KEYS", "HarmlessKey", "expectation", "is_common", "is_harmless"]
 
 _ANY: Any = object()
 
@@ -33,14 +33,13 @@ class HarmlessKey:
 
     def covers(self, family: str, key: str, value: Any) -> bool:
         """Tell whether a key of a family's config.json is one of these."""
-        return (
-            (not self.families or family in self.families)
-            and re.fullmatch(self.pattern, key) is not None
-            and any(
-                allowed is _ANY or (type(allowed) is type(value) and allowed == value)
-                for allowed in self.values
-            )
+        return self.names(family, key) and any(
+            allowed is _ANY or (type(allowed) is type(value) and allowed == value) for allowed in self.values
         )
+
+    def names(self, family: str, key: str) -> bool:
+        """Tell whether a key of a family's config.json is one of these, if its value is too."""
+        return (not self.families or family in self.families) and bool(re.fullmatch(self.pattern, key))
 
 
 def _harmless(
@@ -63,7 +62,7 @@ HARMLESS_KEYS = (
         r"architectures|auto_map|custom_pipelines|tokenizer_class", "which class reads the files", common=True
     ),
     _harmless(
-        r"(torch_)?dtype|transformers_version|transformers_weights",
+        r"(torch_)?dtype|transformers_version",
         "how and by what the files were written",
         common=True,
     ),
@@ -94,6 +93,10 @@ HARMLESS_KEYS = (
         r"prefill_chunk_size|(cache|compile|watermarking|continuous_batching)_config|cache_implementation|max_cache_len|"
         r"disable_compile",
         "settings of generation, which transformers 4 wrote into config.json",
+    ),
+    _harmless(
+        r"transformers_weights", "transformers loads the file of this name, which here must be the one that is read",
+        values=("model.safetensors", "model.safetensors.index.json"),
     ),
     # What other tools and people leave behind.
     _harmless(
@@ -149,6 +152,13 @@ HARMLESS_KEYS = (
     _harmless(r"moe_layer_freq|n_group|topk_group", "every layer, one group", *_OTHERS_THAN_DEEPSEEK, values=(1,)),
     _harmless(r"routed_scaling_factor", "weights as they are", *_OTHERS_THAN_DEEPSEEK, values=(1, 1.0)),
     _harmless(r"scoring_func", "the only one of these families", *_OTHERS_THAN_DEEPSEEK, values=("softmax",)),
+    _harmless(r"attention_bias", "no bias that this key switches", "mixtral", "qwen2_moe", values=(False,)),
+    _harmless(r"decoder_sparse_step", "experts in every layer", "mixtral", "olmoe", values=(1,)),
+    _harmless(r"mlp_only_layers", "experts in every layer", "mixtral", "olmoe", values=([],)),
+    _harmless(
+        r"router_jitter_noise", "no noise", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3",
+        values=(0, 0.0),
+    ),
 )  # fmt: skip
 
 
@@ -160,3 +170,11 @@ def is_harmless(family: str, key: str, value: Any) -> bool:
 def is_common(family: str, key: str, value: Any) -> bool:
     """Tell whether so many files have a key that naming it would tell nobody anything."""
     return any(entry.common and entry.covers(family, key, value) for entry in HARMLESS_KEYS)
+
+
+def expectation(family: str, key: str) -> str | None:
+    """Say with which values a key of a family's config.json would be harmless, and why; None: with none."""
+    for entry in HARMLESS_KEYS:
+        if entry.names(family, key):
+            return f"expected {' or '.join(map(repr, entry.values))} ({entry.why})"
+    return None

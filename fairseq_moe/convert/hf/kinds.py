@@ -4,10 +4,12 @@ This comes before any setting is judged: of an adapter or of quantised weights n
 unknown.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
-from fairseq_moe.convert.hf.directory import INDEX, SINGLE, read_json
+from fairseq_moe.convert.hf.directory import INDEX, SINGLE, read_json, read_weight_map
+from fairseq_moe.convert.hf.file import read_header
 from fairseq_moe.errors import CheckpointError, ConfigError
 
 __all__ = ["fp8_block", "refuse_other_directories"]
@@ -31,8 +33,20 @@ _OF_OTHER_PROGRAMS = {
     "*.msgpack": "weights of Flax",
     "*.h5": "weights of TensorFlow",
     "*.distcp": "a distributed checkpoint of a training run",
+    "*.nemo": "a checkpoint of NeMo's",
+    "latest_checkpointed_iteration.txt": "the note of a checkpoint of Megatron's",
     "consolidated*.safetensors": "weights under other names than transformers'",
 }  # fmt: skip
+# Patterns of tensors' names, and what such a tensor is a part of: a tool may say nothing in config.json.
+_OF_OTHER_TOOLS = {
+    r"\.lora_[A-Za-z_]+(\.|$)|\.base_layer\.": "a LoRA adapter",
+    r"\.(SCB|absmax|quant_map|nested_\w+|quant_state\..*)$": "weights quantised by bitsandbytes",
+    r"\.(qweight|qzeros|g_idx)$": "weights quantised by GPTQ or AWQ",
+    r"\.weight_(packed|zero_point|shape|g_idx)$": "weights quantised by compressed-tensors",
+    r"\.(weight_scale|input_scale)$": "FP8 weights with one scale per tensor or row",
+    r"\.scales$": "weights quantised in groups",
+}
+_POINTER = b"version https://git-lfs"
 _PICKLES = ("pytorch_model*.bin", "*.pth")
 
 
@@ -40,8 +54,14 @@ def refuse_other_directories(path: Path) -> None:
     """Say what a directory is that holds no whole model in weights of its own.
 
     Raises:
-        CheckpointError: it holds an adapter, quantised weights that we do not read, or weights in other formats alone.
+        CheckpointError: it holds an adapter, quantised weights that we do not read, weights in other formats alone, or
+            pointers to weights; or it is no directory.
     """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not a directory, and nothing is downloaded here; fetch the model first (hf download NAME "
+            "--local-dir DIR) and give DIR."
+        )
     has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
     _refuse_adapter(path, has_weights)
     values = read_json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -52,7 +72,13 @@ def refuse_other_directories(path: Path) -> None:
             "that they were made from (FP8 in blocks, as DeepSeek publishes it, is read)."
         )
     if has_weights:
-        return
+        _refuse_pointers(path)
+        _refuse_other_tensors(path)
+    else:
+        _refuse_other_files(path)
+
+
+def _refuse_other_files(path: Path) -> None:
     for pattern, what in _OF_OTHER_PROGRAMS.items():
         for file in sorted(path.glob(pattern))[:1]:
             raise CheckpointError(
@@ -64,6 +90,38 @@ def refuse_other_directories(path: Path) -> None:
             f"{path} holds its weights in {pickles[0]}, a pickle that would run code when it is loaded, and no "
             f"{SINGLE}; save it as safetensors first (transformers: save_pretrained)."
         )
+    for file in sorted(path.glob("*.pt"))[:1]:
+        raise CheckpointError(
+            f"{path} holds {file.name}, a checkpoint of a training program, which to-hf reads if it is one of ours, "
+            f"and no {SINGLE}; from-hf reads what transformers saves."
+        )
+    for file in sorted(path.glob("*.safetensors"))[:1]:
+        raise CheckpointError(
+            f"{path} holds {file.name}, a safetensors file, but no {INDEX} that says what lies where, and no {SINGLE}; "
+            "fetch the index, or give the file that name if it is the whole model."
+        )
+
+
+def _refuse_pointers(path: Path) -> None:
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise CheckpointError(
+                    f"{file} is a pointer of Git LFS, not the weights themselves; fetch them (git lfs pull)."
+                )
+
+
+def _refuse_other_tensors(path: Path) -> None:
+    if (path / INDEX).is_file():
+        files = read_weight_map(path / INDEX)
+    else:
+        files = dict.fromkeys(read_header(path / SINGLE), SINGLE)
+    for pattern, what in _OF_OTHER_TOOLS.items():
+        for name in (name for name in files if re.search(pattern, name)):
+            raise CheckpointError(
+                f"{path / files[name]} holds {name}, part of {what}, which is not read here; convert the model before "
+                "it was quantised, or merge the adapter first."
+            )
 
 
 def _refuse_adapter(path: Path, has_weights: bool) -> None:

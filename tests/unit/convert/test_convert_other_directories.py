@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from fairseq_moe.convert.cli import main
 
@@ -134,6 +136,76 @@ def test_files_of_other_programs(
     source = model_with(hf_model, tmp_path / "source", weights=False)
     (source / file).write_bytes(b"x")
     assert expected in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("model.nemo", "a checkpoint of NeMo's"),
+        ("latest_checkpointed_iteration.txt", "the note of a checkpoint of Megatron's"),
+        ("checkpoint.pt", "a checkpoint of a training program, which to-hf reads if it is one of ours"),
+        ("model-00001-of-00002.safetensors", "a safetensors file, but no model.safetensors.index.json"),
+        ("gptq_model-4bit-128g.safetensors", "a safetensors file, but no model.safetensors.index.json"),
+    ],
+    ids=lambda value: value.split(".")[-1],
+)
+def test_checkpoints_of_other_forms(
+    file: str, what: str, hf_model: Any, refusal: Any, tmp_path: Path
+) -> None:
+    source = model_with(hf_model, tmp_path / "source", weights=False)
+    (source / file).write_bytes(b"x")
+    assert f"holds {file}, {what}" in refusal(source)
+
+
+def test_a_name_of_the_hub_is_no_directory(refusal: Any, tmp_path: Path) -> None:
+    said = refusal(tmp_path / "mistralai" / "Mixtral-8x7B")
+    assert "is not a directory, and nothing is downloaded here; fetch the model first" in said
+
+
+@pytest.mark.parametrize(
+    ("suffix", "what"),
+    [
+        ("qweight", "weights quantised by GPTQ or AWQ"),
+        ("SCB", "weights quantised by bitsandbytes"),
+        ("weight.quant_state.bitsandbytes__nf4", "weights quantised by bitsandbytes"),
+        ("weight_packed", "weights quantised by compressed-tensors"),
+        ("weight_scale", "FP8 weights with one scale per tensor or row"),
+        ("scales", "weights quantised in groups"),
+        ("lora_A.weight", "a LoRA adapter"),
+        ("base_layer.weight", "a LoRA adapter"),
+    ],
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_tensors_that_say_what_they_are(
+    suffix: str, what: str, sharded: bool, hf_model: Any, refusal: Any, tmp_path: Path
+) -> None:
+    source = model_with(hf_model, tmp_path / "source")
+    file, name = source / "model.safetensors", f"model.layers.0.self_attn.q_proj.{suffix}"
+    tensors = load_file(file) | {name: torch.zeros(2)}
+    if sharded:
+        file.unlink()
+        file = source / "model-00001-of-00001.safetensors"
+        index = {"weight_map": dict.fromkeys(tensors, file.name)}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(tensors, file)
+    assert f"{file} holds {name}, part of {what}, which is not read here" in refusal(source)
+
+
+def test_an_empty_index_alone(hf_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(hf_model("mixtral"), source, ignore=shutil.ignore_patterns("*.safetensors"))
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert main(["from-hf", str(source), "--to", str(tmp_path / "ours")]) == 2
+    assert "lacks model.embed_tokens.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_pointer_of_git_lfs(file: str, hf_model: Any, refusal: Any, tmp_path: Path) -> None:
+    source = model_with(hf_model, tmp_path / "source", weights=False)
+    (source / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    index = {"weight_map": {"model.norm.weight": file}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"{file} is a pointer of Git LFS, not the weights themselves" in refusal(source)
 
 
 def test_such_files_beside_whole_weights_are_no_hindrance(hf_model: Any, tmp_path: Path) -> None:
