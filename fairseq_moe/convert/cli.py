@@ -1,4 +1,4 @@
-"""The command: ``python -m fairseq_moe.convert``, or ``fairseq-moe-convert``."""
+"""Run the command: ``python -m fairseq_moe.convert``, or ``fairseq-moe-convert``."""
 
 import argparse
 import shlex
@@ -71,7 +71,13 @@ def _from_hf(args: argparse.Namespace) -> None:
 
 def _to_hf(args: argparse.Namespace) -> None:
     dtype = None if args.dtype is None else _DTYPES[args.dtype]
-    done = to_hf(args.checkpoint, args.to, companions=args.companions, dtype=dtype)
+    done = to_hf(
+        args.checkpoint,
+        args.to,
+        companions=args.companions,
+        dtype=dtype,
+        ignored_keys=args.ignore_config_key,
+    )
     _report(done)
     if args.verify:
         _verify(args.to, args.checkpoint, dtype)
@@ -150,13 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--fp8-to", choices=_DTYPES, default="bfloat16", help="what FP8 weights become (default: %(default)s)"
     )
-    command.add_argument(
-        "--ignore-config-key",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a key of config.json that nobody here knows and that changes nothing; may be given several times",
-    )
+    _add_ignored(command)
     command.set_defaults(run=_from_hf)
     _add_verify(command)
     command = commands.add_parser("to-hf", help="from our checkpoint to a Hugging Face directory")
@@ -172,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype", choices=_DTYPES, help="of the weights (default: as they are in the checkpoint)"
     )
+    _add_ignored(command)
     command.set_defaults(run=_to_hf)
     _add_verify(command)
     _add_preprocess(commands.add_parser("preprocess", help="from text to data for a converted model"))
@@ -220,6 +221,16 @@ def _add_preprocess(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--no-append-eos", action="store_true", help="do not end lines with the end token")
     command.set_defaults(run=_preprocess)
+
+
+def _add_ignored(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ignore-config-key",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a key of config.json that nobody here knows and that changes nothing; may be given several times",
+    )
 
 
 def _add_verify(command: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""A dense checkpoint of a ``transformer_lm``, and whether its layers could have experts."""
+"""Read a dense checkpoint of a ``transformer_lm``, and tell whether its layers could have experts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ class DenseModel:
                 yield f"has {name}"
 
     def _networks(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all layers' networks; SwiGLU has no biases."""
+        """List the shapes of all layers' networks; SwiGLU has no biases."""
         rows = 2 * self.hidden_dim if self.is_gated else self.hidden_dim
         shapes: dict[str, tuple[int, ...]] = {
             "fc1.weight": (rows, self.model_dim),

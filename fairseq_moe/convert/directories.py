@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all, and the small files that travel with a model."""
+"""Make directories that appear complete or not at all, and copy the small files that travel with a model."""
 
 import os
 import secrets
@@ -17,7 +17,7 @@ _WEIGHTS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt
 
 @contextmanager
 def appearing(target: Path) -> Iterator[Path]:
-    """Inside, fill the directory that is yielded; at the end it becomes ``target``, after an error it is gone.
+    """Yield a directory to be filled; at the end it becomes ``target``, after an error it is gone.
 
     Raises:
         CheckpointError: ``target`` exists, or cannot be made.

@@ -1,4 +1,4 @@
-"""From a Hugging Face directory to our checkpoint, one of our tensors at a time.
+"""Convert a Hugging Face directory to our checkpoint, one of our tensors at a time.
 
 ``OUT/checkpoint.pt`` and ``OUT/shards`` are the checkpoint, ``OUT/dict.txt`` is its dictionary, ``OUT/flags.txt`` what
 fairseq-train must be told to build the model, ``OUT/hf`` holds config.json, tokenizer and whatever else was
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.convert.directories import appearing, copy_companions
-from fairseq_moe.convert.hf.directory import TensorDir, digest_of, read_json, refuse_other_directories
-from fairseq_moe.convert.hf.families import fp8_block, read_keys
+from fairseq_moe.convert.hf.directory import TensorDir, digest_of, read_json
+from fairseq_moe.convert.hf.families import read_keys
 from fairseq_moe.convert.hf.file import read_tensor
+from fairseq_moe.convert.hf.kinds import fp8_block, refuse_other_directories
 from fairseq_moe.convert.hf.leftovers import are_other_frequencies, is_leftover, is_leftover_name
 from fairseq_moe.convert.hf.names import OurTensor, copied_names, is_fused, mtp_prefix, tensor_table
 from fairseq_moe.convert.spec import ModelSpec

@@ -1,4 +1,4 @@
-"""Raw text to fairseq's .bin and .idx, with the identity dictionary of a converted model."""
+"""Encode raw text as fairseq's .bin and .idx, with the identity dictionary of a converted model."""
 
 from collections.abc import Iterator
 from itertools import islice

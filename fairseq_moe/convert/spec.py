@@ -1,4 +1,4 @@
-"""What a model is, in the words of no library: the common ground of config.json and of our flags."""
+"""Describe a model in the words of no library: the common ground of config.json and of our flags."""
 
 from dataclasses import dataclass, field, fields
 
@@ -24,7 +24,7 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class Mla:
-    """Sizes of multi-head latent attention.
+    """Describe the sizes of multi-head latent attention.
 
     Args:
         q_lora_rank: of the compressed query; None: queries are not compressed.
@@ -43,7 +43,7 @@ class Mla:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """How experts are chosen and weighed.
+    """Describe how experts are chosen and weighed.
 
     Args:
         num_experts: E of each MoE layer.
@@ -74,7 +74,7 @@ class Routing:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One decoder-only mixture-of-experts model with RMSNorm and SwiGLU.
+    """Describe one decoder-only mixture-of-experts model with RMSNorm and SwiGLU.
 
     Fields without effect on a forward pass do not take part in comparisons.
 
@@ -132,7 +132,7 @@ class ModelSpec:
 
 
 def differences(expected: ModelSpec, found: ModelSpec) -> list[str]:
-    """One phrase for each field that matters and differs."""
+    """List one phrase for each field that matters and differs."""
     return [
         f"{entry.name} is {getattr(found, entry.name)!r}, expected {getattr(expected, entry.name)!r}"
         for entry in fields(ModelSpec)

@@ -1,4 +1,4 @@
-"""A model as flags of ``transformer_lm``, and flags as the model of some family."""
+"""Translate a model into flags of ``transformer_lm``, and flags into the model of some family."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -28,7 +28,7 @@ _LOSSES = frozenset({"aux_loss", "seq_aux_loss", "global_aux_loss", "none"})
 
 
 def flags_of(spec: ModelSpec) -> dict[str, Any]:
-    """The model flags, by field name; those left out have their defaults."""
+    """Translate a model into model flags, by field name; those left out have their defaults."""
     routing, mla, yarn = spec.routing, spec.mla, spec.rope.yarn
     found: dict[str, Any] = {
         "decoder_layers": spec.num_layers,
@@ -103,7 +103,7 @@ def command_line(spec: ModelSpec) -> list[str]:
 
 
 def spec_of(flags: Mapping[str, Any], *, vocab_size: int, max_positions: int) -> ModelSpec:
-    """The model that flags describe, of the first family that has it.
+    """Find the model that flags describe, of the first family that has it.
 
     Args:
         flags: of a ``transformer_lm``, by field name.
@@ -148,7 +148,7 @@ def _size_problems(flags: Mapping[str, Any]) -> list[str]:
 
 
 def _mistyped(*records: Any) -> list[str]:
-    """One sentence per value that no command line gives; a record of flags takes what a file says."""
+    """Say one sentence per value that no command line gives; a record of flags takes what a file says."""
     found = []
     for record in records:
         for name, kind in get_type_hints(type(record)).items():
@@ -235,7 +235,7 @@ def _family(blocks: BlocksConfig, megatron: MegatronConfig) -> str:
 
 
 def _refusals(flags: Mapping[str, Any], blocks: BlocksConfig, megatron: MegatronConfig) -> list[str]:
-    """Flags that give a model which no family has."""
+    """List flags that give a model which no family has."""
     score, groups = megatron.score_function, megatron.moe_router_num_groups
     checks = (
         (blocks.decoder_normalization != "rmsnorm", "norms other than --decoder-normalization rmsnorm"),

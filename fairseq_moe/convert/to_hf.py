@@ -1,9 +1,9 @@
-"""From our checkpoint back to a Hugging Face directory: published names, or those that the model came with."""
+"""Convert our checkpoint back to a Hugging Face directory: published names, or those that the model came with."""
 
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _BIAS = ".expert_bias"
 
 @dataclass(frozen=True, kw_only=True)
 class _Output:
-    """A tensor to be written, and where it comes from."""
+    """Say where a tensor that is to be written comes from."""
 
     source: OurTensor
     block: Block
@@ -45,6 +45,7 @@ def to_hf(
     companions: Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    ignored_keys: Collection[str] = (),
 ) -> Conversion:
     """Convert a checkpoint of ours to a Hugging Face directory.
 
@@ -55,6 +56,8 @@ def to_hf(
             checkpoint, or beside the one that training began with.
         dtype: of the weights, but for the bias of routers, which stays float32; None: as they are.
         max_shard_bytes: largest file, for a model that did not come in files of its own.
+        ignored_keys: of the config.json in ``companions``, which the user says change nothing; those that ``from_hf``
+            was told are known.
 
     Raises:
         ConfigError: no family has this model, or it is not that of the config.json it came with.
@@ -71,9 +74,8 @@ def to_hf(
         if beside is not None:
             copy_companions(beside, directory)
             (directory / CONVERSION).unlink(missing_ok=True)
-        config = write_config(
-            model.spec, like=like, dtype=_main_dtype(outputs), ignored=record.get("ignored_config_keys", ())
-        )
+        ignored = {*ignored_keys, *record.get("ignored_config_keys", ())}
+        config = write_config(model.spec, like=like, dtype=_main_dtype(outputs), ignored=ignored)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         digests = _write_files(model, outputs, files, directory, target.name)
     stored = {name: (output.dtype, output.block.shape) for name, output in outputs.items()}
@@ -105,7 +107,7 @@ def _find_companions(model: StoredModel, given: Path | None) -> Path | None:
 def _read_companions(
     beside: Path | None,
 ) -> tuple[dict[str, Any] | None, dict[str, Any], dict[str, str]]:
-    """config.json, the record of the conversion, and which file held each tensor."""
+    """Read config.json, the record of the conversion, and which file held each tensor."""
     if beside is None:
         return None, {}, {}
     config, path = read_json(beside / "config.json"), beside / CONVERSION
@@ -155,7 +157,7 @@ def _outputs(
 
 
 def _main_dtype(outputs: Mapping[str, _Output]) -> str:
-    """The dtype that most of the bytes have."""
+    """Name the dtype that most of the bytes have."""
     sizes: dict[torch.dtype, int] = {}
     for output in outputs.values():
         sizes[output.dtype] = sizes.get(output.dtype, 0) + _num_bytes(output)

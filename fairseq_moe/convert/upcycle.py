@@ -1,4 +1,4 @@
-"""Upcycling: experts that begin as copies, or slices, of the networks of a dense model (arXiv 2212.05055, 2410.07524).
+"""Upcycle a dense model: experts begin as copies, or slices, of its networks (arXiv 2212.05055, 2410.07524).
 
 Expert j holds slice j mod G of the dense network's hidden units, and the router's rows are alike within each run of
 G experts, so that the G slices of a network are chosen together. Weights are the softmax over the chosen k, so each
@@ -137,7 +137,7 @@ def _check_sizes(
 def _routers(
     is_moe: Sequence[bool], num_experts: int, granularity: int, dim: int, seed: int
 ) -> list[Assembled]:
-    """Random rows, each repeated for the slices of one network."""
+    """Draw random rows, each repeated for the slices of one network."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for index, has_experts in enumerate(is_moe):
@@ -149,7 +149,7 @@ def _routers(
 
 
 def _whole(name: str, tensor: Tensor, file: Path | None = None) -> Assembled:
-    """A tensor as it is; one from a file is refused if it is not finite."""
+    """Read a tensor as it is; one from a file is refused if it is not finite."""
 
     def load(expert_ids: Sequence[int] | None) -> Tensor:
         if file is not None:
@@ -162,7 +162,7 @@ def _whole(name: str, tensor: Tensor, file: Path | None = None) -> Assembled:
 def _converted(
     name: str, model: dict[str, Tensor], is_moe: Sequence[bool], num_experts: int, cut: Any, file: Path
 ) -> list[Assembled]:
-    """A tensor of the dense model, or the stack of experts that it becomes."""
+    """Convert a tensor of the dense model to itself, or to the stack of experts that it becomes."""
     parts = name.split(".")
     is_network = parts[:2] == ["decoder", "layers"] and parts[3] in ("fc1", "fc2") and is_moe[int(parts[2])]
     if not is_network:
@@ -188,7 +188,7 @@ def _converted(
 def _expert_stack(
     dense: Tensor, *, matrix: str, kind: str, expert_ids: Sequence[int], num_slices: int, is_gated: bool
 ) -> Tensor:
-    """The slices of ``dense`` that these experts hold, scaled."""
+    """Stack the slices of ``dense`` that these experts hold, scaled."""
     scale = num_slices ** (1 / 3 if is_gated else 1 / 2)
     if matrix == "fc2" and kind == "bias":  # weights sum to 1
         return dense.repeat(len(expert_ids), 1)

@@ -1,4 +1,4 @@
-"""The same tokens through both models: ours from the checkpoint, and Hugging Face's from its directory."""
+"""Compare two models on the same tokens: ours from the checkpoint, and Hugging Face's from its directory."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.convert.hf.directory import read_json
+from fairseq_moe.convert.hf.kinds import refuse_other_directories
 from fairseq_moe.convert.store import CHECKPOINT
 from fairseq_moe.data.identity_dictionary import IdentityDictionary, IdentityLine
 from fairseq_moe.errors import CheckpointError, MoEError
@@ -22,8 +23,9 @@ def refuse_quantized(hf: Path) -> None:
     """Say before a long conversion that its result could not be compared.
 
     Raises:
-        MoEError: the weights of this directory are quantised.
+        MoEError: the weights of this directory are quantised, or it holds what is not converted at all.
     """
+    refuse_other_directories(hf)
     if read_json(hf / "config.json").get("quantization_config") is not None:
         raise MoEError(
             f"--verify runs {hf} with transformers, which needs other packages or a GPU for quantised weights "
@@ -60,7 +62,7 @@ def verify(hf: Path, ours: Path, *, dtype: torch.dtype | None = None) -> str:
 
 
 def _their_logits(hf: Path) -> tuple[Tensor, Tensor]:
-    """Token ids, and what Hugging Face's model makes of them."""
+    """Draw token ids, and compute the logits of Hugging Face's model for them."""
     transformers = _transformers()
     try:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -69,7 +71,7 @@ def _their_logits(hf: Path) -> tuple[Tensor, Tensor]:
         vocab_size = theirs.config.vocab_size
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(vocab_size, (2, _NUM_TOKENS), generator=generator)
-        ids[0, :4] = torch.arange(4)
+        ids[0, :4] = torch.arange(4).clamp(max=vocab_size - 1)
         ids[1, 0] = vocab_size - 1
         with torch.no_grad():
             return ids, theirs(ids, use_cache=False).logits
@@ -92,7 +94,7 @@ def _transformers() -> Any:
 
 
 def our_model(path: Path, vocab_size: int, dtype: torch.dtype | None = None) -> Any:
-    """The model of a checkpoint, in float32, ready to be called with token ids (B, S).
+    """Load the model of a checkpoint, in float32, ready to be called with token ids (B, S).
 
     Args:
         path: of the main file.

@@ -1,4 +1,4 @@
-"""``--bpe hf_tokenizers``: a tokenizer.json in fairseq's commands that read and write text."""
+"""Register ``--bpe hf_tokenizers``: a tokenizer.json in fairseq's commands that read and write text."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -21,7 +21,7 @@ _LINE = re.compile(r"#identity vocab_size=(\d+) bos=(-|\d+) eos=(-|\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class IdentityLine:
-    """Content of the one line of an identity dictionary's file.
+    """Record what the one line of an identity dictionary's file says.
 
     Args:
         vocab_size: V; ids are 0 to V - 1, and padding is V.

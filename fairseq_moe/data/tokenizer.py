@@ -1,4 +1,4 @@
-"""Text to token ids and back with a Hugging Face ``tokenizer.json``."""
+"""Encode text as token ids and back with a Hugging Face ``tokenizer.json``."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from fairseq_moe.convert import from_hf
+from fairseq_moe.errors import MoEError
 from tests.helpers.ranks import USER_DIR, run_cli
 
 Models = Callable[..., Path]
@@ -65,6 +67,14 @@ def test_a_beginning_token_that_is_not_there_is_refused(command: str, converted:
     assert result.exit_code == 2, result.output[-2000:]
     assert NO_BEGINNING in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_program_that_loads_the_model_hears_it_too(converted: Callable[..., Path]) -> None:
+    model = str(converted(bos_token_id=None))
+    TransformerLanguageModel.from_pretrained(model, "checkpoint.pt", model)
+    with pytest.raises(MoEError) as caught:
+        TransformerLanguageModel.from_pretrained(model, "checkpoint.pt", model, add_bos_token=True)
+    assert NO_BEGINNING in str(caught.value)
 
 
 @pytest.mark.parametrize("token", [None, 97, [], "no"], ids=str)

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-__all__ = ["HF_MODELS", "add_prediction_block", "build_hf_model", "import_transformers"]
+__all__ = [
+    "HF_MODELS",
+    "add_prediction_block",
+    "build_hf_model",
+    "hf_config",
+    "import_transformers",
+    "random_model",
+]
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -145,6 +152,25 @@ def import_transformers() -> Any:
     return transformers
 
 
+def hf_config(name: str, **own: Any) -> Any:
+    """transformers' configuration of one of ``HF_MODELS``, with arguments of one's own."""
+    kind, arguments = HF_MODELS[name]
+    return getattr(import_transformers(), kind)(**{**_COMMON, **arguments, **own})
+
+
+def random_model(config: Any, **kwargs: Any) -> Any:
+    """transformers' model with weights far from their start values, always the same; ``from_config``'s kwargs."""
+    torch.manual_seed(0)
+    model = import_transformers().AutoModelForCausalLM.from_config(config, **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # norms that are all ones would hide a swap
+        for label, buffer in model.named_buffers():
+            if label.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
+    return model
+
+
 def build_hf_model(
     name: str, directory: Path, *, dtype: torch.dtype = torch.float32, shard: str = "10GB", **changes: Any
 ) -> Path:
@@ -157,19 +183,9 @@ def build_hf_model(
         shard: largest size of a file, as transformers takes it.
         changes: arguments of ``save_pretrained``, or of the configuration with the prefix ``config_``.
     """
-    transformers = import_transformers()
-    kind, arguments = HF_MODELS[name]
     own = {key.removeprefix("config_"): value for key, value in changes.items() if key.startswith("config_")}
     saving = {key: value for key, value in changes.items() if not key.startswith("config_")}
-    config = getattr(transformers, kind)(**{**_COMMON, **arguments, **own})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)  # norms that are all ones would hide a swap
-        for label, buffer in model.named_buffers():
-            if label.endswith("e_score_correction_bias"):
-                buffer.copy_(torch.randn_like(buffer) * 0.2)
+    model = random_model(hf_config(name, **own))
     model.to(dtype).save_pretrained(directory, max_shard_size=shard, **saving)
     (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
     return directory

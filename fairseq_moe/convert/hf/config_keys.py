@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq_moe.convert.hf.harmless_keys import is_common, is_harmless
+from fairseq_moe.convert.hf.harmless_keys import expectation, is_common, is_harmless
 from fairseq_moe.convert.spec import Rope
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.modules.blocks.rope import YarnConfig
@@ -52,6 +52,8 @@ _YARN_KEYS = {
 _YARN_NEEDS = ("factor", "original_max_position_embeddings")
 _OWN_THETA = {"mixtral": 1_000_000.0}  # transformers' default_theta; 10,000 for the others
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+# By the dictionary and by the writer of config.json.
+_READ_ELSEWHERE = frozenset({"bos_token_id", "dtype", "eos_token_id", "torch_dtype"})
 REQUIRED: Any = object()  # a default: the key must be there
 
 
@@ -77,9 +79,12 @@ class ConfigKeys:
 
     def _value(self, names: tuple[str, ...], default: Any, *, null: bool = False) -> Any:
         self._read.update(names)
-        for name in names:
-            if self.values.get(name) is not None:
-                return self.values[name]
+        given = {name: self.values[name] for name in names if self.values.get(name) is not None}
+        if given:
+            first, *others = given.values()
+            if any(other != first for other in others):
+                self._refuse(f"{_listed(given)}, two names of one setting; expected the same value in both.")
+            return first
         if default is REQUIRED:
             self.problems.append(f"{self.source} has no {' or '.join(names)}, which this model needs.")
         elif default and not null and any(name in self.values for name in names):
@@ -112,7 +117,7 @@ class ConfigKeys:
         return is_good
 
     def _refuse(self, what: str) -> None:
-        """Two forms of one setting may be wrong in the same way, which is said once."""
+        """Say that a setting is wrong; two forms of one may be wrong in the same way, which is said once."""
         problem = f"{self.source} has {what}"
         if problem not in self.problems:
             self.problems.append(problem)
@@ -132,21 +137,21 @@ class ConfigKeys:
             return []
         return value
 
-    def fixed(self, name: str, *allowed: Any, null: bool = False) -> None:
-        """Refuse a key that is there with none of these values; null may be with ``null``, or where one is false."""
+    def fixed(self, name: str, *allowed: Any, why: str) -> None:
+        """Refuse a key that is there with none of these values, and say why; null may be where one of them is false."""
         value = self._value((name,), None)
         if name not in self.values or value in allowed:
             return
-        if value is None and (null or not allowed or not all(allowed)):
+        if value is None and not (allowed and all(allowed)):
             return
         expected = " or ".join(repr(entry) for entry in allowed) if allowed else "null"
-        self.problems.append(f"{self.source} has {name} {_shown(value)}, expected {expected}.")
+        self._refuse(f"{name} {_shown(value)}, expected {expected}: {why}.")
 
-    def one_of(self, name: str, allowed: tuple[str, ...], default: str) -> Any:
-        """Read a key that has one of these words."""
+    def one_of(self, name: str, allowed: tuple[str, ...], default: str, *, why: str) -> Any:
+        """Read a key that has one of these words; ``why`` no other."""
         value = self._value((name,), default)
         if value not in allowed:
-            self.problems.append(f"{self.source} has {name} {value!r}, expected one of {', '.join(allowed)}.")
+            self._refuse(f"{name} {value!r}, expected one of {', '.join(allowed)}: {why}.")
         return value if value in allowed else allowed[0]
 
     def ignore(self, *names: str) -> None:
@@ -156,7 +161,7 @@ class ConfigKeys:
     def rope(self, *, interleaved: bool) -> Rope:
         """Read positions, from the form of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
         self._read.update(_ROPE_KEYS)
-        self.fixed("partial_rotary_factor", 1, 1.0)
+        self.fixed("partial_rotary_factor", 1, 1.0, why="all of a head turns in this family")
         wrong = [
             name
             for name in ("rope_scaling", "rope_parameters")
@@ -238,16 +243,16 @@ class ConfigKeys:
         unread = {key: value for key, value in sorted(self.values.items()) if key not in self._read}
         listed = {key for key, value in unread.items() if is_harmless(family, key, value)}
         unknown = [key for key, value in unread.items() if value is not None and key not in listed]
-        self.problems += [
-            f"{self.source} has the key {key} ({self.values[key]!r}), which fairseq_moe does not know for "
-            f"{family}; pass --ignore-config-key {key} if it does not change what the model computes."
-            for key in unknown
-            if key not in self.ignored
-        ]
+        for key in (key for key in unknown if key not in self.ignored):
+            fault = expectation(family, key) or f"which fairseq_moe does not know for {family}"
+            self.problems.append(
+                f"{self.source} has the key {key} ({self.values[key]!r}), {fault}; pass --ignore-config-key {key} if "
+                "it does not change what the model computes."
+            )
         for key in self.ignored:
             if key not in self.values:
                 self.problems.append(f"{self.source} has no key {key} that --ignore-config-key could ignore.")
-            elif key in self._read:
+            elif key in self._read | _READ_ELSEWHERE:
                 self.problems.append(
                     f"{self.source} has the key {key}, which the conversion reads; --ignore-config-key is for keys "
                     "that it does not know."
@@ -259,6 +264,10 @@ class ConfigKeys:
 
 def _shown(value: Any) -> str:
     return "null" if value is None else repr(value)
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return " and ".join(f"{name} {value!r}" for name, value in values.items())
 
 
 def _without_nulls(value: Any) -> Any:

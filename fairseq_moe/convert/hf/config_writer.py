@@ -11,6 +11,14 @@ from fairseq_moe.errors import ConfigError
 
 __all__ = ["write_config"]
 
+# Of the two names that are read here, the one that every transformers knows.
+_NUM_EXPERTS = {
+    "mixtral": "num_local_experts",
+    "olmoe": "num_experts",
+    "qwen2_moe": "num_experts",
+    "qwen3_moe": "num_experts",
+}
+
 
 def write_config(
     spec: ModelSpec, *, like: dict[str, Any] | None = None, dtype: str, ignored: Collection[str] = ()
@@ -45,10 +53,7 @@ def write_config(
     else:
         values = {key: value for key, value in like.items() if key != "quantization_config"}
     values |= rope_keys(spec.rope) | {"torch_dtype": dtype, "dtype": dtype}
-    if spec.family == "qwen3_moe":  # transformers knows both names since version 5, and one before
-        values["num_experts"] = spec.routing.num_experts
-    values = dict(sorted(values.items()))
-    again = read_config(values, ignored=[key for key in ignored if key in values])
+    again = read_config(values, ignored=ignored)
     wrong = differences(spec, replace(again, mtp_layers=spec.mtp_layers))
     # Files may lack the prediction blocks that a config promises (transformers leaves them out), not the other way.
     if spec.mtp_layers not in (0, again.mtp_layers):
@@ -58,7 +63,12 @@ def write_config(
             f"a config.json of model_type {spec.family}" if like is None else "the config.json it came with"
         )
         raise ConfigError([f"{subject} cannot describe this model: there {'; '.join(wrong)}."])
-    return values
+    # After the comparison, which a number of experts that is written here would hide.
+    if spec.family in _NUM_EXPERTS and values.get(_NUM_EXPERTS[spec.family]) is None:
+        values[_NUM_EXPERTS[spec.family]] = spec.routing.num_experts
+    if values.get("num_mtp_layers") is not None:
+        values.setdefault("num_nextn_predict_layers", values["num_mtp_layers"])
+    return dict(sorted(values.items()))
 
 
 def _fresh_mixtral(spec: ModelSpec) -> dict[str, Any]:

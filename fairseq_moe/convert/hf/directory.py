@@ -24,7 +24,6 @@ __all__ = [
     "digest_of",
     "read_json",
     "read_weight_map",
-    "refuse_other_directories",
 ]
 
 SINGLE = "model.safetensors"
@@ -48,46 +47,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}, expected a JSON object.")
     return values
-
-
-_QUANTISED_FILES = ("*.gguf", "*.ggml", "*awq*.safetensors", "*gptq*.safetensors")
-
-
-def refuse_other_directories(path: Path) -> None:
-    """Say what a directory is that holds no whole model in weights of its own, before its settings are judged.
-
-    Raises:
-        CheckpointError: it holds an adapter, quantised weights that we do not read, or weights in pickles alone.
-    """
-    adapter = path / "adapter_config.json"
-    has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
-    if adapter.is_file() and not has_weights:
-        kind = read_json(adapter).get("peft_type") or "some kind"
-        raise CheckpointError(
-            f"{path} holds an adapter ({kind}) of a model, not the model; merge it into its base model first (peft: "
-            "merge_and_unload) and convert the result."
-        )
-    config = path / "config.json"
-    settings = read_json(config).get("quantization_config") if config.is_file() else None
-    if isinstance(settings, dict) and settings.get("quant_method") not in (None, "fp8"):
-        raise CheckpointError(
-            f"{path} holds weights quantised by {settings['quant_method']}, which are not read here; convert the model "
-            "that they were made from (FP8 in blocks, as DeepSeek publishes it, is read)."
-        )
-    if has_weights:
-        return
-    quantised = sorted(file.name for pattern in _QUANTISED_FILES for file in path.glob(pattern))
-    if quantised:
-        raise CheckpointError(
-            f"{path} holds {quantised[0]}, weights for another program and mostly quantised, and no {SINGLE}; "
-            "convert the model that they were made from."
-        )
-    pickles = sorted(file.name for pattern in ("pytorch_model*.bin", "*.pth") for file in path.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{path} holds its weights in {pickles[0]}, a pickle that would run code when it is loaded, and no "
-            f"{SINGLE}; save it as safetensors first (transformers: save_pretrained)."
-        )
 
 
 def read_weight_map(path: Path) -> dict[str, str]:

@@ -9,10 +9,13 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from fairseq_moe.convert.hf.config_keys import REQUIRED, ConfigKeys
+from fairseq_moe.convert.hf.kinds import fp8_block
 from fairseq_moe.convert.spec import Mla, ModelSpec, Routing
 from fairseq_moe.errors import ConfigError
 
-__all__ = ["FAMILIES", "fp8_block", "read_config", "read_keys"]
+__all__ = ["FAMILIES", "read_config", "read_keys"]
+
+_ROUTED = "transformers routes this family in no other way"
 
 
 def read_config(
@@ -42,43 +45,26 @@ def read_keys(
                 f"{source} has model_type {kind!r}, expected one of {', '.join(FAMILIES)}; convert such a model."
             ]
         )
+    fp8_block(values, source=source)
     keys = ConfigKeys(values, source=source, ignored=ignored)
-    keys.fixed("hidden_act", "silu")
+    keys.fixed("hidden_act", "silu", why="the experts here are SwiGLU networks")
+    # Read from any config by transformers, whatever the family; null makes attention look ahead.
+    keys.fixed("is_causal", True, why="attention here looks back alone")
     keys.ignore("model_type", "quantization_config")  # read here and by fp8_block
     spec = FAMILIES[kind](keys)
     if not keys.problems:
         _check_sizes(keys, spec)
-    fp8_block(values, source=source)
     return spec, keys.finish()
-
-
-def fp8_block(values: dict[str, Any], *, source: str = "config.json") -> tuple[int, int] | None:
-    """Read rows and columns of the blocks of FP8 weights that share a scale; None: the weights are not quantised.
-
-    Raises:
-        ConfigError: another kind of quantisation.
-    """
-    settings = values.get("quantization_config")
-    if settings is None:
-        return None
-    if not isinstance(settings, dict):
-        settings = {"quant_method": settings}
-    block = settings.get("weight_block_size")
-    good_block = isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
-    if settings.get("quant_method") != "fp8" or settings.get("fmt", "e4m3") != "e4m3" or not good_block:
-        raise ConfigError(
-            [
-                f"{source} has quantization_config with quant_method {settings.get('quant_method')!r}, fmt "
-                f"{settings.get('fmt')!r} and weight_block_size {block!r}, expected fp8, e4m3 and two sizes."
-            ]
-        )
-    assert isinstance(block, list)
-    return block[0], block[1]
 
 
 def _check_sizes(keys: ConfigKeys, spec: ModelSpec) -> None:
     routing, group_size = spec.routing, spec.routing.num_experts // (spec.routing.num_groups or 1)
+    turned = "head_dim" if spec.mla is None else "qk_rope_head_dim"
     for problem, text in (
+        (
+            (spec.head_dim if spec.mla is None else spec.mla.qk_rope_head_dim) % 2,
+            f"an odd {turned}, of which positions turn pairs of values",
+        ),
         (spec.num_heads % spec.num_kv_heads, "num_attention_heads not a multiple of num_key_value_heads"),
         (spec.attention_dropout > 1, "attention_dropout above 1"),
         (not any(spec.moe_layers), "no layer with experts"),
@@ -134,7 +120,7 @@ def _grouped_heads(
 
 
 def _no_sliding_window(keys: ConfigKeys) -> None:
-    keys.fixed("use_sliding_window", False)
+    keys.fixed("use_sliding_window", False, why="attention here looks at all earlier tokens")
     keys.ignore("sliding_window")
     keys.ignore("layer_types")
     layers = keys.values.get("layer_types")
@@ -146,8 +132,8 @@ def _no_sliding_window(keys: ConfigKeys) -> None:
 
 def _mixtral(keys: ConfigKeys) -> ModelSpec:
     common = _common(keys, max_positions=131072)
-    keys.fixed("sliding_window")  # 0 would be a window of no tokens
-    keys.fixed("router_jitter_noise", 0, 0.0)
+    keys.fixed("sliding_window", why="attention here looks at all earlier tokens")  # 0: at none of them
+    keys.fixed("router_jitter_noise", 0, 0.0, why="experts here get what the router gets")
     routing = Routing(
         num_experts=keys.integer("num_local_experts", "num_experts"),
         top_k=keys.integer("num_experts_per_tok"),
@@ -225,7 +211,9 @@ def _qwen3_moe(keys: ConfigKeys) -> ModelSpec:
     return _qwen(keys, attention_bias="all" if bias else "none", qk_norm="head")
 
 
-def _deepseek(keys: ConfigKeys, *, routing: Routing, interleaved: bool, **own: Any) -> ModelSpec:
+def _deepseek(
+    keys: ConfigKeys, *, routing: Routing, interleaved: bool, num_dense: Any, **own: Any
+) -> ModelSpec:
     common = _common(keys, max_positions=4096)
     heads, layers = common["num_heads"], common["num_layers"]
     # null means that queries are not compressed; transformers takes 1536 where it is absent.
@@ -238,13 +226,17 @@ def _deepseek(keys: ConfigKeys, *, routing: Routing, interleaved: bool, **own: A
         v_head_dim=keys.integer("v_head_dim"),
     )
     head_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
-    keys.fixed("num_key_value_heads", heads)
-    keys.fixed("head_dim", mla.qk_rope_head_dim)
-    keys.fixed("qk_head_dim", head_dim)
-    keys.fixed("attention_bias", False)
-    keys.fixed("mlp_bias", False)
-    keys.fixed("moe_layer_freq", 1)
-    num_dense = min(keys.integer("first_k_dense_replace", default=0, least=0), layers)
+    keys.fixed("num_key_value_heads", heads, why="latent attention has as many as num_attention_heads")
+    keys.fixed("head_dim", mla.qk_rope_head_dim, why="it is qk_rope_head_dim in this family")
+    keys.fixed("qk_head_dim", head_dim, why="it is qk_nope_head_dim and qk_rope_head_dim together")
+    keys.fixed(
+        "attention_bias",
+        False,
+        why="biases of latent attention are not converted; no published model has them",
+    )
+    keys.fixed("mlp_bias", False, why="networks here have no biases")
+    keys.fixed("moe_layer_freq", 1, why="transformers takes every layer after first_k_dense_replace")
+    num_dense = min(keys.integer("first_k_dense_replace", default=num_dense, least=0), layers)
     width, shared = (
         keys.integer("moe_intermediate_size"),
         keys.integer("n_shared_experts", default=0, least=0),
@@ -277,10 +269,13 @@ def _deepseek_routing(keys: ConfigKeys, **own: Any) -> Routing:
 
 
 def _deepseek_v2(keys: ConfigKeys) -> ModelSpec:
-    keys.fixed("scoring_func", "softmax")
-    # The published code normalises in place of scaling, transformers ignores the key: two different models.
-    keys.fixed("norm_topk_prob", False)
-    method = keys.one_of("topk_method", ("greedy", "group_limited_greedy"), default="greedy")
+    keys.fixed("scoring_func", "softmax", why="transformers knows no other for this family")
+    keys.fixed(
+        "norm_topk_prob",
+        False,
+        why="the published code then normalises in place of scaling, transformers ignores the key",
+    )
+    method = keys.one_of("topk_method", ("greedy", "group_limited_greedy"), default="greedy", why=_ROUTED)
     groups, kept = keys.integer("n_group", default=None), keys.integer("topk_group", default=None)
     limited: dict[str, Any] = {}
     if method == "group_limited_greedy":
@@ -289,7 +284,8 @@ def _deepseek_v2(keys: ConfigKeys) -> ModelSpec:
         else:
             limited = _limited(keys, groups, kept, score="max")
     scaling = keys.number("routed_scaling_factor", 1.0, positive=True)
-    return _deepseek(keys, routing=_deepseek_routing(keys, scaling=scaling, **limited), interleaved=True)
+    routing = _deepseek_routing(keys, scaling=scaling, **limited)
+    return _deepseek(keys, routing=routing, interleaved=True, num_dense=0)
 
 
 def _limited(keys: ConfigKeys, groups: int, kept: int, *, score: str) -> dict[str, Any]:
@@ -299,9 +295,9 @@ def _limited(keys: ConfigKeys, groups: int, kept: int, *, score: str) -> dict[st
 
 
 def _deepseek_v3(keys: ConfigKeys) -> ModelSpec:
-    keys.fixed("scoring_func", "sigmoid")
-    keys.fixed("topk_method", "noaux_tc")
-    keys.fixed("norm_topk_prob", True)
+    keys.fixed("scoring_func", "sigmoid", why=_ROUTED)
+    keys.fixed("topk_method", "noaux_tc", why=_ROUTED)
+    keys.fixed("norm_topk_prob", True, why="weights of sigmoid scores are divided by their sum here")
     # Where one of these is absent, transformers takes that of the 671B model, which another model hardly means.
     groups, kept = keys.integer("n_group"), keys.integer("topk_group")
     scaling = keys.number("routed_scaling_factor", positive=True)
@@ -318,6 +314,7 @@ def _deepseek_v3(keys: ConfigKeys) -> ModelSpec:
         keys,
         routing=routing,
         interleaved=keys.flag("rope_interleave", True),
+        num_dense=REQUIRED,
         mtp_layers=keys.integer("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0),
     )
 

@@ -1,4 +1,4 @@
-"""Which further keys of a config.json change nothing: a reviewed table, each entry with its reason.
+"""List further keys of a config.json that change nothing: a reviewed table, each entry with its reason.
 
 A key that no family reads and that is not in here is refused, because a model that is read without it may be another
 model. What tools leave behind is here as a kind, by a pattern, not name by name.
@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["HARMLESS_KEYS", "HarmlessKey", "is_common", "is_harmless"]
+__all__ = ["HARMLESS_KEYS", "HarmlessKey", "expectation", "is_common", "is_harmless"]
 
 _ANY: Any = object()
 
@@ -33,14 +33,13 @@ class HarmlessKey:
 
     def covers(self, family: str, key: str, value: Any) -> bool:
         """Tell whether a key of a family's config.json is one of these."""
-        return (
-            (not self.families or family in self.families)
-            and re.fullmatch(self.pattern, key) is not None
-            and any(
-                allowed is _ANY or (type(allowed) is type(value) and allowed == value)
-                for allowed in self.values
-            )
+        return self.names(family, key) and any(
+            allowed is _ANY or (type(allowed) is type(value) and allowed == value) for allowed in self.values
         )
+
+    def names(self, family: str, key: str) -> bool:
+        """Tell whether a key of a family's config.json is one of these, if its value is too."""
+        return (not self.families or family in self.families) and bool(re.fullmatch(self.pattern, key))
 
 
 def _harmless(
@@ -49,49 +48,79 @@ def _harmless(
     return HarmlessKey(pattern=pattern, why=why, families=families, values=values, common=common)
 
 
+_OTHERS_THAN_DEEPSEEK = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+
 HARMLESS_KEYS = (
+    # What transformers writes into the files of all families.
     _harmless(
-        r"_\w+",
-        "notes of a library to itself: where a model came from, which implementation computes it",
+        r"_?name_or_path|_commit_hash|_from_auto|_from_pipeline|_auto_class|_(attn|experts)_implementation\w*|"
+        r"_output_attentions|_pre_quantization_dtype|_flash_attn_2_enabled",
+        "notes of transformers to itself: where a model came from, which implementation computes it",
         common=True,
     ),
     _harmless(
         r"architectures|auto_map|custom_pipelines|tokenizer_class", "which class reads the files", common=True
     ),
     _harmless(
-        r"(torch_)?dtype|\w*_version|transformers_weights", "how and by what the files were written", common=True
-    ),
-    _harmless(r"(unsloth|axolotl|llama_?factory|mergekit|trl|peft)_\w+", "notes of training and merging tools"),
-    _harmless(r"model_creator|quantized_by|base_model\w*|license\w*", "notes of whoever published the files"),
-    _harmless(
-        r"(attn|experts|moe|kernel)_implementation|use_flash_attn|use_flash_attention(_2)?|use_kernels?",
-        "which of several implementations of the same function",
+        r"(torch_)?dtype|transformers_version",
+        "how and by what the files were written",
+        common=True,
     ),
     _harmless(
-        r"use_cache|output_\w+|return_dict\w*|gradient_checkpointing|torchscript|is_decoder|is_encoder_decoder|"
-        r"use_bfloat16|tf_legacy_loss",
-        "how a call runs or what it returns besides logits",
+        r"use_cache|output_(attentions|hidden_states|router_logits|past)|return_dict|gradient_checkpointing|torchscript|"
+        r"is_decoder|is_encoder_decoder|use_bfloat16|tf_legacy_loss|tie_last_hidden_states",
+        "how a call runs, or what it returns besides logits",
+        common=True,
+    ),
+    _harmless(
+        r"(bos|eos|pad|sep|cls|mask|unk)_token(_id)?|prefix",
+        "the dictionary and the tokenizer know these tokens",
         common=True,
     ),
     _harmless(
         r"chunk_size_feed_forward|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|"
-        r"keys_to_ignore_at_inference",
+        r"classifier_dropout|keys_to_ignore_at_inference",
         "of heads other than that of a language model",
     ),
     _harmless(
-        r"(bos|eos|pad|sep|cls|mask|unk|decoder_start|forced_bos|forced_eos)_token_id|prefix",
-        "tokens: the dictionary and the tokenizer know them",
-        common=True,
-    ),
-    _harmless(
-        r"do_sample|num_beams|num_beam_groups|top_k|top_p|typical_p|temperature|\w+_penalty|min_length|max_length|"
-        r"max_new_tokens|num_return_sequences|early_stopping|\w*no_repeat_ngram_size|bad_words_ids|\w*suppress_tokens|"
-        r"remove_invalid_values|exponential_decay_length_penalty",
+        r"do_sample|num_beams|num_beam_groups|top_k|top_p|top_h|min_p|typical_p|temperature|\w+_cutoff|penalty_alpha|"
+        r"(repetition|encoder_repetition|length|diversity|exponential_decay_length)_penalty|(min|max)(_new)?_length|"
+        r"(min|max)_new_tokens|max_time|stop_strings|num_return_sequences|early_stopping|(encoder_)?no_repeat_ngram_size|"
+        r"max_matching_ngram_size|(bad|force)_words_ids|(begin_)?suppress_tokens|remove_invalid_values|low_memory|"
+        r"(decoder_start|forced_bos|forced_eos)_token_id|output_(scores|logits)|return_dict_in_generate|guidance_scale|"
+        r"renormalize_logits|sequence_bias|constraints|token_healing|use_mtp|dola_layers|speculation_type|"
+        r"target_lookbehind|(is_)?assistant(_\w+)?|num_assistant_tokens(_schedule)?|prompt_lookup_num_tokens|"
+        r"prefill_chunk_size|(cache|compile|watermarking|continuous_batching)_config|cache_implementation|max_cache_len|"
+        r"disable_compile",
         "settings of generation, which transformers 4 wrote into config.json",
     ),
-    _harmless(r"pretraining_tp|ep_size|tp_size|pp_size|num_gpus", "how the model was spread over devices", common=True),
     _harmless(
-        r"add_cross_attention|tie_encoder_decoder|use_mrope|mlp_bias",
+        r"transformers_weights", "transformers loads the file of this name, which here must be the one that is read",
+        values=("model.safetensors", "model.safetensors.index.json"),
+    ),
+    # What other tools and people leave behind.
+    _harmless(
+        r"(unsloth|axolotl|llama_?factory|mergekit|trl|swift)_\w+|_unsloth\w*|transformers\.js_config|vllm_\w+|\w*torch_version",
+        "notes of tools that train, merge or serve",
+    ),
+    _harmless(
+        r"model_creator|model_name|quantized_by|base_model(_name\w*)?|license(_\w+)?|language|tags",
+        "notes of whoever published the files",
+    ),
+    _harmless(
+        r"(attn|experts|moe|kernel)_implementation|use_flash_attn|use_flash_attention(_2)?|use_kernels?",
+        "which of several implementations of the same function",
+    ),
+    _harmless(r"pretraining_tp|ep_size", "how the model was spread over devices when it was trained", common=True),
+    _harmless(r"(tp|pp)_size|num_gpus|base_model_\w+_plan", "how the model is spread over devices"),
+    _harmless(r"(tokenizer_)?model_max_length", "what the tokenizer cuts off"),
+    _harmless(
+        r"aux_loss_alpha|seq_aux|\w*z_loss(_\w+)?|router_aux_loss_coef",
+        "weights of losses that transformers' code of the family does not add; training here has flags for them",
+    ),
+    # Parts that a model of the family never has, or always has, said once more.
+    _harmless(
+        r"add_cross_attention|tie_encoder_decoder|use_mrope|mlp_bias|use_sliding_window",
         "a part that this model does not have",
         values=(False,),
     ),
@@ -108,12 +137,27 @@ HARMLESS_KEYS = (
         r"qkv_bias", "Qwen3 has no such bias; attention_bias says whether there are any", "qwen3_moe", values=(False,)
     ),
     _harmless(
-        r"shared_expert_intermediate_size", "Qwen3-MoE has no shared expert", "qwen3_moe", values=(0,)
+        r"shared_expert_intermediate_size|n_shared_experts", "no shared expert", "mixtral", "qwen3_moe", "olmoe",
+        values=(0,),
     ),
     _harmless(r"use_qk_norm|qk_norm", "Qwen3 and OLMoE always normalise", "qwen3_moe", "olmoe", values=(True,)),
+    _harmless(r"use_qk_norm|qk_norm", "they never normalise", "mixtral", "qwen2_moe", values=(False,)),
+    _harmless(r"norm_topk_prob", "Mixtral always divides weights by their sum", "mixtral", values=(True,)),
+    _harmless(r"rope_interleave", "V2 always turns neighbours", "deepseek_v2", values=(True,)),
     _harmless(
-        r"num_nextn_predict_layers|num_mtp_layers", "no prediction blocks", "mixtral", "qwen2_moe", "qwen3_moe",
-        "olmoe", "deepseek_v2", values=(0,),
+        r"num_nextn_predict_layers|num_mtp_layers", "no prediction blocks", *_OTHERS_THAN_DEEPSEEK, "deepseek_v2",
+        values=(0,),
+    ),
+    _harmless(r"first_k_dense_replace", "no dense layers in front", *_OTHERS_THAN_DEEPSEEK, values=(0,)),
+    _harmless(r"moe_layer_freq|n_group|topk_group", "every layer, one group", *_OTHERS_THAN_DEEPSEEK, values=(1,)),
+    _harmless(r"routed_scaling_factor", "weights as they are", *_OTHERS_THAN_DEEPSEEK, values=(1, 1.0)),
+    _harmless(r"scoring_func", "the only one of these families", *_OTHERS_THAN_DEEPSEEK, values=("softmax",)),
+    _harmless(r"attention_bias", "no bias that this key switches", "mixtral", "qwen2_moe", values=(False,)),
+    _harmless(r"decoder_sparse_step", "experts in every layer", "mixtral", "olmoe", values=(1,)),
+    _harmless(r"mlp_only_layers", "experts in every layer", "mixtral", "olmoe", values=([],)),
+    _harmless(
+        r"router_jitter_noise", "no noise", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3",
+        values=(0, 0.0),
     ),
 )  # fmt: skip
 
@@ -126,3 +170,11 @@ def is_harmless(family: str, key: str, value: Any) -> bool:
 def is_common(family: str, key: str, value: Any) -> bool:
     """Tell whether so many files have a key that naming it would tell nobody anything."""
     return any(entry.common and entry.covers(family, key, value) for entry in HARMLESS_KEYS)
+
+
+def expectation(family: str, key: str) -> str | None:
+    """Say with which values a key of a family's config.json would be harmless, and why; None: with none."""
+    for entry in HARMLESS_KEYS:
+        if entry.names(family, key):
+            return f"expected {' or '.join(map(repr, entry.values))} ({entry.why})"
+    return None

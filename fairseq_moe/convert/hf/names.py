@@ -1,4 +1,4 @@
-"""Which of our tensors is which of Hugging Face's, and of what shape: one table for both directions.
+"""List which of our tensors is made of which of Hugging Face's, with shapes: one table for both directions.
 
 Each of our tensors is made of blocks, and each block is one tensor of the other side: the gate matrix is the
 upper half of the rows of ``fc1``, the up matrix the lower half; with per-expert names every expert is a block
@@ -15,7 +15,7 @@ __all__ = ["Block", "OurTensor", "copied_names", "is_fused", "mtp_prefix", "tens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """A tensor of the other side, and its place in ours.
+    """Place a tensor of the other side in one of ours.
 
     Args:
         name: Hugging Face's.
@@ -32,7 +32,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OurTensor:
-    """One of our tensors.
+    """Name one of our tensors, and the blocks that it is made of.
 
     Args:
         name: ours.
@@ -46,17 +46,17 @@ class OurTensor:
 
 
 def is_fused(names: Iterable[str]) -> bool:
-    """Whether a checkpoint with these names stacks its experts, as transformers 5 does in memory."""
+    """Tell whether a checkpoint with these names stacks its experts, as transformers 5 does in memory."""
     return any(name.endswith(".experts.gate_up_proj") for name in names)
 
 
 def mtp_prefix(spec: ModelSpec, block: int) -> str:
-    """Where Hugging Face puts prediction block ``block``: after the last layer of the decoder."""
+    """Give the prefix of prediction block ``block``: Hugging Face counts it after the last layer of the decoder."""
     return f"model.layers.{spec.num_layers + block}."
 
 
 def copied_names(spec: ModelSpec) -> dict[str, str]:
-    """Names under which a checkpoint may repeat a tensor, with the name of the tensor."""
+    """Map names under which a checkpoint may repeat a tensor to the name of the tensor."""
     head = "model.embed_tokens.weight" if spec.tied else "lm_head.weight"
     copies = {"lm_head.weight": "model.embed_tokens.weight"} if spec.tied else {}
     for block in range(spec.mtp_layers):
@@ -66,7 +66,7 @@ def copied_names(spec: ModelSpec) -> dict[str, str]:
 
 
 def tensor_table(spec: ModelSpec, *, fused: bool) -> list[OurTensor]:
-    """Every tensor of the model, in its order.
+    """List every tensor of the model, in its order.
 
     Args:
         spec: what the model is.
@@ -148,7 +148,7 @@ def _latent_attention(spec: ModelSpec, ours: str, theirs: str) -> Iterator[OurTe
 
 
 def _glu(ours: str, theirs: str, dim: int, hidden: int) -> Iterator[OurTensor]:
-    """A SwiGLU network: the gate's rows, then those of up, then down."""
+    """List the tensors of a SwiGLU network: the gate's rows, then those of up, then down."""
     yield OurTensor(
         name=f"{ours}fc1.weight",
         shape=(2 * hidden, dim),

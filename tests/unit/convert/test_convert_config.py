@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from fairseq_moe.convert.hf.config_writer import write_config
-from fairseq_moe.convert.hf.families import fp8_block, read_config
+from fairseq_moe.convert.hf.families import read_config
+from fairseq_moe.convert.hf.kinds import fp8_block
 from fairseq_moe.convert.hf.names import tensor_table
 from fairseq_moe.convert.spec_flags import command_line, flags_of, spec_of
 from fairseq_moe.errors import ConfigError
@@ -180,6 +181,19 @@ REFUSED = {
         DEEPSEEK_V3,
         {"n_group": 256, "topk_group": 8},
         "groups of one expert, of which the best two are counted",
+    ),
+    "odd heads": (QWEN3, {"head_dim": 127}, "with an odd head_dim, of which positions turn pairs"),
+    "odd heads of latents": (DEEPSEEK_V3, {"qk_rope_head_dim": 63}, "with an odd qk_rope_head_dim"),
+    "attention that looks ahead": (
+        OLMOE,
+        {"is_causal": None},
+        "is_causal null, expected True: attention here looks back",
+    ),
+    "V3's dense layers": (DEEPSEEK_V3, {"first_k_dense_replace": None}, "has no first_k_dense_replace"),
+    "a window of nothing": (
+        MIXTRAL,
+        {"sliding_window": 0},
+        "sliding_window 0, expected null: attention here looks at all",
     ),
     "heads": (MIXTRAL, {"num_key_value_heads": 5}, "not a multiple of num_key_value_heads"),
     "one expert": (QWEN3, {"num_experts_per_tok": 1}, "with norm_topk_prob and num_experts_per_tok 1"),

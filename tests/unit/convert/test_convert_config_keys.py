@@ -1,4 +1,4 @@
-"""Keys of a config.json that change nothing: carried along and named, or refused by name; directories of another kind.
+"""Keys of a config.json that change nothing: carried along and named, or refused by name.
 
 Run with ``pytest tests/unit/convert/test_convert_config_keys.py``.
 """
@@ -12,12 +12,16 @@ import pytest
 
 from fairseq_moe.convert import from_hf, to_hf
 from fairseq_moe.convert.cli import main
-from fairseq_moe.convert.hf.families import FAMILIES, read_keys
-from fairseq_moe.convert.hf.harmless_keys import HARMLESS_KEYS
-from fairseq_moe.errors import CheckpointError, ConfigError
+from fairseq_moe.convert.hf.config_writer import write_config
+from fairseq_moe.convert.hf.families import FAMILIES, read_config, read_keys
+from fairseq_moe.convert.hf.harmless_keys import HARMLESS_KEYS, is_harmless
+from fairseq_moe.errors import ConfigError
+from tests.helpers.hf import import_transformers
 from tests.helpers.published_configs import (
     DEEPSEEK_V2,
+    DEEPSEEK_V3,
     MIXTRAL,
+    OLMOE,
     QWEN3,
 )
 
@@ -36,6 +40,33 @@ class TestKeys:
     def test_what_a_public_file_of_the_family_says_besides_is_named(self) -> None:
         assert carried(QWEN3) == []
         assert carried(QWEN3 | CODER) == sorted(CODER)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            MIXTRAL | {"transformers_version": "4.36.0.dev0"},
+            MIXTRAL
+            | {
+                "head_dim": None,
+                "router_jitter_noise": 0.0,
+                "pad_token_id": None,
+                "transformers_version": "5.0",
+            },
+            OLMOE
+            | {
+                "_attn_implementation_internal": None,
+                "eos_token_id": 50279,
+                "pad_token_id": 1,
+                "use_cache": True,
+            },
+            DEEPSEEK_V2 | {"auto_map": {"AutoConfig": "x.Y"}, "bos_token_id": 100000, "use_cache": True},
+            DEEPSEEK_V3
+            | {"auto_map": {"AutoConfig": "x.Y"}, "transformers_version": "4.33.1", "use_cache": True},
+        ],
+        ids=["Mixtral of 2023", "Mixtral of 2025", "OLMoE", "V2", "V3"],
+    )
+    def test_public_files_as_they_are_need_no_note(self, values: dict[str, Any]) -> None:
+        assert carried(values) == []
 
     def test_null_is_named_too(self) -> None:
         assert carried(QWEN3 | {"a_key_of_tomorrow": None}) == ["a_key_of_tomorrow"]
@@ -73,6 +104,15 @@ class TestKeys:
                 "max_length": 20,
             },
             {"model_creator": "somebody", "quantized_by": "nobody"},
+            {"_flash_attn_2_enabled": True, "attn_implementation": "sdpa", "use_flash_attn": True},
+            {"transformers.js_config": {}, "base_model": "x", "license": "mit", "model_max_length": 4096},
+            {
+                "pretraining_tp": 1,
+                "ep_size": 8,
+                "aux_loss_alpha": 0.001,
+                "seq_aux": True,
+                "router_z_loss_coef": 0.0,
+            },
             {
                 "is_decoder": False,
                 "add_cross_attention": False,
@@ -85,6 +125,22 @@ class TestKeys:
     def test_what_tools_leave_behind_is_known_as_a_kind(self, left_behind: dict[str, Any]) -> None:
         for family in (MIXTRAL, QWEN3, DEEPSEEK_V2):
             assert set(carried(family | left_behind)) <= set(left_behind)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_what_transformers_writes_into_any_config_is_known(self, family: str) -> None:
+        transformers = import_transformers()
+        values = transformers.PretrainedConfig().to_dict() | transformers.GenerationConfig().to_dict()
+        unknown = [key for key in values if not is_harmless(family, key, "whatever it is")]
+        assert unknown == ["model_type", "_from_model_config"]  # read; never in a config.json
+
+    @pytest.mark.parametrize(
+        "key",
+        ["output_gate", "output_multiplier", "_layer_scale", "router_version", "top_k_experts", "drop_path"],
+    )
+    def test_a_pattern_covers_no_key_that_could_change_the_model(self, key: str) -> None:
+        for values in (MIXTRAL, QWEN3, DEEPSEEK_V2):
+            with pytest.raises(ConfigError, match=f"the key {key}"):
+                read_keys(values | {key: 1})
 
     def test_the_user_decides(self) -> None:
         values = QWEN3 | {"a_key_of_tomorrow": 0}
@@ -130,6 +186,44 @@ def test_the_command_takes_keys_to_ignore(
     assert "carried along: first, second." in capsys.readouterr().err
 
 
+def test_the_way_back_takes_keys_to_ignore_of_another_config(
+    hf_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = with_keys(hf_model("mixtral"), tmp_path / "source", first=1)
+    from_hf(hf_model("mixtral"), tmp_path / "ours")
+    command = ["to-hf", str(tmp_path / "ours"), "--to", str(tmp_path / "back"), "--companions", str(source)]
+    assert main(command) == 2
+    assert "pass --ignore-config-key first" in capsys.readouterr().err
+    assert main([*command, "--ignore-config-key", "first", "--ignore-config-key", "secnd"]) == 2
+    assert "no key secnd that --ignore-config-key could ignore" in capsys.readouterr().err
+    assert main([*command, "--ignore-config-key", "first"]) == 0
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["first"] == 1
+
+
+def test_two_names_of_one_setting_must_agree() -> None:
+    assert carried(QWEN3 | {"num_local_experts": QWEN3["num_experts"]}) == []
+    with pytest.raises(ConfigError, match="num_experts 128 and num_local_experts 64, two names of one"):
+        read_keys(QWEN3 | {"num_local_experts": 64})
+
+
+@pytest.mark.parametrize(
+    ("values", "old", "new"),
+    [
+        (QWEN3, "num_experts", "num_local_experts"),
+        (OLMOE, "num_experts", "num_local_experts"),
+        (MIXTRAL, "num_local_experts", "num_experts"),
+        (DEEPSEEK_V3, "num_nextn_predict_layers", "num_mtp_layers"),
+    ],
+    ids=["qwen3_moe", "olmoe", "mixtral", "deepseek_v3"],
+)
+def test_a_setting_is_written_under_the_name_that_transformers_4_needs(
+    values: dict[str, Any], old: str, new: str
+) -> None:
+    like = {(new if key == old else key): value for key, value in values.items()}
+    written = write_config(read_config(like), like=like, dtype="bfloat16")
+    assert written[old] == written[new] == values[old]
+
+
 def test_qwen3_is_written_under_both_names_of_its_number_of_experts(hf_model: Any, tmp_path: Path) -> None:
     source = with_keys(hf_model("qwen3_moe"), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
@@ -139,47 +233,3 @@ def test_qwen3_is_written_under_both_names_of_its_number_of_experts(hf_model: An
     to_hf(tmp_path / "ours" / "checkpoint.pt", tmp_path / "back")
     back = json.loads((tmp_path / "back" / "config.json").read_text())
     assert back["num_experts"] == back["num_local_experts"] == config["num_local_experts"]
-
-
-def _without_weights(source: Path, target: Path) -> Path:
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
-    return target
-
-
-class TestOtherDirectories:
-    """Each says what it is before any key of its config.json, which is one that would be refused too."""
-
-    def _refusal(self, directory: Path, tmp_path: Path) -> str:
-        if (directory / "config.json").is_file():
-            config = json.loads((directory / "config.json").read_text())
-            (directory / "config.json").write_text(json.dumps(config | {"a_key_of_tomorrow": 1}))
-        with pytest.raises(CheckpointError) as caught:
-            from_hf(directory, tmp_path / "ours")
-        assert not (tmp_path / "ours").exists()
-        return str(caught.value)
-
-    def test_an_adapter(self, tmp_path: Path) -> None:
-        (tmp_path / "lora").mkdir()
-        (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-        (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(b"")
-        said = self._refusal(tmp_path / "lora", tmp_path)
-        assert "holds an adapter (LORA) of a model, not the model; merge it" in said
-
-    @pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "compressed-tensors"])
-    def test_quantised_weights(self, method: str, hf_model: Any, tmp_path: Path) -> None:
-        source = with_keys(
-            hf_model("mixtral"), tmp_path / "source", quantization_config={"quant_method": method}
-        )
-        assert f"holds weights quantised by {method}, which are not read here" in self._refusal(
-            source, tmp_path
-        )
-
-    def test_files_of_another_program(self, hf_model: Any, tmp_path: Path) -> None:
-        source = _without_weights(hf_model("mixtral"), tmp_path / "source")
-        (source / "model-q4_k_m.gguf").write_bytes(b"GGUF")
-        assert "holds model-q4_k_m.gguf, weights for another program" in self._refusal(source, tmp_path)
-
-    def test_pickles(self, hf_model: Any, tmp_path: Path) -> None:
-        source = _without_weights(hf_model("mixtral"), tmp_path / "source")
-        (source / "pytorch_model.bin").write_bytes(b"\x80")
-        assert "holds its weights in pytorch_model.bin, a pickle" in self._refusal(source, tmp_path)
