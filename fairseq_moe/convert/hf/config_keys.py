@@ -183,7 +183,10 @@ class ConfigKeys:
 
     def _rope_forms(self) -> list[dict[str, Any]]:
         """List each reading: transformers 4's (theta and rope_scaling) and 5's (rope_scaling or rope_parameters)."""
-        theta, scaling, parameters = (_without_nulls(self.values.get(name)) for name in _ROPE_KEYS)
+        # A null is as good as absent, but for truncate: transformers takes it for false, and absent for true.
+        theta, scaling, parameters = (
+            _without_nulls(self.values.get(name), keep="truncate") for name in _ROPE_KEYS
+        )
         top = {} if theta is None else {"rope_theta": theta}
         forms = []
         if scaling is not None:
@@ -212,6 +215,8 @@ class ConfigKeys:
             form = {}
         elif kind == "yarn":
             yarn = self._yarn(form)
+        else:
+            form = _without_nulls(form)
         form.pop("partial_rotary_factor", None) if form.get("partial_rotary_factor") == 1 else None
         if form:
             self._refuse(
@@ -229,8 +234,10 @@ class ConfigKeys:
                     settings[ours] = value
             elif key in _YARN_NEEDS:
                 self._refuse(f"rope type yarn without {key}.")
-        if form.get("truncate") is True:
-            del form["truncate"]
+        if (truncate := form.pop("truncate", True)) is not True:
+            self._refuse(
+                f"the rope setting truncate {_shown(truncate)}, expected true: the stretched pairs are whole numbers here."
+            )
         return YarnConfig(**settings)
 
     def finish(self) -> list[str]:
@@ -270,13 +277,11 @@ def _listed(values: dict[str, Any]) -> str:
     return " and ".join(f"{name} {value!r}" for name, value in values.items())
 
 
-def _without_nulls(value: Any) -> Any:
-    """Drop entries that are null from a dictionary; return anything else as it is."""
-    return (
-        {key: entry for key, entry in value.items() if entry is not None}
-        if isinstance(value, dict)
-        else value
-    )
+def _without_nulls(value: Any, *, keep: str | None = None) -> Any:
+    """Drop entries that are null from a dictionary, but for the key ``keep``; return anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    return {key: entry for key, entry in value.items() if entry is not None or key == keep}
 
 
 def rope_keys(rope: Rope) -> dict[str, Any]:

@@ -108,6 +108,11 @@ REFUSED = {
     "layer step": (DEEPSEEK_V2, {"moe_layer_freq": 2}, "moe_layer_freq 2, expected 1"),
     "rope type": (MIXTRAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
     "rope setting": (DEEPSEEK_V2, {"rope_scaling": {**YARN_V4, "truncate": False}}, "rope setting truncate"),
+    "rope setting null": (
+        DEEPSEEK_V2,
+        {"rope_scaling": {**YARN_V4, "truncate": None}},
+        "rope setting truncate null, expected true",
+    ),
     "yarn without a size": (
         MIXTRAL,
         {"rope_scaling": {"type": "yarn", "factor": 4}},
