@@ -236,7 +236,8 @@ class ConfigKeys:
                 self._refuse(f"rope type yarn without {key}.")
         if (truncate := form.pop("truncate", True)) is not True:
             self._refuse(
-                f"the rope setting truncate {_shown(truncate)}, expected true: the stretched pairs are whole numbers here."
+                f"the rope setting truncate {_shown(truncate)}, expected true: the stretched pairs are whole "
+                "numbers here."
             )
         return YarnConfig(**settings)
 
