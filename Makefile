@@ -3,6 +3,8 @@
 #   make demo     train a small MoE language model beside a dense one, evaluate, sample, draw (3 minutes)
 #   make test     the test suite, but for tests that take more than about ten seconds each
 #   make test-reliability   those slow tests
+#   make test-parallel      wide mixes of layouts: every backend and number of ranks reads every other
+#   make test-gpu           the tests that need a CUDA device; without one it says how many it skipped
 #   make check    ruff and mypy
 #   make bench    time of the MoE layer against its dense limit
 #   make clean    remove .venv and everything that was built
@@ -43,7 +45,7 @@ endif
 # Two files at a time: a test of several ranks waits for most of its time. More would crowd two cores.
 PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test test-reliability check bench clean FORCE
+.PHONY: help demo test test-reliability test-parallel test-gpu check bench clean FORCE
 
 help:
 	@sed -n '2,/^$$/s/^#\( \|$$\)//p' Makefile
@@ -52,10 +54,16 @@ demo: $(call ready,demo)
 	$(RUN) scripts/demo.py $(if $(TEXT),--text '$(TEXT)') $(if $(UPDATES),--updates '$(UPDATES)')
 
 test: $(call ready,test)
-	$(PYTEST) -m 'not slow and not slow_reliability' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow and not slow_reliability and not gpu and not parallel' $(PYTEST_ARGS)
 
 test-reliability: $(call ready,test)
 	$(PYTEST) -m 'slow or slow_reliability' $(PYTEST_ARGS)
+
+test-parallel: $(call ready,test)
+	$(PYTEST) -m parallel $(PYTEST_ARGS)
+
+test-gpu: $(call ready,test)
+	$(RUN) -m pytest tests/gpu -q -r f $(PYTEST_ARGS)
 
 check: $(call ready,dev)
 	$(RUN) -m ruff check .

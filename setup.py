@@ -24,6 +24,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "tokenizers>=0.20",
     "transformers==5.23.0",
+    "triton>=3.6; sys_platform == 'linux'",  # its interpreter runs the GPU's kernels on CPU
 ]
 DEV = [*TEST, "mypy>=1.15", "ruff>=0.9"]
 

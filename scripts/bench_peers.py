@@ -4,13 +4,17 @@
 ours, which gives the same number of floating-point operations.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PEERS", "Run", "Sizes"]
+# ve-fairseq brings a torchaudio along; built for another torch it cannot be imported, and transformers with it.
+sys.modules.setdefault("torchaudio", None)  # type: ignore[arg-type]
+
+__all__ = ["PEERS", "Run", "Sizes", "mixtral_block"]
 
 TOP_K = 2
 Run = Callable[[Tensor], Tensor]
@@ -51,24 +55,30 @@ def linear_loop(size: Sizes) -> tuple[nn.Module, Run]:
     return nn.ModuleList([router, experts]), run
 
 
+def mixtral_block(size: Sizes, *, hidden_dim: int, top_k: int, implementation: str) -> nn.Module:
+    """transformers' Mixtral block with random weights."""
+    from transformers import MixtralConfig  # type: ignore[import-not-found]
+    from transformers.models.mixtral import modeling_mixtral  # type: ignore[import-not-found]
+
+    config = MixtralConfig(
+        hidden_size=size.model_dim,
+        intermediate_size=hidden_dim,
+        num_local_experts=size.experts,
+        num_experts_per_tok=top_k,
+        experts_implementation=implementation,
+    )
+    block = modeling_mixtral.MixtralSparseMoeBlock(config)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.02)
+    return block
+
+
 def mixtral(implementation: str) -> Callable[[Sizes], tuple[nn.Module, Run]]:
     """transformers' Mixtral block with one of its implementations of the experts."""
 
     def build(size: Sizes) -> tuple[nn.Module, Run]:
-        from transformers import MixtralConfig  # type: ignore[import-not-found]
-        from transformers.models.mixtral import modeling_mixtral  # type: ignore[import-not-found]
-
-        config = MixtralConfig(
-            hidden_size=size.model_dim,
-            intermediate_size=_gated_width(size),
-            num_local_experts=size.experts,
-            num_experts_per_tok=TOP_K,
-            experts_implementation=implementation,
-        )
-        block = modeling_mixtral.MixtralSparseMoeBlock(config)
-        with torch.no_grad():
-            for parameter in block.parameters():
-                parameter.normal_(std=0.02)
+        block = mixtral_block(size, hidden_dim=_gated_width(size), top_k=TOP_K, implementation=implementation)
         return block, lambda x_TD: block(x_TD.unsqueeze(0)).sum()
 
     return build

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Before anything imports triton. With a GPU its kernels are compiled (tests/gpu), without one interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.helpers.data import build_text_data
 from tests.helpers.hf import build_hf_model
 from tests.helpers.ranks import run_ranks

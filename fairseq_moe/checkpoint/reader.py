@@ -5,7 +5,7 @@ main file; then tensors are read by name. A reader trusts nothing else of a file
 no link, and safetensors refuses headers that are too long or point outside the file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,15 +167,30 @@ class Checkpoint:
         )
 
     def load(
-        self, *, expert_ids: Sequence[int], with_optimizer: bool
+        self,
+        *,
+        expert_ids: Sequence[int],
+        with_optimizer: bool,
+        is_wanted: Callable[[str], bool] = lambda name: True,
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-        """Read ``content`` into memory: parameters by name, aliases included, and optimizer state by name."""
+        """Read ``content`` into memory: parameters by name, aliases included, and optimizer state by name.
+
+        Args:
+            expert_ids: as ``content``.
+            with_optimizer: as ``content``.
+            is_wanted: the names to read.
+        """
         content = self.content(expert_ids=expert_ids, with_optimizer=with_optimizer)
-        model = {name: _loaded(tensor) for name, tensor in content.model.items()}
-        model |= {alias: model[name] for alias, name in content.aliases.items()}
+        model = {name: _loaded(tensor) for name, tensor in content.model.items() if is_wanted(name)}
+        wanted = {alias: name for alias, name in content.aliases.items() if is_wanted(alias)}
+        model |= {
+            alias: model[name] if name in model else _loaded(content.model[name])
+            for alias, name in wanted.items()
+        }
         optimizer = {
             name: {state: _loaded(value) for state, value in values.items()}
             for name, values in content.optimizer.items()
+            if is_wanted(name)
         }
         return model, optimizer
 

@@ -25,7 +25,7 @@ from fairseq_moe.convert.hf.names import OurTensor, copied_names, is_fused, mtp_
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.convert.spec_flags import command_line
 from fairseq_moe.convert.store import CHECKPOINT, COMPANIONS, CONVERSION, Assembled, write_model
-from fairseq_moe.data.identity_dictionary import dictionary_text, parse_identity
+from fairseq_moe.data.identity_dictionary import identity_of
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.progress import progress
 
@@ -131,7 +131,7 @@ def _carried_along(keys: Sequence[str]) -> list[str]:
 
 
 def _missing_end(values: dict[str, Any], spec: ModelSpec) -> list[str]:
-    if parse_identity(dictionary_text(spec.vocab_size, values), source="dict.txt").eos is not None:  # type: ignore[union-attr]
+    if identity_of(spec.vocab_size, values).eos is not None:
         return []
     named = values.get("eos_token_id")
     said = (
@@ -274,4 +274,4 @@ def _write_companions(
         record["ignored_config_keys"] = sorted(ignored_keys)
     (companions / CONVERSION).write_text(json.dumps(record, indent=1), encoding="utf-8")
     (directory / "flags.txt").write_text("\n".join(command_line(spec)) + "\n", encoding="utf-8")
-    (directory / "dict.txt").write_text(dictionary_text(spec.vocab_size, values), encoding="utf-8")
+    (directory / "dict.txt").write_text(identity_of(spec.vocab_size, values).text(), encoding="utf-8")

@@ -21,7 +21,7 @@ from fairseq_moe.checkpoint import (
     ShardContent,
     damage_as_sentence,
     has_expert_rows,
-    share_of,
+    split_content,
     split_key,
     write_checkpoint,
 )
@@ -117,28 +117,18 @@ def write_tensors(
         aliases: further names of some of them.
         num_shards: over which the experts are spread evenly.
     """
-    per_shard = shape.num_experts // num_shards
-    parts = []
-    for index in range(num_shards):
-        ids = list(range(index * per_shard, (index + 1) * per_shard))
-        model = {tensor.name: tensor.lazily(ids) for tensor in tensors}
-        parts.append(ShardContent(expert_ids=ids, model=dict(model), aliases=aliases))
-    writers = [
-        share_of(
-            index,
-            expert_bytes=[part.expert_bytes() for part in parts],
-            dense_bytes=parts[0].dense_bytes(),
-            aliases=aliases,
-        )
-        for index in range(num_shards)
-    ]
+
+    def content_of(expert_ids: Sequence[int]) -> ShardContent:
+        model = {tensor.name: tensor.lazily(expert_ids) for tensor in tensors}
+        return ShardContent(expert_ids=list(expert_ids), model=dict(model), aliases=aliases)
+
     write_checkpoint(
         directory / CHECKPOINT,
         state=state,
         run_id=None,
         update=0,
         shape=shape,
-        contents=[part.part(is_written) for part, is_written in zip(parts, writers, strict=True)],
+        contents=split_content(content_of, num_experts=shape.num_experts, num_shards=num_shards),
         num_shards=num_shards,
     )
 

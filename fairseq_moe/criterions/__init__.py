@@ -10,9 +10,11 @@ S      positions of a sequence
 T      tokens: B x S, batch-major
 V      words of the vocabulary
 E      experts of a layer
+L      layers with experts
+N      ranks that have other words of the same positions
 ====== ==========================================================
 
-Tests: tests/unit/criterions, tests/e2e/test_training.py.
+Tests: tests/unit/criterions, tests/distributed/test_vocabulary_nll.py, tests/e2e/test_training.py.
 """
 
 from fairseq_moe.criterions.moe_cross_entropy import MoECrossEntropyCriterion

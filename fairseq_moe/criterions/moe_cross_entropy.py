@@ -4,6 +4,7 @@ loss = inner + weight * n * gate, where inner is the summed negative log-likelih
 (tokens, or sentences with --sentence-avg) and gate the sum or mean of the layers' balance losses. fairseq
 divides the sum over ranks and micro-batches by the sum of n, so gate counts per token whatever the placement.
 A model that predicts further tokens (--mtp-loss-weight) adds weight * the mean over its blocks of the same sum.
+Ranks that share a micro-batch all compute and log its whole loss, each with the gradient of its own part.
 """
 
 import math
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from fairseq_moe.criterions.nll import summed_nll
 from fairseq_moe.criterions.per_layer import log_per_layer, per_layer_sums
+from fairseq_moe.criterions.vocabulary_nll import sharded_nll
+from fairseq_moe.errors import MoEError
 from fairseq_moe.expert_load.record import LOAD_KEY
 from fairseq_moe.expert_load.watch import LoadWatch
 from fairseq_moe.flags.gate_loss import GateLossConfig
 from fairseq_moe.models.flags import fairseq_dataclass
 from fairseq_moe.modules.routing.contract import LOSSES
-from fairseq_moe.modules.routing.stats import LAYER_STATS
+from fairseq_moe.modules.routing.stats import LAYER_STATS, layer_loads, layer_stats
 
 __all__ = ["LOGGED_METRICS", "MoECrossEntropyCriterion", "MoECrossEntropyCriterionConfig"]
 
@@ -91,22 +94,40 @@ class MoECrossEntropyCriterion(CrossEntropyCriterion):
         logging_output["loss"] = loss.data
         logging_output["moe_gate_loss"] = (sample_size * gate_loss).data
         logging_output.update(_layer_mean_losses(auxes, sample_size, inner_loss))
-        logging_output.update(_layer_means(auxes, inner_loss))
-        if net_output[1].get("moe_per_layer_logging"):
-            logging_output.update(per_layer_sums(net_output[1]["moe_aux"], sample_size))
+        logging_output.update(_layer_numbers(net_output[1], sample_size, inner_loss))
         return loss, sample_size, logging_output
 
     def compute_loss(
         self, model: Any, net_output: Any, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Compute the cross entropy, and return it twice, as stock does; on CPU with less memory traffic."""
+        """Compute the cross entropy, and return it twice, as stock does; with experts by less memory traffic.
+
+        Raises:
+            MoEError: losses of single tokens are asked for, and ranks have other tokens of the batch each.
+        """
         logits, extra = net_output[0], net_output[1]
+        if "sharded_output" in extra:
+            return self._sharded_loss(logits, model.get_targets(sample, net_output), extra, reduce=reduce)
         has_experts = any(aux is not None for aux in extra.get("moe_aux", []))
-        if not (reduce and has_experts and logits.device.type == "cpu"):
+        if not (reduce and has_experts):
             loss: tuple[Tensor, Tensor] = super().compute_loss(model, net_output, sample, reduce=reduce)
             return loss
         target_T = model.get_targets(sample, net_output).view(-1)
         nll = summed_nll(logits.reshape(-1, logits.shape[-1]), target_T, ignore_index=self.padding_idx)
+        return nll, nll
+
+    def _sharded_loss(
+        self, logits_BSV: Tensor, target_BS: Tensor, extra: dict[str, Any], *, reduce: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the loss of all positions, of which each rank has its own: also of a batch of padding alone."""
+        if not reduce:
+            raise MoEError(
+                "moe_cross_entropy: the losses of single tokens (reduce=False) were asked for, but each rank has other "
+                "tokens and words of the batch (--context-parallel-size or --tensor-model-parallel-size above 1); "
+                "run evaluation commands, which load the model without these axes."
+            )
+        output = extra["sharded_output"]
+        nll = sharded_nll(logits_BSV, target_BS, output, ignore_index=self.padding_idx)
         return nll, nll
 
     def _mtp_loss(self, extra: dict[str, Any], target_BS: Tensor, sample_size: Any) -> Tensor:
@@ -193,12 +214,20 @@ def _layer_mean_losses(auxes: list[Any], sample_size: Any, inner_loss: Tensor) -
     return {f"moe_{name}_loss": by_name[name] for name in _LOGGED_LOSSES}
 
 
-def _layer_means(auxes: list[Any], inner_loss: Tensor) -> dict[str, Tensor]:
-    """Average the statistics over the MoE layers, and stack the layers' loads to one (layers, 2, E) tensor."""
+def _layer_numbers(extra: dict[str, Any], sample_size: Any, inner_loss: Tensor) -> dict[str, Tensor]:
+    """Average the statistics over the MoE layers, add the layers' loads as one (L, 2, E) tensor, and list each layer's.
+
+    Statistics are taken for all layers together, once per forward pass.
+    """
+    auxes = [aux for aux in extra.get("moe_aux", []) if aux is not None]
     if not auxes:
         zero = torch.zeros((), device=inner_loss.device)
         return {name: zero for name in LAYER_STATS}
-    means = torch.stack([aux.stats for aux in auxes]).mean(0)
-    outputs = dict(zip(LAYER_STATS, means.unbind(), strict=True))
-    outputs[LOAD_KEY] = torch.stack([aux.load_2E for aux in auxes])
+    histogram_L34E = torch.stack([aux.histogram_34E for aux in auxes])
+    stats_L = layer_stats(histogram_L34E, torch.stack([aux.measures_4 for aux in auxes]))
+    loads_L2E = layer_loads(histogram_L34E)
+    outputs = dict(zip(LAYER_STATS, stats_L.mean(0).unbind(), strict=True))
+    outputs[LOAD_KEY] = loads_L2E
+    if extra.get("moe_per_layer_logging"):
+        outputs.update(per_layer_sums(extra["moe_aux"], stats_L, loads_L2E, sample_size))
     return outputs

@@ -21,19 +21,23 @@ _STATS = ("entropy_gating", "expert_bias_spread")
 _OF_LOAD = ("max_violation", "min_violation", "drop_rate")
 
 
-def per_layer_sums(auxes: list[Any], sample_size: Any) -> dict[str, Tensor]:
+def per_layer_sums(
+    auxes: list[Any], stats_L: Tensor, loads_L2E: Tensor, sample_size: Any
+) -> dict[str, Tensor]:
     """Collect what the criterion adds to its logging output: three tensors per MoE layer.
 
     Args:
         auxes: one ``MoEAux`` per decoder layer, None for a dense one.
+        stats_L: float (L, len(LAYER_STATS)), of the layers that are not dense.
+        loads_L2E: float, requested and kept assignments of their experts.
         sample_size: weight of the losses.
     """
     sums: dict[str, Tensor] = {}
-    for index, aux in enumerate(auxes):
-        if aux is not None:
-            sums[f"{_PREFIX}{index}_losses"] = aux.losses.detach() * sample_size
-            sums[f"{_PREFIX}{index}_stats"] = aux.stats
-            sums[f"{_PREFIX}{index}_load"] = aux.load_2E
+    layers = [index for index, aux in enumerate(auxes) if aux is not None]
+    for index, stats, load_2E in zip(layers, stats_L, loads_L2E, strict=True):
+        sums[f"{_PREFIX}{index}_losses"] = auxes[index].losses.detach() * sample_size
+        sums[f"{_PREFIX}{index}_stats"] = stats
+        sums[f"{_PREFIX}{index}_load"] = load_2E
     return sums
 
 

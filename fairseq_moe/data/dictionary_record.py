@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["DICTIONARY_KEY", "dictionary_problem", "dictionary_record"]
+__all__ = ["DICTIONARY_KEY", "dictionary_problem", "dictionary_record", "recorded_dictionary"]
 
 DICTIONARY_KEY = "moe_dictionary"  # in the main file's extra_state
 
@@ -13,6 +13,12 @@ def dictionary_record(dictionary: Any) -> dict[str, Any]:
     """Describe a dictionary for the checkpoint: its number of words, and a digest of them in order."""
     digest = hashlib.sha256("\n".join(dictionary.symbols).encode())
     return {"num_words": len(dictionary), "sha256": digest.hexdigest()}
+
+
+def recorded_dictionary(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Look up what a checkpoint's main file records of its dictionary; None in an older file."""
+    record: Mapping[str, Any] | None = state.get("extra_state", {}).get(DICTIONARY_KEY)
+    return record
 
 
 def dictionary_problem(saved: Mapping[str, Any] | None, dictionary: Any) -> str | None:

@@ -13,7 +13,7 @@ from fairseq.data import Dictionary
 
 from fairseq_moe.errors import CheckpointError, MoEError
 
-__all__ = ["IdentityDictionary", "IdentityLine", "dictionary_text", "load_identity", "parse_identity"]
+__all__ = ["IdentityDictionary", "IdentityLine", "identity_of", "load_identity", "parse_identity"]
 
 _BEYOND = "<pad>"
 _LINE = re.compile(r"#identity vocab_size=(\d+) bos=(-|\d+) eos=(-|\d+)")
@@ -33,21 +33,27 @@ class IdentityLine:
     bos: int | None
     eos: int | None
 
+    def text(self) -> str:
+        """Write out the line, as it stands in the file."""
+        bos, eos = ("-" if token is None else str(token) for token in (self.bos, self.eos))
+        return f"#identity vocab_size={self.vocab_size} bos={bos} eos={eos}\n"
 
-def dictionary_text(vocab_size: int, config: dict[str, Any]) -> str:
-    """Write out the line of a model's ``dict.txt``.
+
+def identity_of(vocab_size: int, config: dict[str, Any]) -> IdentityLine:
+    """Make the line of a model's ``dict.txt``.
 
     Args:
         vocab_size: V.
-        config: config.json, for ``bos_token_id`` and ``eos_token_id`` (a list: its first).
+        config: config.json, for ``bos_token_id`` and ``eos_token_id`` (a list: its first); no id of the model: none.
     """
-    ids = []
-    for key in ("bos_token_id", "eos_token_id"):
-        value = config.get(key)
+
+    def token(key: str) -> int | None:
+        value: Any = config.get(key)
         value = value[0] if isinstance(value, list) and value else value
         is_id = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
-        ids.append(str(value) if is_id else "-")
-    return f"#identity vocab_size={vocab_size} bos={ids[0]} eos={ids[1]}\n"
+        return value if is_id else None
+
+    return IdentityLine(vocab_size=vocab_size, bos=token("bos_token_id"), eos=token("eos_token_id"))
 
 
 def parse_identity(line: str, *, source: str) -> IdentityLine | None:
@@ -116,13 +122,11 @@ class IdentityDictionary(Dictionary):
 
     def save(self, f: Any) -> None:
         """Write the one line of its file to ``f``, a path or an open file."""
-        bos, eos = ("-" if token is None else token for token in (self.line.bos, self.line.eos))
-        text = f"#identity vocab_size={self.line.vocab_size} bos={bos} eos={eos}\n"
         if isinstance(f, str):
             with open(f, "w", encoding="utf-8") as file:
-                file.write(text)
+                file.write(self.line.text())
         else:
-            f.write(text)
+            f.write(self.line.text())
 
 
 def load_identity(path: str | os.PathLike[str]) -> IdentityDictionary | None:

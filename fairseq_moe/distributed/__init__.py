@@ -3,7 +3,7 @@
 Nothing outside this folder uses torch.distributed.
 
 Tests: tests/distributed/test_exchange.py; collectives: all tests of several ranks; sharding:
-tests/distributed/test_fsdp.py; watchdog: tests/reliability/test_r22_lost_rank.py.
+tests/distributed/test_fsdp.py; watchdog: tests/unit/distributed, tests/reliability/test_r22_lost_rank.py.
 """
 
 from fairseq_moe.distributed.all_to_all import GroupExchange
@@ -17,7 +17,6 @@ from fairseq_moe.distributed.collectives import (
 )
 from fairseq_moe.distributed.mesh import (
     ParallelMesh,
-    data_parallel_size,
     local_experts_only,
     parallel_mesh,
     rank,
@@ -34,7 +33,6 @@ __all__ = [
     "all_reduce_sum",
     "barrier",
     "broadcast_value",
-    "data_parallel_size",
     "gather_values",
     "is_collective_failure",
     "local_experts_only",

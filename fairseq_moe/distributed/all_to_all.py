@@ -1,21 +1,24 @@
-"""Exchange rows between the ranks that share a layer's experts, with gradients: all-to-all over a process group.
+"""Exchange rows between the ranks that share a layer's experts, with gradients, over a process group.
 
-The protocol is ``Exchange`` in ``fairseq_moe.modules.dispatch.exchange``.
+The protocol is ``Exchange`` in ``fairseq_moe.modules.dispatch.exchange``. Each kind of exchange begins without waiting
+for it, and its gradient takes the kind that undoes it.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fairseq_moe.distributed.sharding import all_gather_single, reduce_scatter_single
 from fairseq_moe.modules.dispatch.exchange import Transfer
 
 __all__ = ["GroupExchange"]
 
 
 class GroupExchange:
-    """all-to-all over a process group of more than one rank."""
+    """Exchange rows over a process group of more than one rank."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -32,24 +35,88 @@ class GroupExchange:
 
     def send(self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int]) -> Transfer:
         """Begin an all-to-all with uneven splits; its gradient travels the other way round."""
-        flight = _Flight()
-        token = _Start.apply(rows_RD, send_splits, recv_splits, self._group, flight)
-        return _Transfer(token, (send_splits, recv_splits, self._group, flight))
+        return _begin(rows_RD, _AllToAll(self._group, send_splits, recv_splits))
+
+    def gather(self, rows_RD: Tensor) -> Transfer:
+        """Begin an all-gather; its gradient is a reduce-scatter."""
+        return _begin(rows_RD, _AllGather(self._group))
+
+    def scatter_sum(self, rows_RD: Tensor) -> Transfer:
+        """Begin a reduce-scatter; its gradient is an all-gather."""
+        return _begin(rows_RD, _ReduceScatter(self._group))
+
+
+class _Collective(Protocol):
+    """One kind of exchange."""
+
+    def begin(self, rows_RD: Tensor) -> tuple[Any, Tensor]:
+        """Begin it without waiting: what is waited for, and what will hold the rows that arrive."""
+        ...
+
+    @property
+    def back(self) -> "_Collective":
+        """The exchange of its gradients."""
+        ...
+
+
+@dataclass(frozen=True)
+class _AllToAll:
+    group: dist.ProcessGroup
+    send_splits: list[int]
+    recv_splits: list[int]
+
+    def begin(self, rows_RD: Tensor) -> tuple[Any, Tensor]:
+        received = rows_RD.new_empty((sum(self.recv_splits), *rows_RD.shape[1:]))
+        work = dist.all_to_all_single(
+            received, rows_RD, self.recv_splits, self.send_splits, group=self.group, async_op=True
+        )
+        return work, received
+
+    @property
+    def back(self) -> "_AllToAll":
+        return _AllToAll(self.group, self.recv_splits, self.send_splits)
+
+
+@dataclass(frozen=True)
+class _AllGather:
+    group: dist.ProcessGroup
+
+    def begin(self, rows_RD: Tensor) -> tuple[Any, Tensor]:
+        received = rows_RD.new_empty((dist.get_world_size(self.group) * len(rows_RD), *rows_RD.shape[1:]))
+        return all_gather_single(received, rows_RD, group=self.group, async_op=True), received
+
+    @property
+    def back(self) -> "_ReduceScatter":
+        return _ReduceScatter(self.group)
+
+
+@dataclass(frozen=True)
+class _ReduceScatter:
+    group: dist.ProcessGroup
+
+    def begin(self, rows_RD: Tensor) -> tuple[Any, Tensor]:
+        received = rows_RD.new_empty((len(rows_RD) // dist.get_world_size(self.group), *rows_RD.shape[1:]))
+        return reduce_scatter_single(received, rows_RD, group=self.group, async_op=True), received
+
+    @property
+    def back(self) -> _AllGather:
+        return _AllGather(self.group)
+
+
+def _begin(rows_RD: Tensor, collective: _Collective) -> Transfer:
+    flight = _Flight()
+    return _Transfer(_Start.apply(rows_RD, collective, flight), collective, flight)
 
 
 class _Transfer(NamedTuple):
-    """Rows under way: what ``_Arrive`` takes.
-
-    Args:
-        token: ties it to ``_Start``.
-        call: both splits, the group and the flight.
-    """
+    """Rows under way: what ``_Arrive`` takes; the token ties it to ``_Start``."""
 
     token: Tensor
-    call: tuple[list[int], list[int], dist.ProcessGroup, "_Flight"]
+    collective: _Collective
+    flight: "_Flight"
 
     def arrive(self) -> Tensor:
-        return _Arrive.apply(self.token, *self.call)
+        return _Arrive.apply(self.token, self.collective, self.flight)
 
 
 class _Flight:
@@ -58,13 +125,10 @@ class _Flight:
     def __init__(self) -> None:
         self._parts: tuple[Any, Tensor, Tensor] | None = None
 
-    def start(
-        self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int], group: dist.ProcessGroup
-    ) -> None:
+    def start(self, rows_RD: Tensor, collective: _Collective) -> None:
         """Begin an exchange without waiting for it."""
         rows_RD = rows_RD.contiguous()
-        received = rows_RD.new_empty((sum(recv_splits), *rows_RD.shape[1:]))
-        work = dist.all_to_all_single(received, rows_RD, recv_splits, send_splits, group=group, async_op=True)
+        work, received = collective.begin(rows_RD)
         self._parts = work, rows_RD, received
 
     def arrive(self) -> Tensor:
@@ -84,40 +148,25 @@ class _Start(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows_RD: Tensor,
-        send_splits: list[int],
-        recv_splits: list[int],
-        group: dist.ProcessGroup,
-        flight: _Flight,
-    ) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, collective: _Collective, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        flight.start(rows_RD, send_splits, recv_splits, group)
+        flight.start(rows_RD, collective)
         return rows_RD.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return ctx.flight.arrive(), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.flight.arrive(), None, None
 
 
 class _Arrive(torch.autograd.Function):
     """Waits for the rows. In the backward pass, begins the exchange of their gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        token: Tensor,
-        send_splits: list[int],
-        recv_splits: list[int],
-        group: dist.ProcessGroup,
-        flight: _Flight,
-    ) -> Tensor:
-        ctx.splits, ctx.group, ctx.flight = (send_splits, recv_splits), group, flight
+    def forward(ctx: Any, token: Tensor, collective: _Collective, flight: _Flight) -> Tensor:
+        ctx.back, ctx.flight = collective.back, flight
         return flight.arrive()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        send_splits, recv_splits = ctx.splits
-        ctx.flight.start(grads[0], recv_splits, send_splits, ctx.group)
-        return grads[0].new_empty(0), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.flight.start(grads[0], ctx.back)
+        return grads[0].new_empty(0), None, None

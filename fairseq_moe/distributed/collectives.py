@@ -11,7 +11,15 @@ from torch.distributed import distributed_c10d
 
 from fairseq_moe.distributed.mesh import rank, world_size
 
-__all__ = ["agree", "all_reduce_sum", "barrier", "broadcast_value", "gather_values", "set_collective_timeout"]
+__all__ = [
+    "agree",
+    "all_reduce_sum",
+    "barrier",
+    "broadcast_value",
+    "collective_timeout",
+    "gather_values",
+    "set_collective_timeout",
+]
 
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -66,6 +74,13 @@ def set_collective_timeout(seconds: float, groups: Iterable[dist.ProcessGroup | 
     timeout = datetime.timedelta(seconds=seconds)
     for group in {group for group in (dist.group.WORLD, *groups) if group is not None}:
         distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def collective_timeout() -> datetime.timedelta:
+    """Tell how long gloo's collectives of the world wait."""
+    # The same private side of torch as above; a longer wait is what there is without it.
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
+    return getattr(backend.options, "_timeout", dist.default_pg_timeout)  # type: ignore[no-any-return]
 
 
 def _control_device() -> torch.device:

@@ -1,14 +1,37 @@
-"""Process groups and collectives of sharded parameters (FSDP)."""
+"""Process groups and collectives of sharded parameters (FSDP); gather and reduce-scatter of single tensors."""
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_gather_flat", "gather_base", "is_nccl_group", "one_rank_group", "reduce_scatter_base"]
+__all__ = [
+    "all_gather_flat",
+    "all_gather_single",
+    "all_gather_stacked",
+    "gather_base",
+    "is_nccl_group",
+    "one_rank_group",
+    "reduce_scatter_base",
+    "reduce_scatter_single",
+]
 
 # torch 2.13 has new names for these two.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_REDUCE_SCATTER = (
+    "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+)
+
+
+def all_gather_single(output: Tensor, rows: Tensor, **options: Any) -> Any:
+    """Gather every rank's ``rows`` into ``output``, end to end; options and result are those of torch's function."""
+    return getattr(dist, _ALL_GATHER)(output, rows, **options)
+
+
+def reduce_scatter_single(output: Tensor, rows: Tensor, **options: Any) -> Any:
+    """Sum ``rows`` over ranks, and keep this rank's share in ``output``; options and result are those of torch's."""
+    return getattr(dist, _REDUCE_SCATTER)(output, rows, **options)
 
 
 def one_rank_group() -> dist.ProcessGroup:
@@ -41,13 +64,19 @@ def all_gather_flat(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
         (ranks of the group * N,), on every rank.
     """
     full = shard.new_empty(dist.get_world_size(group) * shard.numel())
-    _all_gather(full, shard.contiguous(), group=group)
+    all_gather_single(full, shard.contiguous(), group=group)
     return full
+
+
+def all_gather_stacked(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather every rank's ``tensor``, of one shape on all of them, in fresh memory: (ranks of the group, ...)."""
+    flat = all_gather_flat(tensor.reshape(-1), group)
+    return flat.view(dist.get_world_size(group), *tensor.shape)
 
 
 def gather_base(output: Tensor, shard: Tensor, group: dist.ProcessGroup | None = None) -> None:
     """Gather every rank's ``shard`` into ``output``: ``torch.distributed._all_gather_base`` by public functions."""
-    _all_gather(output, shard, group=group)
+    all_gather_single(output, shard, group=group)
 
 
 def reduce_scatter_base(output: Tensor, stacked: Tensor, group: dist.ProcessGroup | None = None) -> None:
@@ -58,4 +87,4 @@ def reduce_scatter_base(output: Tensor, stacked: Tensor, group: dist.ProcessGrou
         stacked: (ranks, N) or (ranks * N,).
         group: the ranks that take part.
     """
-    _reduce_scatter(output, stacked.reshape(-1), group=group)
+    reduce_scatter_single(output, stacked.reshape(-1), group=group)

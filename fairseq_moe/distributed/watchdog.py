@@ -72,6 +72,7 @@ class Watchdog:
         self._has_failed = False
         self._verdict: Verdict | None = None
         self._stopped = threading.Event()
+        self._heart = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     @classmethod
     def of_this_process(cls) -> "Watchdog | None":
@@ -87,8 +88,12 @@ class Watchdog:
             world_size=dist.get_world_size(),
             store_owner="the launcher" if of_launcher else "rank 0",
         )
-        threading.Thread(target=watchdog._run, name="heartbeat", daemon=True).start()
+        watchdog.start()
         return watchdog
+
+    def start(self) -> None:
+        """Write heartbeats, in a thread of its own, until ``stop``."""
+        self._heart.start()
 
     @property
     def where(self) -> str:
@@ -96,8 +101,13 @@ class Watchdog:
         return f"at update {self.update}" if self.update else "before the first update"
 
     def stop(self) -> None:
-        """End the heartbeat, because the run is over."""
+        """End the heartbeat, because the run is over, and wait for it.
+
+        An interpreter that ends while the thread is in the store's C++ code ends it there, and with it the process: by
+        SIGABRT.
+        """
         self._stopped.set()
+        self._heart.join(_STORE_SEC)
 
     def accuse_self(self, reason: str) -> Verdict:
         """Tell the others why this rank ends, unless they know of something earlier.

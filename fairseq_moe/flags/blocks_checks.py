@@ -15,7 +15,7 @@ from fairseq_moe.flags.records import (
     ranges,
 )
 
-__all__ = ["block_problems"]
+__all__ = ["block_problems", "replaced_block_problems"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "decoder_normalization": ("layernorm", "rmsnorm"),
@@ -76,9 +76,7 @@ def block_problems(model: Any) -> list[str]:
         num_heads=int(get("decoder_attention_heads") or 1),
     )
     given = flag_name(changed_fields(config)[0])
-    for name, absent in _STOCK_BLOCKS.items():
-        if get(name) not in absent:
-            found.append(f"{flag_name(name)} changes stock's blocks, which {given} replaces; leave one out.")
+    found += replaced_block_problems(model, given)
     for name in ("decoder_input_dim", "decoder_output_dim"):
         if get(name) not in (None, get("decoder_embed_dim")):
             found.append(
@@ -86,6 +84,21 @@ def block_problems(model: Any) -> list[str]:
                 f"{given}."
             )
     return found
+
+
+def replaced_block_problems(model: Any, given: str) -> list[str]:
+    """List one sentence per flag of stock's that changes blocks which are not there, because ours take their place.
+
+    Args:
+        model: the model's flags (a namespace, config or mapping).
+        given: the flag that asks for ours, as typed.
+    """
+    get = getter(model)
+    return [
+        f"{flag_name(name)} changes stock's blocks, which {given} replaces; leave one out."
+        for name, absent in _STOCK_BLOCKS.items()
+        if get(name) not in absent
+    ]
 
 
 def _own_problems(config: BlocksConfig, *, model_dim: int, num_heads: int) -> list[str]:

@@ -33,6 +33,6 @@ def freeze_problems(cfg: Any, *, has_experts: bool) -> list[str]:
     if str(cfg.distributed_training.ddp_backend) == "fully_sharded":
         found.append(
             "--moe-freeze-modules does not go with --ddp-backend fully_sharded, which trains or freezes a "
-            "whole layer at a time; use legacy_ddp or pytorch_ddp."
+            "whole layer at a time; use --use-torch-fsdp2 in its place, legacy_ddp or pytorch_ddp."
         )
     return found

@@ -54,7 +54,13 @@ class MegatronConfig:
 
     num_experts: int | None = _experts(None, "experts per MoE layer, routed as in Megatron-Core")
     expert_model_parallel_size: int | None = _experts(
-        None, "ranks over which the experts are spread (default: min(ranks, experts))"
+        None,
+        "ranks over which the experts are spread (default: as many of a pipeline stage's ranks as there can be)",
+    )
+    expert_tensor_parallel_size: int | None = _experts(
+        None,
+        "ranks over which the width of each expert is divided (default: --tensor-model-parallel-size with "
+        "--num-experts, else 1)",
     )
     moe_layer_freq: str | None = _experts(
         None, "N: layers 0, N, 2N, ... have experts; or a pattern such as ([0]+[1]*23) (default: 1)"

@@ -1,7 +1,7 @@
-"""Declare Megatron's arguments that choose nothing here: old names, what always holds, and what is not there yet.
+"""Declare Megatron's arguments that choose nothing here: old names, and what always holds.
 
-One entry per argument. ``alias``: another argument is set, with a warning. ``no_op``: what it asks for always holds
-or does not apply here; accepted with a warning. ``refused``: the run ends with the reason.
+One entry per argument, or value. ``alias``: another one is set, with a warning. ``no_op``: what it asks for always
+holds or does not apply here; accepted with a warning. ``refused``: the run ends with the reason.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,8 +20,6 @@ __all__ = [
     "resolve_aliases",
 ]
 
-_AXES = "data and expert parallelism (--ddp-backend, --expert-model-parallel-size) are supported"
-
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronArg:
@@ -32,7 +30,6 @@ class MegatronArg:
         kind: the type of its value.
         does: ``alias``, ``no_op`` or ``refused``.
         text: the argument, or value, that an alias stands for; or the reason.
-        harmless: a value that changes nothing (size 1 of an axis).
         value: the entry is about this value only; None: about all.
     """
 
@@ -40,7 +37,6 @@ class MegatronArg:
     kind: type
     does: str
     text: str
-    harmless: Any = None
     value: Any = None
 
     @property
@@ -56,10 +52,8 @@ class MegatronArg:
         return f"{'does nothing' if self.does == 'no_op' else self.does}: {self.text}"
 
 
-def _arg(
-    name: str, kind: type, does: str, text: str, harmless: Any = None, *, value: Any = None
-) -> MegatronArg:
-    return MegatronArg(name=name, kind=kind, does=does, text=text, harmless=harmless, value=value)
+def _arg(name: str, kind: type, does: str, text: str, *, value: Any = None) -> MegatronArg:
+    return MegatronArg(name=name, kind=kind, does=does, text=text, value=value)
 
 
 MEGATRON_ARGS = (
@@ -72,35 +66,8 @@ MEGATRON_ARGS = (
     ),
     _arg("moe_grouped_gemm", bool, "no_op", "the expert kernel is chosen by device, dtype and sizes"),
     _arg("moe_permute_fusion", bool, "no_op", "rows are moved by index; there is no unfused path to replace"),
-    _arg("use_distributed_optimizer", bool, "no_op", "--ddp-backend fully_sharded shards optimizer state"),
-    _arg(
-        "overlap_grad_reduce", bool, "no_op", "--ddp-backend pytorch_ddp and fully_sharded overlap it anyway"
-    ),
-    _arg("overlap_param_gather", bool, "no_op", "--ddp-backend fully_sharded gathers ahead anyway"),
     _arg("use_dist_ckpt", bool, "no_op", "checkpoints are written by all ranks in parallel anyway"),
     _arg("auto_detect_ckpt_format", bool, "no_op", "formats are always detected"),
-    _arg("tp_comm_overlap", bool, "refused", f"tensor parallelism is not there yet; {_AXES}"),
-    _arg("sequence_parallel", bool, "refused", f"sequence parallelism is not there yet; {_AXES}"),
-    _arg("tensor_model_parallel_size", int, "refused", f"tensor parallelism is not there yet; {_AXES}", 1),
-    _arg(
-        "expert_tensor_parallel_size",
-        int,
-        "refused",
-        f"expert tensor parallelism is not there yet; {_AXES}",
-        1,
-    ),
-    _arg(
-        "pipeline_model_parallel_size", int, "refused", f"pipeline parallelism is not there yet; {_AXES}", 1
-    ),
-    _arg(
-        "num_layers_per_virtual_pipeline_stage",
-        int,
-        "refused",
-        f"pipeline parallelism is not there yet; {_AXES}",
-    ),
-    _arg("context_parallel_size", int, "refused", f"context parallelism is not there yet; {_AXES}", 1),
-    _arg("moe_extended_tp", bool, "refused", f"extended tensor parallelism is not there yet; {_AXES}"),
-    _arg("moe_extended_ep", bool, "refused", f"extended expert parallelism is not there yet; {_AXES}"),
 )
 
 # The record that declares them, as the others do by hand.
@@ -135,7 +102,7 @@ def _given(args: Any) -> Iterator[tuple[MegatronArg, Any]]:
     get = getter(args)
     for entry in MEGATRON_ARGS:
         value = get(entry.name)
-        if value is not None and value is not False and value != entry.harmless:
+        if value is not None and value is not False:
             yield entry, value
     for entry in MEGATRON_VALUES:
         if get(entry.name) == entry.value:

@@ -20,6 +20,7 @@ __all__ = ["megatron_problems", "unused_arguments"]
 # These go with the moe branch's gates too.
 _COMMON = {
     "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
     "moe_token_dispatcher_type",
     "moe_input_jitter_eps",
     "moe_router_dtype",

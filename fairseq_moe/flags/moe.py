@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fairseq_moe.flags.megatron import MegatronConfig, moe_layer_pattern
+from fairseq_moe.flags.parallel import Axes, ParallelConfig, resolve_axes
 from fairseq_moe.flags.records import Group, flag, given_fields, words
 from fairseq_moe.modules import ScorerConfig, TopKConfig
+from fairseq_moe.modules.kernels.fp8 import Fp8Mode
 from fairseq_moe.modules.routing.bias import BiasConfig
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy
 from fairseq_moe.modules.routing.router import BranchConfig
+from fairseq_moe.modules.shards import SequencePart
 
 __all__ = ["MoEConfig"]
 
@@ -48,7 +51,8 @@ class MoEConfig:
         None, "the same for incremental decoding (default: nothing is dropped)"
     )
     moe_normalize_expert_grad: str = _experts(
-        "world_size", "divisor of expert gradients: world_size, or sqrt_world_size (fully_sharded only)"
+        "world_size",
+        "divisor of expert gradients: world_size, or sqrt_world_size (only where parameters are sharded)",
     )
     use_moe_pad_mask: bool | None = _routing(
         None,
@@ -66,6 +70,9 @@ class MoEConfig:
     moe_layer_recompute: bool = _speed(False, "compute MoE layers again in the backward pass, to save memory")
     moe_recompute_modules: str | None = _speed(
         None, "the same for parts of MoE layers: moe (all), experts, shared_experts, or several"
+    )
+    moe_fp8: str | None = _speed(
+        None, "multiply the experts in FP8: native (recent GPUs; large experts), or emulate (anywhere, slow)"
     )
     fused_attention: bool = _speed(
         False, "self-attention by torch's fused causal kernel; equal to stock's within rounding"
@@ -85,16 +92,23 @@ class MoEConfig:
     batch_size: int | None = None
     tokens_per_sample: int = 0
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @classmethod
     def from_args(cls, args: Any) -> "MoEConfig":
         """Read the fields that ``args`` (namespace, config, mapping) has; the others keep their defaults."""
-        return cls(**{**given_fields(cls, args), "megatron": MegatronConfig.from_args(args)})
+        records = {"megatron": MegatronConfig.from_args(args), "parallel": ParallelConfig.from_args(args)}
+        return cls(**{**given_fields(cls, args), **records})
 
     @property
     def enabled(self) -> bool:
         """Tell whether any layer has experts."""
         return (self.moe_freq > 0 or self.megatron.selected) and not self.is_pseudo_moe
+
+    @property
+    def axes(self) -> Axes:
+        """Return over how many ranks experts and all else are spread."""
+        return resolve_axes(self.parallel, self.megatron)
 
     @property
     def num_experts(self) -> int:
@@ -110,6 +124,11 @@ class MoEConfig:
     def loss_coefficients(self) -> dict[str, float]:
         """Return the weights of the auxiliary losses; the criterion's flag weighs the branch's balance loss."""
         return self.megatron.loss_coefficients() if self.megatron.selected else {}
+
+    @property
+    def fp8(self) -> Fp8Mode | None:
+        """Return how the experts' products are computed in FP8; None: they are not."""
+        return None if self.moe_fp8 is None else Fp8Mode(self.moe_fp8)
 
     @property
     def masks_padding(self) -> bool:
@@ -152,7 +171,9 @@ class MoEConfig:
         """Count the tokens of a rank's largest training batch; --max-tokens by itself does not fix them."""
         if self.batch_size is None:
             return None
-        return self.batch_size * (self.tokens_per_sample + 1)  # one more: --add-bos-token
+        length = self.tokens_per_sample + 1  # one more: --add-bos-token
+        part = SequencePart(length=length, context=self.parallel.context, tensor=self.parallel.tensor)
+        return self.batch_size * part.num_own
 
     def scorer_config(self) -> ScorerConfig:
         """Describe how router logits are computed."""

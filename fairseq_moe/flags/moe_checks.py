@@ -12,19 +12,24 @@ from fairseq_moe.flags.gate_loss import gate_loss_problems
 from fairseq_moe.flags.megatron_aliases import argument_problems
 from fairseq_moe.flags.megatron_checks import megatron_problems, unused_arguments
 from fairseq_moe.flags.moe import MoEConfig
-from fairseq_moe.flags.records import Range, changed_fields, flag_name, one_of, ranges
+from fairseq_moe.flags.parallel_checks import parallel_problems, spread_problems
+from fairseq_moe.flags.records import Range, changed_fields, flag_name, getter, one_of, ranges
 from fairseq_moe.flags.reliability import ReliabilityConfig
+from fairseq_moe.flags.sharding import sharding_problems
 from fairseq_moe.flags.stock import stock_flag_problems
+from fairseq_moe.modules.kernels.fp8 import Fp8Mode, native_problem, width_problem
 from fairseq_moe.modules.recompute import RECOMPUTABLE
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy
-from fairseq_moe.parallel.experts import layout_problem
 
 __all__ = ["expert_problems", "moe_problems"]
 
 _CHOICES = {
     "moe_second_expert_policy": [policy.value for policy in SecondExpertPolicy],
     "moe_normalize_expert_grad": ["world_size", "sqrt_world_size"],
+    "moe_fp8": [mode.value for mode in Fp8Mode],
 }
+
+_HALF_PRECISION = ("bf16", "memory_efficient_bf16", "fp16", "memory_efficient_fp16")
 
 _SHARE: Range = (
     lambda fraction: not math.isnan(fraction) and fraction <= 1,
@@ -71,6 +76,9 @@ def moe_problems(cfg: Any, *, world_size: int) -> list[str]:
     found += argument_problems(model)
     found += block_problems(model)
     found += freeze_problems(cfg, has_experts=moe.enabled)
+    found += sharding_problems(cfg, has_experts=moe.enabled)
+    found += _fp8_problems(moe, cfg)
+    found += parallel_problems(cfg, moe)
     if moe.enabled:
         found += ReliabilityConfig.from_args(model).problems()
         found += stock_flag_problems(cfg)
@@ -97,13 +105,31 @@ def expert_problems(moe: MoEConfig, *, num_layers: int, world_size: int) -> list
             f"{moe.top_k} experts; raise it" + (" or pass --moe-top1-expert." if moe.top_k == 2 else ".")
         )
     elif moe.num_experts >= 1:
-        problem = layout_problem(
-            num_experts=moe.num_experts,
-            world_size=world_size,
-            ep_size=moe.megatron.expert_model_parallel_size,
-        )
-        found += [] if problem is None else [problem]
+        found += spread_problems(moe, world_size=world_size)
     return found
+
+
+def _fp8_problems(moe: MoEConfig, cfg: Any) -> list[str]:
+    """List why products cannot be in FP8: nothing to multiply, no device for it, float32, or widths that do not fit."""
+    if moe.moe_fp8 is None or moe.moe_fp8 not in _CHOICES["moe_fp8"]:
+        return []
+    if not moe.enabled:
+        return ["--moe-fp8 is about experts, and no layer has any; leave it out."]
+    if moe.fp8 is not Fp8Mode.NATIVE:
+        return []
+    model, common = getter(cfg.model), getter(cfg.common)
+    found = ["--cpu keeps this run from the GPU" if common("cpu") else native_problem()]
+    width = moe.expert_dim or model("decoder_ffn_embed_dim")
+    parts = moe.axes.expert_tensor
+    found.append(width_problem(model("decoder_embed_dim"), width // max(parts, 1)))
+    if not any(common(name) for name in _HALF_PRECISION):
+        flags = ", ".join(flag_name(name) for name in _HALF_PRECISION)
+        found.append(f"parameters are float32, expected half precision (one of {flags})")
+    return [
+        f"--moe-fp8 native cannot be honoured: {problem}; leave it out, or use --moe-fp8 emulate to judge losses."
+        for problem in found
+        if problem is not None
+    ]
 
 
 def _frequency_problems(moe: MoEConfig, num_layers: int) -> list[str]:

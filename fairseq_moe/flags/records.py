@@ -37,6 +37,7 @@ class Group(enum.Enum):
     LOGGING = "Gate loss and logging"
     BLOCKS = "Blocks"
     SPEED = "Memory and speed"
+    PARALLEL = "Parallel axes and sharded states"
     FAILURES = "Failures"
     MEGATRON = "Accepted from Megatron"
 

@@ -97,8 +97,7 @@ STOCK_FLAGS = (
         group="distributed_training",
         field="zero_sharding",
         refused=_is_not("none"),
-        reason="it shards expert optimizer state over ranks that do not own it; use --ddp-backend "
-        "fully_sharded",
+        reason="it shards expert optimizer state over ranks that do not own it; use --use-distributed-optimizer",
     ),
     StockFlag(
         flag="--cpu-offload",
@@ -181,14 +180,37 @@ STOCK_FLAGS = (
         flag="--pipeline-model-parallel",
         group="distributed_training",
         field="pipeline_model_parallel",
-        reason="pipeline parallelism is not supported yet; use data and expert parallelism",
+        reason="stock's pipeline knows none of our layers; use --pipeline-model-parallel-size",
+    ),
+    StockFlag(
+        flag="--pipeline-balance",
+        group="distributed_training",
+        field="pipeline_balance",
+        refused=_is_not(None),
+        reason="it belongs to stock's pipeline; use --decoder-first-pipeline-num-layers and "
+        "--decoder-last-pipeline-num-layers with --pipeline-model-parallel-size",
+    ),
+    StockFlag(
+        flag="--pipeline-devices",
+        group="distributed_training",
+        field="pipeline_devices",
+        refused=_is_not(None),
+        reason="it belongs to stock's pipeline; with --pipeline-model-parallel-size each stage is a rank",
+    ),
+    StockFlag(
+        flag="--pipeline-chunks",
+        group="distributed_training",
+        field="pipeline_chunks",
+        refused=_positive,
+        reason="it belongs to stock's pipeline; the micro-batches of --pipeline-model-parallel-size are those of "
+        "--update-freq",
     ),
     StockFlag(
         flag="--model-parallel-size",
         group="common",
         field="model_parallel_size",
         refused=_is_not(1),
-        reason="tensor parallelism is not supported yet; use data and expert parallelism",
+        reason="it belongs to stock's own Megatron models; use --tensor-model-parallel-size with --sequence-parallel",
     ),
     StockFlag(
         flag="--tpu",
@@ -234,7 +256,7 @@ def _sharded_precision_problems(cfg: Any) -> list[str]:
     if common.bf16 or common.memory_efficient_bf16:
         found.append(
             "--bf16 does not work with an MoE model under --ddp-backend fully_sharded, since fairscale "
-            "knows float16 only; use --fp16, or --ddp-backend legacy_ddp or pytorch_ddp."
+            "knows float16 only; use --use-torch-fsdp2 in its place, or --fp16."
         )
     if training.fp32_reduce_scatter and not (common.fp16 and not common.memory_efficient_fp16):
         found.append(

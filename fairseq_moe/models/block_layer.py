@@ -1,9 +1,11 @@
 """Build a decoder layer from the blocks that ``fairseq_moe.flags.blocks`` describes, with experts or without."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fairseq import utils
 from fairseq.incremental_decoding_utils import FairseqIncrementalState
 from fairseq.models.transformer import TransformerConfig
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from fairseq_moe.flags.blocks import BlocksConfig
 from fairseq_moe.models.decoder_layer import expert_activation
-from fairseq_moe.modules import MoELayer, Router, TokenInfo
+from fairseq_moe.modules import MoEAux, MoELayer, Router, TokenInfo
 from fairseq_moe.modules.blocks.attend import Cache, extended
 from fairseq_moe.modules.blocks.grouped import GroupedAttention
 from fairseq_moe.modules.blocks.latent import LatentAttention, LatentAttentionConfig
@@ -20,8 +22,16 @@ from fairseq_moe.modules.blocks.norm import RMSNorm
 from fairseq_moe.modules.blocks.rope import Rotary
 from fairseq_moe.modules.kernels.swiglu import swiglu
 from fairseq_moe.modules.moe_layer import RoutingMemo
+from fairseq_moe.modules.shards import LocalShards, Shards
 
-__all__ = ["BlocksDecoderLayer", "build_norm", "ffn_activation", "init_weights"]
+__all__ = [
+    "BlocksDecoderLayer",
+    "DenseNetwork",
+    "build_blocks_layer",
+    "build_norm",
+    "ffn_activation",
+    "init_weights",
+]
 
 IncrementalState = dict[str, dict[str, Tensor | None]]
 
@@ -29,11 +39,16 @@ IncrementalState = dict[str, dict[str, Tensor | None]]
 class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
     """Compute x + attention(norm(x)), then x + network(norm(x)), where the network may be a layer of experts.
 
+    On one of several ranks of a micro-batch the layer takes and gives that rank's own tokens.
+
     Args:
-        cfg: fairseq's structured transformer configuration.
-        blocks: the flags of the blocks.
-        rotary: turns heads, shared by all layers; None: nothing turns.
-        moe_layer: experts in the place of the dense network.
+        attention: heads that look at earlier tokens.
+        attention_norm: before it.
+        network_norm: before the network.
+        network: the experts; or ``fc1``, activation and ``fc2`` of a dense network.
+        dropout: probability, on what attention and the dense network add.
+        activation_dropout: probability, after the dense network's activation.
+        shards: the ranks of a micro-batch.
     """
 
     # fairseq's mixin is untyped, and nn.Module would answer for what it brings.
@@ -42,40 +57,26 @@ class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
 
     def __init__(
         self,
-        cfg: TransformerConfig,
-        blocks: BlocksConfig,
         *,
-        rotary: Rotary | None = None,
-        moe_layer: MoELayer | None = None,
+        attention: GroupedAttention | LatentAttention,
+        attention_norm: nn.Module,
+        network_norm: nn.Module,
+        network: "MoELayer | DenseNetwork",
+        dropout: float,
+        activation_dropout: float,
+        shards: Shards,
     ) -> None:
         super().__init__()
-        self.embed_dim = cfg.decoder.embed_dim
         name = type(self).__name__
-        self.dropout_module = FairseqDropout(cfg.dropout, module_name=name)
-        self.activation_dropout_module = FairseqDropout(
-            float(cfg.activation_dropout or cfg.relu_dropout or 0), module_name=name
-        )
-        attention = blocks.attention_config(
-            model_dim=self.embed_dim,
-            num_heads=cfg.decoder.attention_heads,
-            dropout=cfg.attention_dropout,
-        )
-        self.self_attn: GroupedAttention | LatentAttention
-        if isinstance(attention, LatentAttentionConfig):
-            assert rotary is not None
-            self.self_attn = LatentAttention(attention, rotary)
-        else:
-            self.self_attn = GroupedAttention(attention, rotary)
-        self.self_attn_layer_norm = build_norm(blocks, self.embed_dim)
-        self.final_layer_norm = build_norm(blocks, self.embed_dim)
-        self.moe_layer = moe_layer
-        if moe_layer is None:
-            self.activation_fn = ffn_activation(cfg, blocks)
-            hidden_dim = cfg.decoder.ffn_embed_dim
-            rows = 2 * hidden_dim if blocks.gated_ffn else hidden_dim
-            self.fc1 = nn.Linear(self.embed_dim, rows, bias=not blocks.gated_ffn)
-            self.fc2 = nn.Linear(hidden_dim, self.embed_dim, bias=not blocks.gated_ffn)
-        init_weights(self, blocks.std)
+        self.dropout_module = FairseqDropout(dropout, module_name=name)
+        self.activation_dropout_module = FairseqDropout(activation_dropout, module_name=name)
+        self.self_attn = attention
+        self.self_attn_layer_norm = attention_norm
+        self.final_layer_norm = network_norm
+        self.moe_layer = network if isinstance(network, MoELayer) else None
+        if isinstance(network, DenseNetwork):
+            self.activation_fn, self.fc1, self.fc2 = network.activation, network.fc1, network.fc2
+        self.shards = shards
 
     def forward(
         self,
@@ -94,15 +95,16 @@ class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
         """Run attention and the network, or the experts, over all positions.
 
         Args:
-            x: float (S, B, D).
+            x: float (S, B, D), of this rank's own positions.
             encoder_out: unused, as are the encoder mask and the attention-weight switches; stock passes them.
             encoder_padding_mask: see above.
             incremental_state: keys and values of earlier tokens, or their latents.
             self_attn_mask: whether there is one tells that tokens do not see later ones; its values are not used.
-            self_attn_padding_mask: bool (B, S), True = padding.
+            self_attn_padding_mask: bool (B, S), True = padding, of all ranks' positions.
             need_attn: see above.
             need_head_weights: see above.
-            tokens: what the router needs to know of the tokens, in batch-major order; None without experts.
+            tokens: what the router needs to know of the tokens, in batch-major order; None without experts. Of
+                positions that are absent (see ``modules.shards``) there is none.
             memo: routing of an earlier pass over the same input.
 
         Returns:
@@ -113,12 +115,25 @@ class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
         x_BSD = x_BSD + self.dropout_module(attended)
         normed = self.final_layer_norm(x_BSD)
         if self.moe_layer is None:
-            hidden = self.activation_dropout_module(self.activation_fn(self.fc1(normed)))
-            x_BSD = x_BSD + self.dropout_module(self.fc2(hidden))
+            gathered = self.shards.gather(normed)
+            hidden = self.activation_dropout_module(self.activation_fn(self.fc1(gathered)))
+            x_BSD = x_BSD + self.dropout_module(self.shards.project_back(self.fc2, hidden))
             return x_BSD.transpose(0, 1), None, None
-        y_TD, aux = self.moe_layer(normed.reshape(-1, normed.shape[-1]), tokens=tokens, memo=memo)
-        x_BSD = x_BSD + y_TD.view(x_BSD.shape)
-        return x_BSD.transpose(0, 1), None, None, aux.losses, aux.stats, aux.load_2E
+        assert tokens is not None
+        y_BSD, aux = self._mix(self.moe_layer, normed, tokens, memo)
+        x_BSD = x_BSD + y_BSD
+        return x_BSD.transpose(0, 1), None, None, aux.losses, aux.histogram_34E, aux.measures_4
+
+    @staticmethod
+    def _mix(
+        moe_layer: MoELayer, x_BSD: Tensor, tokens: TokenInfo, memo: RoutingMemo | None
+    ) -> tuple[Tensor, MoEAux]:
+        """Let experts compute the positions that are there; absent ones, at the end, get zeros."""
+        batch, length, dim = x_BSD.shape
+        present = length if tokens.num_positions is None else tokens.num_positions
+        y_TD, aux = moe_layer(x_BSD[:, :present].reshape(-1, dim), tokens=tokens, memo=memo)
+        y_BSD = y_TD.view(batch, present, dim)
+        return y_BSD if present == length else F.pad(y_BSD, (0, 0, 0, length - present)), aux
 
     def _attend(
         self,
@@ -147,6 +162,65 @@ class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
         if cache is not None:
             chosen = {name: value.index_select(0, new_order) for name, value in cache.items()}
             self.set_incremental_state(incremental_state, "attention", chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseNetwork:
+    """Hold the parts of a feed-forward network: fc2(activation(fc1(x)))."""
+
+    fc1: nn.Linear
+    activation: Callable[[Tensor], Tensor]
+    fc2: nn.Linear
+
+
+def build_blocks_layer(
+    cfg: TransformerConfig,
+    blocks: BlocksConfig,
+    *,
+    rotary: Rotary | None = None,
+    moe_layer: MoELayer | None = None,
+    shards: Shards | None = None,
+) -> BlocksDecoderLayer:
+    """Build a layer whole, with new weights.
+
+    Args:
+        cfg: fairseq's structured transformer configuration.
+        blocks: the flags of the blocks.
+        rotary: turns heads, shared by all layers; None: nothing turns.
+        moe_layer: experts in the place of the dense network.
+        shards: the ranks of a micro-batch; None: this one alone.
+    """
+    shards = shards or LocalShards()
+    dim, hidden_dim = cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim
+    config = blocks.attention_config(
+        model_dim=dim, num_heads=cfg.decoder.attention_heads, dropout=cfg.attention_dropout
+    )
+    attention: GroupedAttention | LatentAttention
+    if isinstance(config, LatentAttentionConfig):
+        assert rotary is not None
+        attention = LatentAttention(config, rotary, shards)
+    else:
+        attention = GroupedAttention(config, rotary, shards)
+    attention_norm, network_norm = build_norm(blocks, dim), build_norm(blocks, dim)
+    network: MoELayer | DenseNetwork | None = moe_layer
+    if network is None:
+        rows, has_bias = (2 * hidden_dim, False) if blocks.gated_ffn else (hidden_dim, True)
+        network = DenseNetwork(
+            fc1=nn.Linear(dim, rows, bias=has_bias),
+            activation=ffn_activation(cfg, blocks),
+            fc2=nn.Linear(hidden_dim, dim, bias=has_bias),
+        )
+    layer = BlocksDecoderLayer(
+        attention=attention,
+        attention_norm=attention_norm,
+        network_norm=network_norm,
+        network=network,
+        dropout=cfg.dropout,
+        activation_dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0),
+        shards=shards,
+    )
+    init_weights(layer, blocks.std)
+    return layer
 
 
 def _remembered(cache: Cache, padding_BS: Tensor | None, x_BSD: Tensor) -> Tensor:

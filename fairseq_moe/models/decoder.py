@@ -9,7 +9,7 @@ activation checkpointing and FSDP wrappers, so the balance loss is a real output
 import copy
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -22,16 +22,29 @@ from fairseq.modules.checkpoint_activations import _checkpointed_forward
 from torch import Tensor, nn
 
 from fairseq_moe.distributed import ParallelMesh, parallel_mesh, rank, world_size
+from fairseq_moe.distributed.sequence import shards_of
 from fairseq_moe.expert_load.watch import LoadWatch
 from fairseq_moe.flags.blocks import BlocksConfig
 from fairseq_moe.flags.moe import MoEConfig
-from fairseq_moe.models.block_layer import BlocksDecoderLayer, build_norm, ffn_activation, init_weights
+from fairseq_moe.models.block_layer import (
+    BlocksDecoderLayer,
+    build_blocks_layer,
+    build_norm,
+    ffn_activation,
+    init_weights,
+)
+from fairseq_moe.models.cutting import cut_layer, cut_vocabulary
 from fairseq_moe.models.decoder_layer import MoEDecoderLayer, build_moe_layer
 from fairseq_moe.models.mtp import MTPBlock
+from fairseq_moe.models.sharded_decoder import ShardedDecoder
 from fairseq_moe.models.sizes import ModelSize
+from fairseq_moe.models.stage import Stage
+from fairseq_moe.models.stage_values import SideTensor, StageInput, StageOutput
+from fairseq_moe.models.stock_layer import build_stock_layer_part
 from fairseq_moe.modules import MoEAux, MoELayer, Router, RouterMode, TokenInfo
 from fairseq_moe.modules.blocks.rope import Rotary
 from fairseq_moe.modules.moe_layer import RoutingMemo
+from fairseq_moe.parallel.stages import StageLayout
 
 __all__ = ["MoEDecoder"]
 
@@ -56,15 +69,21 @@ class MoEDecoder(TransformerDecoder):
         self.moe = MoEConfig.from_args(args)
         self.blocks = BlocksConfig.from_args(args)
         self.mesh = self._build_mesh() if self.moe.enabled else None
+        self.shards = shards_of(self.mesh)
+        self.stage = self._find_stage()
         self._num_built = 0
         if self.blocks.enabled:
             args = self._prepare_blocks(args)
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
         if self.blocks.enabled:
             self._finish_blocks(TransformerConfig.from_namespace(args))
+        if self.is_sharded and self.mesh is not None:
+            cut_vocabulary(self.embed_tokens, self.output_projection, self.mesh)
+        self.stage.drop_others(self)
         # Which layers have experts, from 0: read from the flags once, not in each forward pass.
         indices = range(self.num_layers) if self.moe.enabled else ()
         self.moe_layers = [index for index in indices if self.moe.is_moe_layer(index)]
+        self.side = SideTensor(layers=self.moe_layers, num_experts=self.moe.num_experts)
         self.load_watch = LoadWatch(layers=self.moe_layers, top_k=self.moe.top_k)
         # As the flags say; a run that goes on keeps what it began with (``stock.checkpoint.padding_mask``).
         self.masks_padding = self.moe.masks_padding
@@ -105,28 +124,40 @@ class MoEDecoder(TransformerDecoder):
 
     def _build_mesh(self) -> ParallelMesh:
         # The size of a group is a property of the run: a model that is loaded elsewhere may not fit it.
-        ep_size = None if world_size() == 1 else self.moe.megatron.expert_model_parallel_size
-        return parallel_mesh(self.moe.num_experts, ep_size)
+        if world_size() == 1:
+            return parallel_mesh(self.moe.num_experts)
+        return parallel_mesh(self.moe.num_experts, **self.moe.axes._asdict())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "MoEDecoder":
-        mesh, self.mesh = self.mesh, None  # process groups cannot be copied; the copy talks to the same ranks
-        try:
-            copy = type(self).__new__(type(self))
-            memo[id(self)] = copy
-            copy.__dict__.update(deepcopy(self.__dict__, memo))
-        finally:
-            self.mesh = mesh
-        copy.mesh = mesh
-        return copy
+    def _find_stage(self) -> Stage:
+        num_layers = self.moe.decoder_layers
+        if self.mesh is None or self.mesh.ranks.pipe == 1:
+            return Stage(layout=StageLayout(num_layers=num_layers, pipe=1, virtual=1))
+        return Stage(layout=self.moe.parallel.stages(num_layers), mesh=self.mesh)
 
-    def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:
-        """Build the next layer; stock calls this once per layer, in order, without an index."""
+    @property
+    def is_sharded(self) -> bool:
+        """Tell whether other ranks compute other parts of this rank's micro-batches."""
+        return self.mesh is not None and self.mesh.num_batch_shards > 1
+
+    def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module | None:
+        """Build the next layer; stock calls this once per layer, in order, without an index.
+
+        A layer of another stage of the pipeline is built, so that random numbers are drawn, and dropped.
+        """
         index = self._num_built
         self._num_built += 1
+        layer = self._build_layer(args, no_encoder_attn, index)
+        return layer if self.stage.has_layer(index) else None
+
+    def _build_layer(self, args: Any, no_encoder_attn: bool, index: int) -> nn.Module:
         cfg = TransformerConfig.from_namespace(args)
         if self.blocks.enabled:
             has_experts = self.moe.enabled and self.moe.is_moe_layer(index)
             return self._wrapped(self._build_blocks_layer(cfg, has_experts=has_experts), cfg)
+        if self.is_sharded:
+            assert self.mesh is not None
+            moe = self.moe if self.moe.is_moe_layer(index) else None
+            return self._wrapped(build_stock_layer_part(cfg, moe, self.mesh, self.shards), cfg)
         if not self.moe.is_moe_layer(index):
             return super().build_decoder_layer(args, no_encoder_attn)
         if self.moe.is_pseudo_moe:
@@ -150,7 +181,10 @@ class MoEDecoder(TransformerDecoder):
                 dropout=cfg.dropout,
                 init_std=self.blocks.std,
             )
-        return BlocksDecoderLayer(cfg, self.blocks, rotary=self.rotary, moe_layer=moe_layer)
+        layer = build_blocks_layer(
+            cfg, self.blocks, rotary=self.rotary, moe_layer=moe_layer, shards=self.shards
+        )
+        return cut_layer(layer, self.mesh) if self.is_sharded and self.mesh is not None else layer
 
     @staticmethod
     def _wrapped(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
@@ -183,8 +217,9 @@ class MoEDecoder(TransformerDecoder):
         features_only: bool = False,
         *,
         all_padding: bool = False,
+        stage_input: StageInput | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, dict[str, Any]] | StageOutput:
         """Compute logits as stock does, with what the experts say besides.
 
         Args:
@@ -194,26 +229,39 @@ class MoEDecoder(TransformerDecoder):
             features_only: as stock.
             all_padding: the batch only keeps this rank in step with the others: its tokens take no capacity
                 and enter no statistic.
+            stage_input: what the stage of a pipeline before this one has computed; None: this is the first.
             kwargs: as stock.
+
+        Returns:
+            stock's pair; of a stage that another one follows, what that one takes.
         """
         if incremental_state is not None:
             mode, ids = RouterMode.GENERATE, prev_output_tokens[:, -1:]
         else:
             mode, ids = RouterMode.TRAIN if self.training else RouterMode.EVAL, prev_output_tokens
-        padding_T = self._padding_of(ids, mode=mode, all_padding=all_padding)
+        padding_T = self._padding_of(ids, all_padding=all_padding)
         tokens = TokenInfo(mode=mode, padding_T=padding_T, ids_T=ids.reshape(-1), num_sequences=len(ids))
         guesses_further = self.blocks.mtp_loss_weight > 0 and mode is RouterMode.TRAIN and not features_only
-        with self._talk_to_moe_layers(tokens) as auxes:
-            x, extra = super().forward(
-                prev_output_tokens,
-                encoder_out,
-                incremental_state,
-                features_only=features_only or guesses_further,
-                **kwargs,
-            )
+        score: Callable[[Tensor], Tensor] = self.output_layer
+        extra: dict[str, Any]
+        if self.is_sharded or self.stage.is_piped:
+            assert incremental_state is None and not features_only
+            own = ShardedDecoder(self, prev_output_tokens.shape[1])
+            found = own.forward(prev_output_tokens, tokens, stage_input or StageInput())
+            if isinstance(found, StageOutput):
+                return found
+            (x, auxes), score, extra = found, own.score, {"attn": [None]}
+            if self.is_sharded:
+                extra["sharded_output"] = own.output
+        else:
+            with self._talk_to_moe_layers(tokens) as auxes:
+                x, extra = super().forward(
+                    prev_output_tokens, encoder_out, incremental_state, features_only=True, **kwargs
+                )
         if guesses_further:
             extra |= self._guess_further(x, prev_output_tokens, padding_T)
-            x = self.output_layer(x)
+        if not features_only:
+            x = score(x)
         extra["moe_aux"] = auxes
         extra["moe_loss_coefficients"] = self.moe.loss_coefficients
         extra["moe_per_layer_logging"] = self.moe.moe_per_layer_logging
@@ -221,23 +269,26 @@ class MoEDecoder(TransformerDecoder):
         extra["l_aux"] = [None if aux is None else aux.balance_loss for aux in auxes]
         return x, extra
 
-    def _padding_of(self, ids_BS: Tensor, *, mode: RouterMode, all_padding: bool) -> Tensor | None:
+    def _padding_of(self, ids_BS: Tensor, *, all_padding: bool) -> Tensor | None:
         """Mark the tokens that are not to be routed: bool (B * S,); None where all are."""
         if all_padding:
             return torch.ones_like(ids_BS, dtype=torch.bool).reshape(-1)
         if self.masks_padding:
             return ids_BS.eq(self.padding_idx).reshape(-1)
-        # Stock's forward waits for the device to ask the same question.
-        may_warn = self.moe.enabled and mode is RouterMode.TRAIN and not self._has_warned_of_padding
-        if may_warn and self.moe.use_moe_pad_mask is None and ids_BS.eq(self.padding_idx).any():
-            self._has_warned_of_padding = True
-            if rank() == 0:
-                logger.warning(
-                    "batches are padded, and padding is routed like words: it takes capacity at the experts and enters "
-                    "the balance loss, as in fairseq's moe branch; pass --use-moe-pad-mask to leave it out, or "
-                    "--use-moe-pad-mask false to silence this."
-                )
         return None
+
+    def warn_of_padding(self, tokens: TokenInfo) -> None:
+        """Say once that padding is routed like words, where nobody has decided about it."""
+        is_decided = tokens.padding_T is not None or self.moe.use_moe_pad_mask is not None
+        if is_decided or tokens.mode is not RouterMode.TRAIN or self._has_warned_of_padding:
+            return
+        self._has_warned_of_padding = True
+        if rank() == 0:
+            logger.warning(
+                "batches are padded, and padding is routed like words: it takes capacity at the experts and enters "
+                "the balance loss, as in fairseq's moe branch; pass --use-moe-pad-mask to leave it out, or "
+                "--use-moe-pad-mask false to silence this."
+            )
 
     def _guess_further(self, hidden_BSD: Tensor, ids_BS: Tensor, padding_T: Tensor | None) -> dict[str, Any]:
         """Compute the logits of the blocks of multi-token prediction, and what their experts say."""
@@ -267,13 +318,16 @@ class MoEDecoder(TransformerDecoder):
 
     def buffered_future_mask(self, tensor: Tensor) -> Tensor:
         """Make the causal mask as stock does; our own layers ask only whether there is one."""
-        return tensor.new_empty(0) if self.blocks.enabled else super().buffered_future_mask(tensor)
+        has_own_layers = self.blocks.enabled or self.is_sharded
+        return tensor.new_empty(0) if has_own_layers else super().buffered_future_mask(tensor)
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         """Upgrade old tensors as stock does; our own blocks have none, and converted models name no version."""
         if self.blocks.enabled:
             state_dict.setdefault(f"{name}.version", torch.tensor([3.0]))
         upgraded: dict[str, Tensor] = super().upgrade_state_dict_named(state_dict, name)
+        if self.output_projection is None:  # of another stage; stock makes it of tied words
+            upgraded.pop(f"{name}.output_projection.weight", None)
         return upgraded
 
     def get_normalized_probs(
@@ -294,11 +348,13 @@ class MoEDecoder(TransformerDecoder):
         auxes: list[MoEAux | None] = [None] * len(self.layers)
 
         def hand_in(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            if kwargs["self_attn_padding_mask"] is not None:  # stock has waited for the device to know
+                self.warn_of_padding(tokens)
             return args, {**kwargs, "tokens": tokens}
 
         def take_out(module: nn.Module, args: Any, output: Any, *, index: int) -> Any:
             x, attn, none, *aux = output
-            auxes[index] = MoEAux(losses=aux[0], stats=aux[1], load_2E=aux[2])
+            auxes[index] = MoEAux(losses=aux[0], histogram_34E=aux[1], measures_4=aux[2])
             return x, attn, none
 
         handles = []

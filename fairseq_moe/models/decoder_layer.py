@@ -9,7 +9,8 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.modules import gelu, transformer_layer
 from torch import Tensor
 
-from fairseq_moe.distributed import ParallelMesh, all_reduce_sum
+from fairseq_moe.distributed import ParallelMesh
+from fairseq_moe.distributed.sequence import shards_of
 from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.modules import (
     AllToAllDispatcher,
@@ -25,8 +26,9 @@ from fairseq_moe.modules.dispatch.allgather import AllGatherDispatcher
 from fairseq_moe.modules.dispatch.dispatcher import plan_kept
 from fairseq_moe.modules.dispatch.exchange import Exchange, NoExchange, TimedExchange
 from fairseq_moe.modules.dispatch.padded import plan_padded
+from fairseq_moe.modules.kernels.swiglu import swiglu
 from fairseq_moe.modules.moe_layer import RoutingMemo
-from fairseq_moe.parallel.placement import EXPERT, marks_of, place
+from fairseq_moe.parallel.placement import EXPERT, expert_placements, marks_of, place
 
 __all__ = ["MoEDecoderLayer", "build_moe_layer", "expert_activation"]
 
@@ -102,7 +104,7 @@ class MoEDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
         x = self.residual_connection(x, residual)
         if not self.normalize_before:
             x = self.final_layer_norm(x)
-        return x, None, None, aux.losses, aux.stats, aux.load_2E
+        return x, None, None, aux.losses, aux.histogram_34E, aux.measures_4
 
     def _attend(
         self,
@@ -159,9 +161,13 @@ def build_moe_layer(
         config=moe.router_config(),
         scorer=moe.scorer_config(),
         bias=moe.bias_config(),
-        sum_over_ranks=None if mesh.sparse is None else all_reduce_sum,
+        # Routers of other stages are other ones.
+        sum_over_ranks=None if mesh.stage is None else mesh.sum_over_stage,
+        shards=shards_of(mesh),
     )
     local_ids = mesh.layout.local_ids(mesh.rank)
+    part = mesh.ranks.coordinate(mesh.rank, "expert_tensor"), mesh.ranks.expert_tensor
+    placements = expert_placements(is_gated=activation is swiglu, is_cut=part[1] > 1)
     experts = Experts(
         num_local_experts=len(local_ids),
         first_expert_id=local_ids[0],
@@ -169,18 +175,21 @@ def build_moe_layer(
         hidden_dim=hidden_dim,
         activation=activation,
         activation_dropout=activation_dropout,
-        dropout=dropout,
+        dropout=dropout if part[1] == 1 else 0.0,
         # Drawn from the common generator: the same on every rank, whatever the number of ranks.
         seed=int(torch.randint(1_000_000, (1,), device="cpu")),
         recompute="experts" in moe.recompute_modules,
         init_std=init_std,
-        marks=marks_of(EXPERT),
+        fp8=moe.fp8,
+        marks={name: marks_of(placement) for name, placement in placements.items()},
+        part=part,
     )
     # In a single process the wrapper takes the model's own group, which has one rank.
-    replicas = mesh.group_of_copies(EXPERT)
+    replicas = mesh.expert_shards
     groups = {} if replicas is None else {"process_group": replicas, "process_group_reduce_scatter": replicas}
     experts = fsdp_wrap(experts, **groups)
-    place(experts.parameters(), EXPERT)  # flattening has lost the marks
+    if not isinstance(experts, Experts):  # flattening has lost the marks
+        place(experts.parameters(), EXPERT)
     shared = None
     if moe.megatron.moe_shared_expert_intermediate_size is not None:
         shared = SharedExperts(
@@ -201,14 +210,15 @@ def build_moe_layer(
         dispatcher=_build_dispatcher(moe, mesh, timed or exchange),
         exchange_times=None if timed is None else timed.times,
         recompute="moe" in moe.recompute_modules,
+        dropout=dropout if part[1] > 1 else 0.0,
     )
 
 
 def _build_dispatcher(moe: MoEConfig, mesh: ParallelMesh, exchange: Exchange) -> Dispatcher:
     if moe.megatron.dispatcher == "allgather":
         first_expert_id = mesh.layout.local_ids(mesh.rank)[0]
-        return AllGatherDispatcher(exchange, first_expert_id=first_expert_id)
+        return AllGatherDispatcher(exchange, first_expert_id=first_expert_id, parts=mesh.ranks.expert_tensor)
     plan = plan_padded if moe.megatron.dispatcher == "padded" else plan_kept
     if exchange.size == 1:
         return LocalDispatcher(plan=plan)
-    return AllToAllDispatcher(exchange, plan=plan)
+    return AllToAllDispatcher(exchange, plan=plan, parts=mesh.ranks.expert_tensor)

@@ -16,8 +16,10 @@ from fairseq_moe.flags.blocks import BlocksConfig
 from fairseq_moe.flags.megatron import LOAD_BALANCING_TYPES, MegatronConfig
 from fairseq_moe.flags.megatron_aliases import MegatronArgs
 from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.flags.parallel import ParallelConfig
 from fairseq_moe.flags.records import declared_fields, flag_name, words
 from fairseq_moe.flags.reliability import ReliabilityConfig
+from fairseq_moe.flags.sharding import ShardingConfig
 
 __all__ = ["MODEL_RECORDS", "add_list_arguments", "fairseq_dataclass"]
 
@@ -26,6 +28,8 @@ MODEL_RECORDS: tuple[type[Any], ...] = (
     MoEConfig,
     MegatronConfig,
     BlocksConfig,
+    ParallelConfig,
+    ShardingConfig,
     ReliabilityConfig,
     MegatronArgs,
 )

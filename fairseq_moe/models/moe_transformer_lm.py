@@ -78,7 +78,7 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
                 args.max_target_positions = args.tokens_per_sample
             embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
             decoder = MoEDecoder(args, task.target_dictionary, embed_tokens, no_encoder_attn=True)
-            decoder.size = model_size(decoder)
+            decoder.size = decoder.stage.total(model_size(decoder))
             decoder.freeze(frozen_modules(args))
             model = cls(decoder)
         else:

@@ -65,5 +65,5 @@ class MTPBlock(nn.Module):
             self_attn_padding_mask=padding_BS,
             **kwargs,
         )
-        found = MoEAux(losses=aux[0], stats=aux[1], load_2E=aux[2]) if aux else None
+        found = MoEAux(losses=aux[0], histogram_34E=aux[1], measures_4=aux[2]) if aux else None
         return self.norm(x.transpose(0, 1)), found

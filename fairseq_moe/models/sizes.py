@@ -1,13 +1,18 @@
 """Count the parameters of a model, and those of them that a token passes."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fairseq_moe.parallel.placement import is_expert
+from fairseq_moe.distributed import ParallelMesh
+from fairseq_moe.distributed.joining import whole_numel
+from fairseq_moe.parallel.placement import is_expert, is_second_end, placement_of
 
-__all__ = ["ModelSize", "model_size", "true_size"]
+__all__ = ["ModelSize", "counted_here", "model_size", "true_size", "whole_size"]
+
+_P = TypeVar("_P", bound=Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +41,18 @@ class ModelSize:
 
 
 def model_size(decoder: Any) -> ModelSize:
-    """Count the parameters of a whole model from those of one rank.
+    """Count the parameters of a whole model from those of one rank; of a pipeline, those of its stage.
 
     Args:
         decoder: a ``MoEDecoder``, before FSDP wraps it as a whole; its layers may be wrapped already.
     """
     num_experts, top_k = decoder.moe.num_experts or 1, decoder.moe.top_k
     num_local = 1 if decoder.mesh is None else len(decoder.mesh.layout.local_ids(decoder.mesh.rank))
-    of_mtp = {id(parameter) for parameter in decoder.mtp.parameters()} if decoder.blocks.mtp_layers else set()
+    blocks = getattr(decoder, "mtp", None)  # of the last stage
+    of_mtp = set() if blocks is None else {id(parameter) for parameter in blocks.parameters()}
     total = active = mtp = 0
-    for parameter in decoder.parameters():
-        size = true_size(parameter)
+    for parameter in counted_here(decoder.parameters(), decoder.mesh):
+        size = whole_size(parameter, decoder.mesh)
         if is_expert(parameter):
             size = size // num_local * num_experts
         if id(parameter) in of_mtp:
@@ -54,8 +60,28 @@ def model_size(decoder: Any) -> ModelSize:
             continue
         total += size
         active += size // num_experts * top_k if is_expert(parameter) else size
-    embedding = 0 if decoder.share_input_output_embed else decoder.embed_tokens.weight.numel()
+    embedding = 0
+    if decoder.stage.is_first and not decoder.share_input_output_embed:
+        embedding = whole_size(decoder.embed_tokens.weight, decoder.mesh)
     return ModelSize(total=total, active=active, active_without_embedding=active - embedding, mtp=mtp)
+
+
+def counted_here(parameters: Iterable[_P], mesh: ParallelMesh | None) -> Iterator[_P]:
+    """List the parameters of a rank without those that the first stage of its pipeline holds and counts as well."""
+    for parameter in parameters:
+        if mesh is None or not is_second_end(placement_of(parameter), mesh.ranks, mesh.rank):
+            yield parameter
+
+
+def whole_size(parameter: Tensor, mesh: ParallelMesh | None) -> int:
+    """Count the elements of a parameter with the parts that other ranks hold of it; of experts, this rank's own.
+
+    Args:
+        parameter: of a model.
+        mesh: over which it is spread; None: it is not.
+    """
+    size = true_size(parameter)
+    return size if mesh is None else whole_numel(size, placement_of(parameter), mesh)
 
 
 def true_size(parameter: Tensor) -> int:

@@ -32,6 +32,7 @@ from fairseq_moe.modules.routing.losses import balance_loss
 from fairseq_moe.modules.routing.router import BranchConfig, Router, RouterMode, ScorerConfig
 from fairseq_moe.modules.routing.topk import TopKConfig
 from fairseq_moe.modules.shared_experts import SharedExperts
+from fairseq_moe.modules.whole_aux import whole_auxes
 
 __all__ = [
     "LOSSES",
@@ -50,4 +51,5 @@ __all__ = [
     "TokenInfo",
     "TopKConfig",
     "balance_loss",
+    "whole_auxes",
 ]

@@ -10,7 +10,6 @@ from fairseq_moe.modules.dispatch.exchange import ExchangeTimes
 from fairseq_moe.modules.experts import Experts
 from fairseq_moe.modules.recompute import recomputed, recomputed_first
 from fairseq_moe.modules.routing import stats
-from fairseq_moe.modules.routing.branch import BranchConfig
 from fairseq_moe.modules.routing.contract import LOSSES, RoutingDecision, TokenInfo
 from fairseq_moe.modules.routing.router import Router, RouterOutput
 from fairseq_moe.modules.shared_experts import SharedExperts
@@ -23,14 +22,17 @@ class MoEAux:
     """Carry what a layer says besides its output; all tensors, so that activation checkpointing passes them on.
 
     Args:
-        losses: float (len(contract.LOSSES),), unscaled, differentiable; 0 for losses that the rule does not have.
-        stats: float (len(stats.LAYER_STATS),), no gradient.
-        load_2E: float, requested and kept assignments of each expert, no gradient.
+        losses: float (len(contract.LOSSES),), unscaled, differentiable; 0 for losses that the rule does not have. Where
+            other ranks have tokens of the same micro-batch, this rank's shares, until ``whole_auxes`` adds them up.
+        histogram_34E: int64, of the micro-batch's assignments, on all ranks that have tokens of it, as in
+            ``AssignmentCounts``.
+        measures_4: float32 (len(stats.MEASURES),), no gradient. ``stats.layer_stats`` makes statistics of these and
+            of histograms, for all layers together.
     """
 
     losses: Tensor
-    stats: Tensor
-    load_2E: Tensor
+    histogram_34E: Tensor
+    measures_4: Tensor
 
     @property
     def balance_loss(self) -> Tensor:
@@ -59,6 +61,7 @@ class MoELayer(nn.Module):
         shared_experts: a network that every token passes besides its experts.
         exchange_times: what the dispatcher's ``TimedExchange`` measures, for the statistics; None: it has none.
         recompute: compute the layer again in the backward pass, all but the choice of experts.
+        dropout: of each expert's output, where the experts cannot drop it because they give parts of it.
     """
 
     def __init__(
@@ -70,8 +73,10 @@ class MoELayer(nn.Module):
         shared_experts: SharedExperts | None = None,
         exchange_times: ExchangeTimes | None = None,
         recompute: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.dropout = dropout
         self.router = router
         self.experts = experts
         self.dispatcher = dispatcher
@@ -116,29 +121,24 @@ class MoELayer(nn.Module):
         shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
         source_SD, work = dispatched.arrive()
         y_SD = self.experts(source_SD, work)
-        y_TD = dispatched.combine(y_SD)
+        y_TD = dispatched.combine(y_SD, dropout=self.dropout if self.training else 0.0)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
-        return y_TD, self._aux(routed, tokens)
+        return y_TD, self._aux(routed)
 
-    def _aux(self, routed: RouterOutput, tokens: TokenInfo) -> MoEAux:
-        counts = routed.decision.counts
-        # The branch's gates log padding, too, as the branch does.
-        is_branch = isinstance(self.router.config, BranchConfig)
-        with torch.no_grad():
-            layer_stats = stats.layer_stats(
-                routed.gates_TE.detach(),
-                counts,
-                top_k=routed.weights_TK.shape[1],
-                all_to_all_cpu_time_ms=self.exchange_times.cpu_ms,
-                all_to_all_cuda_time_ms=self.exchange_times.cuda_ms,
-                bias_E=self.router.expert_bias,
-                padding_T=None if is_branch else tokens.padding_T,
-            )
-            load_2E = torch.stack([counts.requested_E, counts.kept_E]).float()
-        zero = torch.zeros((), device=layer_stats.device)
+    def _aux(self, routed: RouterOutput) -> MoEAux:
+        decision, entropy_T = routed.decision, routed.entropy_T
+        if entropy_T is None:
+            entropy_T = stats.gate_entropy(routed.gates_TE.detach(), left_out_T=decision.left_out_T)
+        measures_4 = stats.layer_measures(
+            entropy_T,
+            all_to_all_cpu_time_ms=self.exchange_times.cpu_ms,
+            all_to_all_cuda_time_ms=self.exchange_times.cuda_ms,
+            bias_E=self.router.expert_bias,
+        )
+        zero = torch.zeros((), device=measures_4.device)
         return MoEAux(
             losses=torch.stack([routed.losses.get(name, zero) for name in LOSSES]),
-            stats=layer_stats,
-            load_2E=load_2E,
+            histogram_34E=(decision.micro_batch or decision).counts.histogram_34E,
+            measures_4=measures_4,
         )

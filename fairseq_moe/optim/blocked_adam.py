@@ -5,16 +5,16 @@ passes cost as much as a tenth of an update. The same operations in the same ord
 give the same bits from a fraction of the memory traffic.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["can_step_in_blocks", "step_in_blocks"]
+from fairseq_moe.fused.adam import AdamStep, adam_step_slowly_
 
-_HALF = (torch.float16, torch.bfloat16)
+__all__ = ["can_step_in_blocks", "current_state", "step_in_blocks"]
+
 _BLOCK_NUMEL = 1 << 17
 
 
@@ -33,16 +33,17 @@ def step_in_blocks(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None:
-                state = _current_state(optimizer.state[p], p)
+                state = current_state(optimizer.state[p], p)
                 state["step"] += 1
                 tensors = (p.data, p.grad.data, state["exp_avg"], state["exp_avg_sq"])
+                step = AdamStep.of_group(group, state["step"])
                 for values, grad, exp_avg, exp_avg_sq in _blocks(*tensors):
-                    _update(values, grad, exp_avg, exp_avg_sq, group, state["step"])
+                    adam_step_slowly_(values, grad, exp_avg, exp_avg_sq, step)
 
 
-def _current_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
+def current_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
     """Make or convert the moments of a parameter, in float32 or the parameter's wider precision."""
-    dtype = torch.float32 if p.dtype in _HALF else p.dtype
+    dtype = torch.promote_types(p.dtype, torch.float32)
     if not state:
         state["step"] = 0
         state["exp_avg"] = torch.zeros_like(p.data, dtype=dtype)
@@ -57,20 +58,3 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tensors
         return
     yield from zip(*(tensor.view(-1).split(_BLOCK_NUMEL) for tensor in tensors), strict=True)
-
-
-def _update(
-    p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: dict[str, Any], step: int
-) -> None:
-    beta1, beta2 = group["betas"]
-    grad = grad.float() if grad.dtype in _HALF else grad
-    values = p.float() if p.dtype in _HALF else p
-    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().add_(group["eps"])
-    step_size = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-    if group["weight_decay"] != 0:
-        values.add_(values, alpha=-group["weight_decay"] * group["lr"])
-    values.addcdiv_(exp_avg, denominator, value=-step_size)
-    if values is not p:
-        p.copy_(values)

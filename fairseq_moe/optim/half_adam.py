@@ -22,15 +22,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq_moe.fused.adam import AdamStep
+from fairseq_moe.fused.half_adam import (
+    HalfScales,
+    half_adam_step_,
+    half_adam_step_slowly_,
+    round_at_random,
+)
+from fairseq_moe.fused.launch import runs_triton
+from fairseq_moe.optim.noted_factor import NotedFactor
+
 __all__ = ["HalfAdam"]
 
 _TOP_EXPONENT = 15  # stored values stay below 2**15, the largest half is almost 2**16
-_SMALLEST_NORMAL = 2.0**-14
-_LOST_BITS = 13  # float32 has 24 bits, half 11
 _CHUNK_NUMEL = 1 << 24  # bounds the float32 temporaries of a step
+_POSITIONS = 1_000_003  # more than a model has parameters: every step has seeds of its own
 
 
-class HalfAdam(torch.optim.Optimizer):
+class HalfAdam(NotedFactor):
     """Adam with decoupled weight decay, as fairseq's, and half-precision state.
 
     Args:
@@ -71,36 +80,79 @@ class HalfAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        position = 0
+        by_kernels, factor, position = self.applies_factor, self.take_factor(), 0
         for group in self.param_groups:
-            for parameter in group["params"]:
-                grad = parameter.grad
-                if grad is not None and parameter.numel() > 0:
-                    self._update(parameter, grad, group, position)
-                position += 1
+            numbered = enumerate(group["params"], start=position)
+            found = [(p, number) for number, p in numbered if p.grad is not None and p.numel() > 0]
+            position += len(group["params"])
+            if by_kernels and found:
+                self._step_by_kernels(found, group, factor)
+            else:
+                for parameter, number in found:
+                    self._step_slowly(parameter, group, number)
         return loss
 
-    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], position: int) -> None:
+    @property
+    def applies_factor(self) -> bool:
+        """Whether kernels step the parameters, and multiply gradients by what was noted."""
+        return all(
+            runs_triton(p) and p.is_contiguous() for group in self.param_groups for p in group["params"]
+        )
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """Make or find a parameter's state, and count the step."""
         state = self.state[parameter]
         if not state:
             state.update(_stored(torch.zeros_like(parameter), torch.zeros_like(parameter), step=0))
         state["step"] += 1
-        beta1, beta2 = group["betas"]
-        largest_grad = _largest(grad)
-        old_scales = state["exp_avg_scale"], state["root_scale"]
-        # Bounds on the new values, so that one pass over the data is enough.
-        largest_avg = beta1 * old_scales[0] * _largest(state["exp_avg"]) + (1 - beta1) * largest_grad
-        largest_root = torch.hypot(
-            math.sqrt(beta2) * old_scales[1] * _largest(state["root"]), math.sqrt(1 - beta2) * largest_grad
+        return state
+
+    def _step_slowly(self, parameter: Tensor, group: dict[str, Any], position: int) -> None:
+        grad, state = parameter.grad, self._state_of(parameter)
+        assert grad is not None
+        old = HalfScales(state["exp_avg_scale"], state["root_scale"])
+        new = _next_scales(
+            group["betas"], old, _largest(state["exp_avg"]), _largest(state["root"]), _largest(grad)
         )
-        new_scales = _scale_for(largest_avg), _scale_for(largest_root)
-        noise = torch.Generator(parameter.device).manual_seed(state["step"] * 1_000_003 + position)
+        noise = torch.Generator(parameter.device).manual_seed(state["step"] * _POSITIONS + position)
+        step = AdamStep.of_group(group, state["step"])
         chunks = (_chunks(tensor) for tensor in (parameter, grad, state["exp_avg"], state["root"]))
         for values, grad_chunk, exp_avg, root in zip(*chunks, strict=True):
-            _update_chunk(
-                values, grad_chunk, exp_avg, root, group, state["step"], old_scales, new_scales, noise
+            half_adam_step_slowly_(values, grad_chunk, exp_avg, root, step, old=old, new=new, noise=noise)
+        state["exp_avg_scale"], state["root_scale"] = new.exp_avg, new.root
+
+    def _step_by_kernels(
+        self, found: list[tuple[Tensor, int]], group: dict[str, Any], factor: Tensor | None
+    ) -> None:
+        """Step parameters by one kernel each; the scales of all of them are computed together."""
+        states = [self._state_of(parameter) for parameter, _ in found]
+        grads = [parameter.grad.contiguous() for parameter, _ in found if parameter.grad is not None]
+        largest_grad = torch.stack(torch._foreach_norm(grads, math.inf, dtype=torch.float32))
+        if factor is not None:
+            largest_grad = largest_grad * factor.abs()
+        for state in states:
+            if "largest_2" not in state:  # new, or loaded
+                state["largest_2"] = torch.stack([_largest(state["exp_avg"]), _largest(state["root"])])
+        largest_avg, largest_root = torch.stack([state["largest_2"] for state in states]).unbind(1)
+        old = HalfScales(*(torch.stack([s[key] for s in states]) for key in ("exp_avg_scale", "root_scale")))
+        new = _next_scales(group["betas"], old, largest_avg, largest_root, largest_grad)
+        largest_after = torch.zeros(len(found), 2, device=largest_grad.device)
+        for index, (parameter, position) in enumerate(found):
+            state = states[index]
+            half_adam_step_(
+                parameter.data,
+                grads[index],
+                state["exp_avg"],
+                state["root"],
+                AdamStep.of_group(group, state["step"]),
+                old=HalfScales(old.exp_avg[index], old.root[index]),
+                new=HalfScales(new.exp_avg[index], new.root[index]),
+                largest_2=largest_after[index],
+                factor=factor,
+                seed=state["step"] * _POSITIONS + position,
             )
-        state["exp_avg_scale"], state["root_scale"] = new_scales
+            state["exp_avg_scale"], state["root_scale"] = new.exp_avg[index], new.root[index]
+            state["largest_2"] = largest_after[index]
 
     def state_dict(self) -> dict[str, Any]:
         """Write out the state of plain Adam: ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` (float32) per parameter."""
@@ -122,32 +174,26 @@ class HalfAdam(torch.optim.Optimizer):
                 self.state[parameter] = _stored(*moments, step=int(saved["step"]))
 
 
-def _update_chunk(
-    parameter: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    root: Tensor,
-    group: dict[str, Any],
-    step: int,
-    old_scales: tuple[Tensor, Tensor],
-    new_scales: tuple[Tensor, Tensor],
-    noise: torch.Generator,
-) -> None:
-    """Update one part of a parameter and of its state, in place."""
-    beta1, beta2 = group["betas"]
-    grad32 = grad.float()
-    avg32 = (exp_avg.float() * old_scales[0]).mul_(beta1).add_(grad32, alpha=1 - beta1)
-    square32 = (root.float() * old_scales[1]).square_().mul_(beta2).addcmul_(grad32, grad32, value=1 - beta2)
-    root32 = square32.sqrt_()
-    values = parameter if parameter.dtype in (torch.float32, torch.float64) else parameter.float()
-    if group["weight_decay"] != 0:
-        values.add_(values, alpha=-group["weight_decay"] * group["lr"])
-    step_size = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-    values.addcdiv_(avg32.to(values.dtype), (root32 + group["eps"]).to(values.dtype), value=-step_size)
-    if values is not parameter:
-        parameter.copy_(values)
-    exp_avg.copy_(avg32.div_(new_scales[0]))
-    root.copy_(_rounded(root32.div_(new_scales[1]), noise))
+def _next_scales(
+    betas: tuple[float, float],
+    old: HalfScales,
+    largest_avg: Tensor,
+    largest_root: Tensor,
+    largest_grad: Tensor,
+) -> HalfScales:
+    """Choose the scales of the next moments by bounds on their largest values, so that one pass is enough.
+
+    Args:
+        betas: decays.
+        old: scales of what is stored.
+        largest_avg: largest magnitude of the stored first moment.
+        largest_root: the same of the root.
+        largest_grad: largest magnitude of the gradient.
+    """
+    beta1, beta2 = betas
+    next_avg = beta1 * old.exp_avg * largest_avg + (1 - beta1) * largest_grad
+    next_root = torch.hypot(math.sqrt(beta2) * old.root * largest_root, math.sqrt(1 - beta2) * largest_grad)
+    return HalfScales(_scale_for(next_avg), _scale_for(next_root))
 
 
 def _stored(exp_avg: Tensor, exp_avg_sq: Tensor, *, step: int) -> dict[str, Any]:
@@ -157,7 +203,7 @@ def _stored(exp_avg: Tensor, exp_avg_sq: Tensor, *, step: int) -> dict[str, Any]
     return {
         "step": step,
         "exp_avg": (exp_avg.float() / avg_scale).half(),
-        "root": _rounded(root / root_scale, torch.Generator(root.device).manual_seed(step)),
+        "root": round_at_random(root / root_scale, torch.Generator(root.device).manual_seed(step)),
         "exp_avg_scale": avg_scale,
         "root_scale": root_scale,
     }
@@ -183,19 +229,6 @@ def _scale_for(largest: Tensor) -> Tensor:
     """Choose the power of two that brings values up to ``largest`` below 2**15, also after rounding up."""
     exponent = torch.frexp(largest * (1 + 2.0**-9)).exponent.clamp(min=-100)
     return torch.ldexp(torch.ones_like(largest), exponent - _TOP_EXPONENT)
-
-
-def _rounded(values: Tensor, noise: torch.Generator) -> Tensor:
-    """Round non-negative float32 to half, up or down at random in proportion; only 0 becomes 0.
-
-    Values that half can hold stay as they are.
-    """
-    normal = values.clamp(min=_SMALLEST_NORMAL)
-    random_bits = torch.randint(
-        1 << _LOST_BITS, values.shape, dtype=torch.int32, device=values.device, generator=noise
-    )
-    bits = (normal.view(torch.int32) + random_bits) & -(1 << _LOST_BITS)
-    return bits.view(torch.float32).half().masked_fill_(values == 0, 0)
 
 
 def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:

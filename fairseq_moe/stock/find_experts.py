@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fairseq_moe.models.decoder import MoEDecoder
 
-__all__ = ["any_sharded", "moe_decoder"]
+__all__ = ["any_flattened", "moe_decoder"]
 
 
 def moe_decoder(module: nn.Module) -> MoEDecoder | None:
@@ -17,6 +17,6 @@ def moe_decoder(module: nn.Module) -> MoEDecoder | None:
     return None
 
 
-def any_sharded(parameters: Iterable[Tensor]) -> bool:
-    """Tell whether fairscale's FSDP holds any of these parameters; it then averages their gradients itself."""
+def any_flattened(parameters: Iterable[Tensor]) -> bool:
+    """Tell whether fairscale's FSDP holds any of these parameters, several tensors end to end in each."""
     return any(hasattr(parameter, "_is_sharded") for parameter in parameters)

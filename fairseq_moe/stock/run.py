@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fairseq_moe.checkpoint import ShardContent
 from fairseq_moe.distributed import ParallelMesh
+from fairseq_moe.flags.sharding import Sharding
 from fairseq_moe.models.decoder import MoEDecoder
 
 if TYPE_CHECKING:  # the folders whose objects are kept here import this file
@@ -19,9 +20,10 @@ if TYPE_CHECKING:  # the folders whose objects are kept here import this file
     from fairseq_moe.stock.checkpoint.named_state import NamedState
     from fairseq_moe.stock.step.guard import StepGuard
 
-__all__ = ["MoERun", "begin_run", "end_of_run", "run_of"]
+__all__ = ["MoERun", "begin_run", "end_of_run", "note_mesh", "run_of", "split_mesh"]
 
 _ATTRIBUTE = "moe_run"
+_MESH = "moe_mesh"  # on a trainer, which asks for its data ranks while it is made, before there is a run
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,6 +34,7 @@ class MoERun:
         decoder: the decoder with the experts.
         guard: what the ranks agree on at each update, and the flags about failures.
         state: the trainer's tensors and optimizer state by parameter name.
+        sharding: what torch's ``fully_shard`` shards; None: nothing.
         at_end: called on all ranks when training has ended.
         run_id: names the run in its checkpoints; that of the checkpoint that was loaded, None before the first.
         num_failed_saves: in a row.
@@ -43,6 +46,7 @@ class MoERun:
     guard: "StepGuard"
     state: "NamedState"
     at_end: "Callable[[MoERun], None]"
+    sharding: Sharding | None = None
     run_id: str | None = None
     num_failed_saves: int = 0
     background: "BackgroundSave | None" = None
@@ -68,6 +72,17 @@ def begin_run(run: MoERun, trainer: Any, task: Any) -> None:
     for owner in (trainer, task, run.decoder):
         setattr(owner, _ATTRIBUTE, run)
     _RUNS.append(weakref.ref(run))
+
+
+def note_mesh(trainer: Any, mesh: ParallelMesh | None) -> None:
+    """Hang the process groups of a model with experts on its trainer; None for a dense model."""
+    setattr(trainer, _MESH, mesh)
+
+
+def split_mesh(trainer: Any) -> ParallelMesh | None:
+    """Find the process groups of a trainer whose micro-batches are split over ranks; None where they are not."""
+    mesh: ParallelMesh | None = getattr(trainer, _MESH, None)
+    return None if mesh is None or mesh.num_batch_ranks == 1 else mesh
 
 
 def run_of(owner: Any) -> MoERun | None:

@@ -72,6 +72,31 @@ def test_what_other_layouts_wrote_comes_back_unchanged(
     assert_same(contents(sources[-1] / "checkpoint_last.pt"), contents(trained / "checkpoint_last.pt"))
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("flag", ["--use-distributed-optimizer", "--use-torch-fsdp2"])
+def test_sharded_states_read_and_write_weights_and_moments(
+    trained: Path, text_data: Path, tmp_path: Path, flag: str, world_size: int
+) -> None:
+    """Tied embeddings included, which are loaded under two names."""
+    source = trained / "checkpoint_last.pt"
+    updates = resave(
+        text_data, source, tmp_path / "a", world_size=world_size, backend="legacy_ddp", extra=[flag]
+    )
+    assert updates == [3] * world_size
+    assert_same(contents(tmp_path / "a" / "checkpoint_last.pt"), contents(source))
+
+
+def test_replicated_experts_in_shards_are_written_once(text_data: Path, tmp_path: Path) -> None:
+    few = ["--moe-expert-count", "2"]
+    assert train(text_data, tmp_path / "one", "--max-update", "2", *few, world_size=1).exit_code == 0
+    source = tmp_path / "one" / "checkpoint_last.pt"
+    extra = [*few, "--use-torch-fsdp2"]
+    resave(text_data, source, tmp_path / "four", world_size=4, backend="legacy_ddp", extra=extra)
+    main = tmp_path / "four" / "checkpoint_last.pt"
+    assert sorted(shard["expert_ids"] for shard in manifest_of(main)["shards"]) == [[], [], [0], [1]]
+    assert_same(contents(main), contents(source))
+
+
 @pytest.mark.parametrize("backend", ["legacy_ddp", "fully_sharded"])
 def test_replicated_experts_are_written_once(text_data: Path, tmp_path: Path, backend: str) -> None:
     few = ["--moe-expert-count", "2"]

@@ -60,6 +60,7 @@ def test_one_token_at_a_time_equals_the_whole_and_ignores_neighbours(top_k: list
 
 def _decode_with_capacity(rank: int) -> None:
     from fairseq_moe.stock.find_experts import moe_decoder
+    from tests.helpers.layer_stats import load_of
     from tests.helpers.tiny import build_trainer, make_batch
 
     model = build_trainer(["--moe-generation-capacity-token-fraction", 0.25]).get_model().eval()
@@ -69,7 +70,7 @@ def _decode_with_capacity(rank: int) -> None:
         decoder.layers[1].moe_layer.router.weight.zero_()  # every token to experts 0 and 1
         tokens = make_batch(0, num_sequences=8, length=1)["net_input"]["src_tokens"]
         _, extra = model.decoder(tokens, incremental_state={})
-    assert extra["moe_aux"][1].load_2E.tolist() == [[8, 8, 0, 0], [2, 2, 0, 0]]
+    assert load_of(extra["moe_aux"][1]).tolist() == [[8, 8, 0, 0], [2, 2, 0, 0]]
 
 
 def test_generation_can_be_given_a_capacity() -> None:

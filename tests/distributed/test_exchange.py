@@ -34,10 +34,7 @@ def _mesh_ranks(rank: int, num_experts: int) -> tuple[list[int], list[int]]:
 
     mesh = parallel_mesh(num_experts)
     assert parallel_mesh(num_experts) is mesh
-    assert mesh.dense is not None
-    assert mesh.sparse is not None
-    assert mesh.dense.mesh.flatten().tolist() == mesh.sparse.mesh.flatten().tolist()
-    exchange_ranks = dist.get_process_group_ranks(mesh.sparse.get_group("expert"))
+    exchange_ranks = dist.get_process_group_ranks(mesh.groups_by_axes["expert", "expert_tensor"])
     assert dist.get_process_group_ranks(mesh.group_of_copies(DENSE)) == list(range(dist.get_world_size()))
     replica_ranks = dist.get_process_group_ranks(mesh.group_of_copies(EXPERT))
     return exchange_ranks, replica_ranks
@@ -50,7 +47,7 @@ def _mesh_ranks(rank: int, num_experts: int) -> tuple[list[int], list[int]]:
         (2, [[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 2], [1, 3], [0, 2], [1, 3]]),
     ],
 )
-def test_process_groups_are_the_rows_and_columns_of_the_mesh(
+def test_process_groups_are_those_of_the_axes(
     num_experts: int, exchange_ranks: list[list[int]], replica_ranks: list[list[int]]
 ) -> None:
     by_rank = run_ranks(_mesh_ranks, 4, num_experts)
@@ -76,6 +73,95 @@ def test_rows_arrive_in_rank_order_and_their_gradients_come_home() -> None:
     assert [gradient for _, gradient in by_rank] == [[0.0, 10.0, 20.0], [1000.0], []]
 
 
+def _gather_and_add(rank: int, lengths: int) -> tuple[Any, ...]:
+    """Rows name their rank; what rank r does with a row that it got is to multiply it by r + 1."""
+    from fairseq_moe.distributed import parallel_mesh
+
+    exchange = parallel_mesh(3).exchange()
+    rows = torch.full((lengths, 1), 10.0**rank).requires_grad_()
+    gathered = exchange.gather(rows).arrive()
+    added = exchange.scatter_sum((rank + 1) * gathered).arrive()
+    (added * torch.arange(1, lengths + 1).unsqueeze(1)).sum().backward()
+    assert rows.grad is not None
+    return gathered.flatten().tolist(), added.flatten().tolist(), rows.grad.flatten().tolist()
+
+
+def test_gathered_rows_are_those_of_all_ranks_and_sums_come_home() -> None:
+    for rank, (gathered, added, gradient) in enumerate(run_ranks(_gather_and_add, 3, 2)):
+        assert gathered == [1.0, 1.0, 10.0, 10.0, 100.0, 100.0]
+        assert added == [6.0 * 10.0**rank] * 2
+        assert gradient == [6.0, 12.0]
+    assert run_ranks(_gather_and_add, 3, 0) == [([], [], [])] * 3
+
+
+def _gather_calls(rank: int, flags: list[Any]) -> list[tuple[str, int, int]]:
+    """Name, bytes sent and bytes received of each exchange of a forward and backward pass of one MoE layer."""
+    from fairseq_moe.distributed import all_to_all as exchange
+    from tests.helpers.tiny import build_trainer, make_batch
+
+    model = build_trainer(flags).get_model()
+    calls: list[tuple[str, int, int]] = []
+    for name in ("all_gather_single", "reduce_scatter_single"):
+        real = getattr(exchange, name)
+
+        def noted(output: Any, rows: Any, *, name: str = name, real: Any = real, **kwargs: Any) -> Any:
+            calls.append((name.removesuffix("_single"), rows.nbytes, output.nbytes))
+            return real(output, rows, **kwargs)
+
+        setattr(exchange, name, noted)
+    logits, _ = model(**make_batch(rank, num_sequences=1 + rank)["net_input"])
+    logits.sum().backward()
+    return calls
+
+
+def _drop_outputs(rank: int, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One expert in two halves, one choice of weight 1: outputs with dropout, and without."""
+    from fairseq_moe.distributed import parallel_mesh
+    from fairseq_moe.modules import AllToAllDispatcher
+    from fairseq_moe.modules.routing.contract import RoutingDecision
+
+    exchange = parallel_mesh(1, 1, 2).exchange()
+    x_TD = torch.rand(50, 4, generator=torch.Generator().manual_seed(rank)) + 0.5
+    ids_TK, kept_TK = torch.zeros(50, 1, dtype=torch.int64), torch.ones(50, 1, dtype=torch.bool)
+    decision = RoutingDecision.counted(
+        expert_ids_TK=ids_TK, requested_TK=kept_TK, kept_TK=kept_TK, num_experts=1, capacity=None
+    )
+    found = []
+    for probability in (dropout, 0.0):
+        dispatched = AllToAllDispatcher(exchange, parts=2).send(x_TD, decision, torch.ones(50, 1))
+        rows_SD, work = dispatched.arrive()
+        assert list(work.host_counts()) == [100]  # of both ranks, on both
+        found.append(dispatched.combine((rank + 1) * rows_SD, dropout=probability))
+    torch.testing.assert_close(found[1], 3 * x_TD)  # both halves added up
+    return found[0], found[1]
+
+
+def test_outputs_are_dropped_once_the_parts_of_an_expert_have_added_up() -> None:
+    for dropped, whole in run_ranks(_drop_outputs, 2, 0.5):
+        is_kept = dropped != 0
+        assert 0.3 < is_kept.float().mean() < 0.7
+        torch.testing.assert_close(dropped[is_kept], 2 * whole[is_kept])
+
+
+def test_the_allgather_dispatcher_sends_each_token_once() -> None:
+    flags = [
+        *("--moe-freq", 0, "--moe-expert-count", 0, "--num-experts", 4, "--moe-layer-freq", "[0,1]"),
+        *("--moe-router-topk", 2, "--moe-token-dispatcher-type", "allgather", "--moe-gate-loss-wt", 1),
+    ]
+    longest, width, top_k = 16, 8, 2  # rank 0 has 8 tokens, rank 1 has 16
+    tokens, ids, weights = 4 * longest * width, 8 * longest * top_k, 4 * longest * top_k
+    for calls in run_ranks(_gather_calls, 2, flags):
+        assert calls == [
+            ("all_gather", tokens, 2 * tokens),
+            ("all_gather", ids, 2 * ids),
+            ("all_gather", weights, 2 * weights),
+            ("reduce_scatter", 2 * tokens, tokens),
+            ("all_gather", tokens, 2 * tokens),
+            ("reduce_scatter", 2 * weights, weights),
+            ("reduce_scatter", 2 * tokens, tokens),
+        ]
+
+
 def test_exchange_without_any_row_is_legal() -> None:
     assert run_ranks(_exchange_rows, 2, [[0, 0], [0, 0]]) == [([], []), ([], [])]
 
@@ -83,6 +169,7 @@ def test_exchange_without_any_row_is_legal() -> None:
 def _forward_and_backward(rank: int, flags: list[Any]) -> tuple[list[dict[str, Any]], list[float]]:
     """The calls of one forward and backward pass of one MoE layer, and the rows kept of each expert."""
     from fairseq_moe.stock.find_experts import moe_decoder
+    from tests.helpers.layer_stats import load_of
     from tests.helpers.tiny import build_trainer, make_batch
 
     model = build_trainer(flags).get_model()
@@ -91,7 +178,7 @@ def _forward_and_backward(rank: int, flags: list[Any]) -> tuple[list[dict[str, A
     calls = _record_calls()
     logits, extra = model(**make_batch(rank, num_sequences=1 + rank)["net_input"])
     logits.sum().backward()
-    return calls, extra["moe_aux"][1].load_2E[1].tolist()
+    return calls, load_of(extra["moe_aux"][1])[1].tolist()
 
 
 def test_only_surviving_rows_travel_and_only_to_their_experts_rank() -> None:

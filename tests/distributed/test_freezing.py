@@ -71,7 +71,7 @@ def test_only_what_is_not_named_moves(frozen: str, moved: set[str], backend: str
         ),
         (
             ["--moe-freeze-modules", "experts", "--ddp-backend", "fully_sharded"],
-            "use legacy_ddp or pytorch_ddp",
+            "use --use-torch-fsdp2 in its place, legacy_ddp or pytorch_ddp",
         ),
     ],
 )

@@ -201,10 +201,10 @@ def _count_exchange(rank: int, flags: list[Any], world_size: int) -> dict[str, A
     needed: list[int] = []
     real_start, real_counts = exchange._Flight.start, GroupExchange.counts
 
-    def start(self: Any, rows_RD: Tensor, send: list[int], recv: list[int], group: Any) -> None:
-        remote = sum(send) - send[place]
+    def start(self: Any, rows_RD: Tensor, collective: Any) -> None:
+        remote = sum(collective.send_splits) - collective.send_splits[place]
         sent.append((remote, remote * rows_RD[:1].nbytes if len(rows_RD) else 0))
-        real_start(self, rows_RD, send, recv, group)
+        real_start(self, rows_RD, collective)
 
     def own_counts(self: Any, send_GL: Tensor) -> Tensor:
         counts.append(send_GL.numel())

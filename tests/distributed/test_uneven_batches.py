@@ -61,6 +61,7 @@ def _run(layer: Any, x_TD: Tensor, padding_T: Tensor | None = None) -> tuple[Ten
 def _assert_equals_local_layer(num_experts: int, top_k: int, x_TD: Tensor, padding_T: Tensor | None) -> None:
     from fairseq_moe.distributed import all_reduce_sum, parallel_mesh, rank
     from fairseq_moe.parallel.placement import EXPERT
+    from tests.helpers.layer_stats import load_of, stats_of
 
     mesh = parallel_mesh(num_experts)
     layer, local = _layer(num_experts, top_k=top_k, mesh=mesh), _local_layer(num_experts, top_k=top_k)
@@ -68,8 +69,8 @@ def _assert_equals_local_layer(num_experts: int, top_k: int, x_TD: Tensor, paddi
     expected_y_TD, expected_grad_TD, expected_aux = _run(local, x_TD, padding_T)
     torch.testing.assert_close(y_TD, expected_y_TD)
     torch.testing.assert_close(grad_TD, expected_grad_TD)
-    torch.testing.assert_close(aux.stats, expected_aux.stats)
-    torch.testing.assert_close(aux.load_2E, expected_aux.load_2E)
+    torch.testing.assert_close(stats_of(aux), stats_of(expected_aux))
+    torch.testing.assert_close(load_of(aux), load_of(expected_aux))
     torch.testing.assert_close(layer.router.weight.grad, local.router.weight.grad)
     ids = mesh.layout.local_ids(rank())
     for own, whole in zip(layer.experts.parameters(), local.experts.parameters(), strict=True):
@@ -100,6 +101,7 @@ def test_fifty_random_mixes_of_batch_shapes_equal_a_layer_with_all_experts(world
 
 def _everything_to_expert_0(rank: int, top_k: int, num_tokens: list[int]) -> dict[str, Any]:
     from fairseq_moe.distributed import parallel_mesh
+    from tests.helpers.layer_stats import load_of, stats_of
 
     layer = _layer(4, top_k=top_k, mesh=parallel_mesh(4))
     with torch.no_grad():
@@ -108,11 +110,11 @@ def _everything_to_expert_0(rank: int, top_k: int, num_tokens: list[int]) -> dic
     _, grad_TD, aux = _run(layer, torch.rand(num_tokens[rank], WIDTH, dtype=torch.float64) + 0.5)
     gradients = [p.grad for p in layer.experts.parameters()]
     return {
-        "kept": aux.load_2E[1].tolist(),
+        "kept": load_of(aux)[1].tolist(),
         "gradient exists": all(grad is not None for grad in gradients),
         "gradient is zero": all(bool((grad == 0).all()) for grad in gradients),
         "finite": all(
-            bool(torch.isfinite(tensor).all()) for tensor in (grad_TD, aux.stats, aux.balance_loss)
+            bool(torch.isfinite(tensor).all()) for tensor in (grad_TD, stats_of(aux), aux.balance_loss)
         ),
     }
 

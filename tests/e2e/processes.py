@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.helpers.ranks import REPOSITORY, CommandResult
 
-__all__ = ["console_script", "run_process", "start_process", "torchrun"]
+__all__ = ["console_script", "run_process", "slurm_stubs", "start_process", "torchrun"]
 
 
 def run_process(
@@ -48,3 +48,11 @@ def torchrun(num_processes: int) -> list[str]:
     """Make the start of a command line that runs the rest under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, "--nproc-per-node", str(num_processes)]
+
+
+def slurm_stubs(folder: Path) -> Path:
+    """Give a directory a ``scontrol`` that knows one node, this machine."""
+    stub = folder / "scontrol"
+    stub.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1]" ] && echo 127.0.0.1\n')
+    stub.chmod(0o755)
+    return folder

@@ -37,6 +37,18 @@ def test_eval_lm_flags_give_the_same_on_two_ranks(
     assert perplexity(together) == perplexity(alone)
 
 
+def test_eval_lm_spreads_experts_over_its_own_ranks_whatever_training_did(
+    text_data: Path, tmp_path: Path
+) -> None:
+    experts = ("--num-experts", "4", "--moe-aux-loss-coeff", "0.01", "--criterion", "moe_cross_entropy")
+    flags = ("--expert-model-parallel-size", "1", "--max-update", "1", "--disable-validation")
+    train(text_data, tmp_path, *flags, world_size=2, model=[*DENSE, *experts])
+    alone, together = (
+        perplexity(eval_lm(text_data, tmp_path / "checkpoint_last.pt", world_size=size)) for size in (1, 2)
+    )
+    assert together == alone
+
+
 def test_eval_lm_of_a_dense_model_reports_the_whole_text(text_data: Path, tmp_path: Path) -> None:
     train(text_data, tmp_path, "--disable-validation", model=DENSE)
     checkpoint = tmp_path / "checkpoint_last.pt"
@@ -52,6 +64,18 @@ def test_validate_gives_the_same_on_two_ranks_with_an_odd_number_of_batches(
     alone, together = (_validate(text_data, moe_checkpoint, world_size=size) for size in (1, 2))
     assert {"valid_loss", "valid_inner_loss", "valid_moe_gate_loss", "valid_entropy_gating"} <= set(alone)
     assert together == pytest.approx(alone, abs=2e-3)
+
+
+def test_validate_gives_the_loss_that_training_gave_with_sharded_states(
+    text_data: Path, tmp_path: Path
+) -> None:
+    trained = train(text_data, tmp_path, "--use-torch-fsdp2", world_size=2)
+    (during,) = json_lines(trained, "valid")
+    alone, together = (
+        _validate(text_data, tmp_path / "checkpoint_last.pt", world_size=size) for size in (1, 2)
+    )
+    for after in (alone, together):
+        assert after["valid_inner_loss"] == pytest.approx(float(during["valid_inner_loss"]), abs=2e-3)
 
 
 def _validate(data: Path, checkpoint: Path, *, world_size: int) -> dict[str, float]:

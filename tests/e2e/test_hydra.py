@@ -6,21 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.hydra_start import MODEL, TRAINING, hydra_train
 from tests.helpers.ranks import CommandResult, run_cli, run_ranks
-
-_MODEL = [
-    *("model=transformer_lm", "model.decoder_layers=2", "model.decoder_embed_dim=16"),
-    *("model.decoder_input_dim=16", "model.decoder_output_dim=16", "model.decoder_ffn_embed_dim=32"),
-    *("model.decoder_attention_heads=2", "model.moe_freq=2", "model.moe_expert_count=4"),
-    "criterion.moe_gate_loss_wt=0.01",
-]
-_TRAINING = [
-    *("criterion=moe_cross_entropy", "optimizer=adam"),
-    *("lr_scheduler=fixed", "optimization.lr=[0.01]", "optimization.max_update=3", "dataset.batch_size=4"),
-    *("dataset.num_workers=0", "dataset.disable_validation=true", "common.cpu=true"),
-    *("common.log_format=json", "common.log_interval=1", "common.user_dir=fairseq_moe"),
-]
-
 
 _TINY_PRESET = [
     *(
@@ -36,22 +23,13 @@ _TINY_PRESET = [
 ]
 
 
-def _hydra_train(
-    start: str, data: Path, folder: Path, *more: str, world_size: int = 1, model: list[str] = _MODEL
-) -> CommandResult:
-    task = ["task=language_modeling", f"task.data={data}", "task.tokens_per_sample=32"]
-    paths = [f"hydra.run.dir={folder / 'run'}", f"checkpoint.save_dir={folder / 'save'}"]
-    argv = ["fairseq_cli.hydra_train", *task, "task.sample_break_mode=none", *paths, *model, *_TRAINING]
-    return run_cli("tests.e2e.starts", [*argv, *more], world_size=world_size, cwd=folder, function=start)
-
-
 @pytest.mark.parametrize(
     ("start", "world_size", "size_of_experts"), [("as_script", 1, "4,288"), ("as_main_module", 2, "2,144")]
 )
 def test_composed_expert_flags_train(
     start: str, world_size: int, size_of_experts: str, text_data: Path, tmp_path: Path
 ) -> None:
-    result = _hydra_train(start, text_data, tmp_path, world_size=world_size)
+    result = hydra_train(start, text_data, tmp_path, world_size=world_size)
     assert result.exit_code == 0, result.output[-3000:]
     losses = re.findall(r'\[train_inner\].*"loss": "([\d.]+)"', result.outputs[0])
     assert len(losses) == 3
@@ -61,7 +39,7 @@ def test_composed_expert_flags_train(
 
 
 def test_composed_preset_trains(text_data: Path, tmp_path: Path) -> None:
-    result = _hydra_train("as_script", text_data, tmp_path, model=_TINY_PRESET)
+    result = hydra_train("as_script", text_data, tmp_path, model=_TINY_PRESET)
     assert result.exit_code == 0, result.output[-3000:]
     losses = re.findall(r'\[train_inner\].*"loss": "([\d.]+)"', result.outputs[0])
     assert len(losses) == 3 and float(losses[-1]) < float(losses[0])
@@ -69,7 +47,7 @@ def test_composed_preset_trains(text_data: Path, tmp_path: Path) -> None:
 
 
 def test_bad_flags_end_with_a_sentence(tmp_path: Path) -> None:
-    result = _hydra_train("as_script", tmp_path / "no data", tmp_path, "model.moe_freq=3")
+    result = hydra_train("as_script", tmp_path / "no data", tmp_path, "model.moe_freq=3")
     assert result.exit_code == 2, result.output[-3000:]
     assert "fairseq_moe: error: --moe-freq is 3" in result.output
     assert "Traceback" not in result.output
@@ -113,7 +91,7 @@ def test_a_file_of_settings_that_cannot_be_trained_ends_with_a_sentence(
 
 
 def test_data_that_was_not_given_is_asked_for(tmp_path: Path) -> None:
-    argv = ["fairseq_cli.hydra_train", "task=language_modeling", *_MODEL, *_TRAINING]
+    argv = ["fairseq_cli.hydra_train", "task=language_modeling", *MODEL, *TRAINING]
     argv += [f"hydra.run.dir={tmp_path / 'run'}"]
     result = run_cli("tests.e2e.starts", argv, cwd=tmp_path, function="as_script")
     assert "task.data is not given" in _sentence(result)

@@ -21,7 +21,7 @@ from tests.e2e.commands import (
     train,
     train_argv,
 )
-from tests.e2e.processes import console_script, run_process, torchrun
+from tests.e2e.processes import console_script, run_process, slurm_stubs, torchrun
 from tests.helpers.ranks import REPOSITORY, USER_DIR, CommandResult, run_cli, run_ranks
 
 _SHORT = ("--max-update", "2", "--disable-validation")
@@ -83,18 +83,10 @@ def test_other_launchers_give_the_same_training(
     start: str, text_data: Path, tmp_path: Path, expected: list[str]
 ) -> None:
     argv = ["fairseq_cli.train", *train_argv(text_data, tmp_path / "save", *_SHORT)]
-    env = {"PATH": f"{_slurm_stubs(tmp_path)}:{os.environ['PATH']}"}
+    env = {"PATH": f"{slurm_stubs(tmp_path)}:{os.environ['PATH']}"}
     result = run_cli("tests.e2e.starts", argv, world_size=2, function=start, env=env)
     assert result.exit_code == 0, result.output[-3000:]
     assert _losses(result) == expected
-
-
-def _slurm_stubs(folder: Path) -> Path:
-    """A directory with a ``scontrol`` that knows one node, this machine."""
-    stub = folder / "scontrol"
-    stub.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1]" ] && echo 127.0.0.1\n')
-    stub.chmod(0o755)
-    return folder
 
 
 @pytest.mark.parametrize("start", ["as_main_module", "as_script"])

@@ -74,9 +74,12 @@ def test_resumed_run_goes_on_as_if_never_ended(whole: CommandResult, text_data: 
 
 def test_flags_that_lose_something_warn_once(text_data: Path, tmp_path: Path) -> None:
     flags = ("--criterion", "cross_entropy", "--moe-normalize-expert-grad", "sqrt_world_size")
+    flags += ("--sequence-parallel", "--tp-comm-overlap")
     result = train(text_data, tmp_path, *flags, "--no-save", "--disable-validation", model=[*DENSE, *EXPERTS])
     assert result.output.count("does not add the gate loss") == 1
-    assert result.output.count("sqrt_world_size takes effect under --ddp-backend fully_sharded only") == 1
+    assert result.output.count("sqrt_world_size takes effect under --ddp-backend fully_sharded and") == 1
+    assert result.output.count("--sequence-parallel does nothing without") == 1
+    assert result.output.count("--tp-comm-overlap does nothing without") == 1
 
 
 @pytest.mark.parametrize("arch", ["transformer_lm_gpt", "transformer_lm_gpt2_small", "transformer_lm_big"])

@@ -10,7 +10,15 @@ from safetensors import safe_open
 
 from fairseq_moe.checkpoint import Checkpoint, ModelShape, ShardContent, write_checkpoint
 
-__all__ = ["EXPERTS", "assert_same", "contents", "manifest_of", "small_checkpoint", "small_content"]
+__all__ = [
+    "EXPERTS",
+    "assert_moments_are_rounded",
+    "assert_same",
+    "contents",
+    "manifest_of",
+    "small_checkpoint",
+    "small_content",
+]
 
 EXPERTS = "decoder.layers.1.moe_layer.experts.fc1_weight"
 
@@ -100,3 +108,14 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for key, value in expected.items():
         same = torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value
         assert same, key
+
+
+def assert_moments_are_rounded(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Parameters equal to the bit, moments to half precision: of the second one the root is kept."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if key.endswith(("/exp_avg", "/exp_avg_sq")):
+            assert value.any()
+            torch.testing.assert_close(found[key], value, rtol=2**-9, atol=0.0)
+        else:
+            assert_same({key: found[key]}, {key: value})

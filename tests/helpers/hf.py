@@ -5,7 +5,9 @@ are unequal, so that a mistaken transposition or order shows.
 """
 
 import json
+import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ __all__ = [
     "build_hf_model",
     "hf_config",
     "import_transformers",
+    "mean_loss_bits",
     "random_model",
 ]
 
@@ -210,3 +213,16 @@ def add_prediction_block(source: Path, target: Path) -> Path:
     tensors["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def mean_loss_bits(source: Path, batches: Iterable[dict[str, Any]]) -> float:
+    """Compute transformers' mean loss of a model's words over batches in the form of fairseq's collater."""
+    model = import_transformers().AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        with torch.no_grad():
+            logits = model(batch["net_input"]["src_tokens"]).logits
+        target = batch["target"].reshape(-1)
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), target, reduction="sum"))
+        count += len(target)
+    return total / count / math.log(2)

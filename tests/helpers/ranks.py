@@ -40,7 +40,7 @@ USER_DIR = REPOSITORY / "fairseq_moe"
 _PRELOADED = [
     "torch",
     "torch._dynamo",
-    "torch.distributed.device_mesh",
+    "torch.distributed.fsdp",
     "fairseq.trainer",
     "fairseq.options",
     "pytest",

@@ -5,9 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from fairseq import checkpoint_utils
 
-from fairseq_moe.distributed import rank
 from fairseq_moe.faults import VARIABLE
 from fairseq_moe.stock.run import MoERun, run_of
 from tests.helpers.tiny import build_trainer, make_batch, update
@@ -23,10 +23,11 @@ class TinyRun:
     Args:
         save_dir: where checkpoints go.
         flags: in addition to those of ``tests.helpers.tiny`` and Adam.
+        dtype: as that of ``build_trainer``.
     """
 
-    def __init__(self, save_dir: Path, *flags: Any) -> None:
-        self.trainer = build_trainer([*ADAM, "--save-dir", save_dir, *flags])
+    def __init__(self, save_dir: Path, *flags: Any, dtype: torch.dtype = torch.float32) -> None:
+        self.trainer = build_trainer([*ADAM, "--save-dir", save_dir, *flags], dtype=dtype)
         self.checkpoint_cfg = self.trainer.cfg.checkpoint
         self._end_of_epoch = False
 
@@ -43,9 +44,10 @@ class TinyRun:
         return int(self.trainer.get_num_updates())
 
     def train(self, num_updates: int) -> list[dict[str, float]]:
-        """Do so many updates; returns what each logs. Its words depend on its number and the rank alone."""
+        """Do so many updates; returns what each logs. Its words depend on its number and the data rank alone."""
+        data_rank = self.trainer.data_parallel_rank
         return [
-            update(self.trainer, [make_batch(100 * self.num_updates + rank())]) for _ in range(num_updates)
+            update(self.trainer, [make_batch(100 * self.num_updates + data_rank)]) for _ in range(num_updates)
         ]
 
     def save(

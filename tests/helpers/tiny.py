@@ -21,6 +21,8 @@ from torch import Tensor
 import fairseq_moe  # noqa: F401
 from fairseq_moe.distributed import broadcast_value, gather_values, rank, world_size
 from fairseq_moe.stock.find_experts import moe_decoder
+from fairseq_moe.stock.run import run_of
+from fairseq_moe.stock.sharding.sharded_model import ShardedModel
 
 __all__ = ["TINY_FLAGS", "build_trainer", "gradients", "make_batch", "parameters", "update"]
 
@@ -152,17 +154,16 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def _local_state(trainer: Trainer) -> dict[str, Tensor]:
-    model = trainer.get_model()
-    if trainer.is_fsdp:
-        from fairseq_moe.stock.sharding.fsdp_state import FairscaleState
-
-        return FairscaleState(trainer).model_tensors()
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    run = run_of(trainer)
+    if run is None:
+        return {name: tensor.detach().clone() for name, tensor in trainer.get_model().state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in run.state.model_tensors().items()}
 
 
 @contextmanager
 def _gradients_as_data(trainer: Trainer) -> Any:
-    held = list(trainer.get_model().parameters())
+    is_sharded = isinstance(trainer.model, ShardedModel)
+    held = [p for p in (trainer.model if is_sharded else trainer.get_model()).parameters() if p.requires_grad]
     values = [parameter.data for parameter in held]
     for parameter in held:
         assert parameter.grad is not None

@@ -145,7 +145,7 @@ def _norm(tensor: Tensor) -> float:
 def _no_division() -> None:
     import fairseq_moe.stock.step.gradients as gradients
 
-    gradients._reduce_expert_grads = lambda module, decoder: None
+    gradients._reduce_grads = lambda module, decoder: None
 
 
 def _no_sum_over_replicas() -> None:
@@ -157,8 +157,12 @@ def _no_sum_over_replicas() -> None:
 
 def _experts_left_out_of_the_norm() -> None:
     import fairseq_moe.stock.step.gradients as gradients
+    from fairseq_moe.parallel.placement import is_expert
 
-    gradients.GradNorm._total = lambda self, dense_sq, expert_sq: dense_sq
+    total = gradients.GradNorm._total
+    gradients.GradNorm._total = lambda self, params, device: total(
+        self, [p for p in params if not is_expert(p)], device
+    )
 
 
 MUTATIONS: dict[str, Callable[[], None]] = {

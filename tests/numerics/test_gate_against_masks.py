@@ -98,9 +98,9 @@ def check(case: GateCase, *, dtype: torch.dtype, num_tokens: int, num_experts: i
 
 
 def check_statistics(routed: RouterOutput, masks: MaskGate, *, narrow_gates: bool) -> None:
-    vector = stats.layer_stats(
-        routed.gates_TE.detach(), routed.decision.counts, top_k=routed.weights_TK.shape[1]
-    )
+    measures = stats.layer_measures(stats.gate_entropy(routed.gates_TE.detach()))
+    histogram = routed.decision.counts.histogram_34E
+    vector = stats.layer_stats(histogram.unsqueeze(0), measures.unsqueeze(0))[0]
     named = dict(zip(stats.LAYER_STATS, vector.tolist(), strict=True))
     for name, value in named.items():
         bound = 1e-2 if narrow_gates and name == "entropy_gating" else 2e-4

@@ -10,6 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from fairseq_moe.modules import LOSSES
 from fairseq_moe.modules.routing.stats import LAYER_STATS
 from tests.helpers.families import VOCABULARY, build_pair
+from tests.helpers.layer_stats import load_of, stats_of
 
 _LENGTHS = (40, 3, 3, 3)
 _FLAGS = "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001"
@@ -53,18 +54,18 @@ def test_balance_and_z_loss_are_those_of_the_words(name: str, width: int) -> Non
 def test_statistics_and_loads_are_those_of_the_words() -> None:
     _, ours = build_pair("mixtral", _FLAGS + " --moe-expert-capacity-factor 1.0")
     for narrow, wide in zip(our_auxes(ours, 40), our_auxes(ours, 64), strict=True):
-        assert float(narrow.load_2E[0].sum()) == 2 * sum(_LENGTHS)
-        assert 0 < float(narrow.load_2E[1].sum()) < 2 * sum(_LENGTHS)  # some are dropped
-        assert torch.equal(narrow.load_2E, wide.load_2E)
-        torch.testing.assert_close(narrow.stats, wide.stats, rtol=1e-5, atol=1e-6)
-        assert float(narrow.stats[LAYER_STATS.index("entropy_gating")]) > 0
+        assert float(load_of(narrow)[0].sum()) == 2 * sum(_LENGTHS)
+        assert 0 < float(load_of(narrow)[1].sum()) < 2 * sum(_LENGTHS)  # some are dropped
+        assert torch.equal(load_of(narrow), load_of(wide))
+        torch.testing.assert_close(stats_of(narrow), stats_of(wide), rtol=1e-5, atol=1e-6)
+        assert float(stats_of(narrow)[LAYER_STATS.index("entropy_gating")]) > 0
 
 
 def test_these_tests_see_padding_that_is_routed() -> None:
     _, ours = build_pair("mixtral", _FLAGS + " --use-moe-pad-mask false")
     narrow, wide = (our_auxes(ours, width)[0] for width in (40, 64))
     assert abs(float(narrow.losses[LOSSES.index("aux")] - wide.losses[LOSSES.index("aux")])) > 1e-3
-    assert not torch.equal(narrow.load_2E, wide.load_2E)
+    assert not torch.equal(load_of(narrow), load_of(wide))
 
 
 def test_generation_does_not_see_the_mask() -> None:

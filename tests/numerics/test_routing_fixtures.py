@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fairseq_moe.fused.sinkhorn import sinkhorn_plan
 from fairseq_moe.modules.routing import losses
 from fairseq_moe.modules.routing.capacity import DropPolicy, expert_capacity, keep_within_capacity
 from fairseq_moe.modules.routing.scores import (
@@ -18,7 +19,6 @@ from fairseq_moe.modules.routing.scores import (
     token_choice,
     weights_of_choice,
 )
-from fairseq_moe.modules.routing.sinkhorn import sinkhorn_plan
 
 SOFTMAX, SIGMOID, SQRT_SOFTPLUS = ScoreFunction
 POST = ScoreRule(top_k=2)

@@ -138,7 +138,7 @@ def _send_before(target: str, nth: int, number: signal.Signals) -> None:
 
 def _digest(trainer: Any) -> str:
     digest = hashlib.sha256()
-    for parameter in trainer.get_model().parameters():
+    for parameter in trainer.model.parameters():
         digest.update(parameter.detach().numpy().tobytes())
         for _, value in sorted(trainer.optimizer.optimizer.state[parameter].items()):
             digest.update(value.numpy().tobytes() if hasattr(value, "numpy") else repr(value).encode())

@@ -9,6 +9,7 @@ import torch
 
 from fairseq_moe.checkpoint import Checkpoint, ShardContent
 from fairseq_moe.faults import VARIABLE
+from tests.helpers.backends import BACKENDS, ZERO
 from tests.helpers.checkpoints import assert_same, contents, manifest_of
 from tests.helpers.ranks import RankError, run_ranks
 
@@ -45,9 +46,9 @@ def save_and_go_on(rank: int, save_dir: str, flags: list[str], fault: str | None
     return seen
 
 
-@pytest.mark.parametrize("backend", ["legacy_ddp", "fully_sharded"])
+@pytest.mark.parametrize("backend", ["legacy_ddp", "fully_sharded", *ZERO])
 def test_the_state_is_that_of_the_save_whatever_training_does_meanwhile(backend: str, tmp_path: Path) -> None:
-    flags = ["--ddp-backend", backend]
+    flags = BACKENDS[backend]
     run_ranks(save_and_go_on, 2, str(tmp_path / "now"), [*FLAGS, *flags], None)
     seen = run_ranks(save_and_go_on, 2, str(tmp_path / "later"), [*BACKGROUND, *flags], SLOW)[0]
     old = ["checkpoint_1_1.pt", "checkpoint_last.pt"]

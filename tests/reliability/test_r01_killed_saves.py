@@ -6,6 +6,7 @@ writes a new main file, copies it to checkpoint_last.pt, deletes the old main fi
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import pytest
 
 from fairseq_moe.checkpoint import Checkpoint
 from fairseq_moe.errors import CheckpointError
+from tests.helpers.backends import AXES, BACKENDS, PIPELINES
 from tests.helpers.checkpoints import assert_same, contents, manifest_of
 from tests.helpers.ranks import RankError, run_ranks
+
+PARTS = AXES | PIPELINES
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -41,23 +45,23 @@ KILLS = {f"{point}@0": state for point, state in RANK_0.items()} | {
 }
 
 
-def save_twice(rank: int, save_dir: str, fault: str | None) -> None:
+def save_twice(rank: int, save_dir: str, fault: str | None, flags: Sequence[str] = ()) -> None:
     """Save after the first and after the second update; the second time with a fault."""
     from tests.helpers.saves import TinyRun
 
-    run = TinyRun(Path(save_dir), *FLAGS)
+    run = TinyRun(Path(save_dir), *FLAGS, *flags)
     run.train(1)
     run.save()
     run.train(1)
     run.save(fault=fault)
 
 
-def load_and_save_each(rank: int, save_dirs: list[str]) -> list[int]:
+def load_and_save_each(rank: int, save_dirs: list[str], flags: Sequence[str] = ()) -> list[int]:
     """Start again in each directory: load, train, save; returns the updates that were found."""
     from tests.helpers.saves import TinyRun
 
     found = []
-    run = TinyRun(Path(save_dirs[0]), *FLAGS)
+    run = TinyRun(Path(save_dirs[0]), *FLAGS, *flags)
     for save_dir in save_dirs:
         run.checkpoint_cfg.save_dir = save_dir
         run.load()
@@ -67,19 +71,23 @@ def load_and_save_each(rank: int, save_dirs: list[str]) -> list[int]:
     return found
 
 
-def kill(save_dir: Path, place: str) -> None:
+def kill(save_dir: Path, place: str, flags: Sequence[str] = ()) -> None:
     with pytest.raises(RankError, match=rf"rank {place[-1]}: died with exit code -9"):
-        run_ranks(save_twice, 2, str(save_dir), f"{place}=kill")
+        run_ranks(save_twice, 2, str(save_dir), f"{place}=kill", flags)
+
+
+def states_in(folder: Path, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """What the two saves hold when nobody is killed."""
+    run_ranks(save_twice, 2, str(folder / "new"), None, flags)
+    with pytest.raises(RankError, match=r"injected at save\.begin"):
+        run_ranks(save_twice, 2, str(folder / "old"), "save.begin@0=raise", flags)
+    return {name: contents(folder / name / "checkpoint_last.pt") for name in ("old", "new")}
 
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the two saves hold when nobody is killed."""
-    folder = tmp_path_factory.mktemp("states")
-    run_ranks(save_twice, 2, str(folder / "new"), None)
-    with pytest.raises(RankError, match=r"injected at save\.begin"):
-        run_ranks(save_twice, 2, str(folder / "old"), "save.begin@0=raise")
-    return {name: contents(folder / name / "checkpoint_last.pt") for name in ("old", "new")}
+    """What any kill has to leave."""
+    return states_in(tmp_path_factory.mktemp("states"))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +125,20 @@ def test_the_next_start_loads_it_and_its_save_clears_the_remains_away(killed: di
         }
         assert {path.name for path in (last.parent / "shards").iterdir()} == named
         assert not list(last.parent.rglob("*.tmp-*"))
+
+
+@pytest.mark.slow_reliability
+@pytest.mark.parametrize("flags", [BACKENDS["zero3"], *PARTS.values()], ids=["zero3", *PARTS])
+def test_parts_of_states_are_the_old_or_the_new_ones_too(flags: list[str], tmp_path: Path) -> None:
+    """The other rank is gathering when rank 1 dies at the first place."""
+    places = {"save.begin@1": "old", "save.after_snapshot@0": "old", "save.copy_renamed@0": "new"}
+    expected = states_in(tmp_path, flags)
+    for place in places:
+        kill(tmp_path / place, place, flags)
+    for place, state in places.items():
+        assert_same(contents(tmp_path / place / "checkpoint_last.pt"), expected[state])
+    found = run_ranks(load_and_save_each, 2, [str(tmp_path / place) for place in places], flags)
+    assert found == [[1, 1, 2]] * 2
 
 
 def save_once(rank: int, save_dir: str, fault: str) -> None:

@@ -1,11 +1,13 @@
 """R3: a disk that is full for one rank fails the save for all of them, costs nothing, and ends no run at once."""
 
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from fairseq_moe.checkpoint import Checkpoint
+from tests.helpers.backends import PIPELINES
 from tests.helpers.checkpoints import manifest_of
 from tests.helpers.ranks import RankError, run_ranks
 
@@ -16,11 +18,13 @@ PLACES = [
 ]  # fmt: skip
 
 
-def save_three_times(rank: int, save_dir: str, place: str) -> tuple[list[str | None], list[float]]:
+def save_three_times(
+    rank: int, save_dir: str, place: str, layout: Sequence[str] = ()
+) -> tuple[list[str | None], list[float]]:
     """Save after each of three updates, the second time on a full disk; returns saved files and losses."""
     from tests.helpers.saves import TinyRun
 
-    run = TinyRun(Path(save_dir), *FLAGS)
+    run = TinyRun(Path(save_dir), *FLAGS, *layout)
     saved, losses = [], []
     for fault in (None, f"{place}=enospc", None):
         losses += [numbers["loss"] for numbers in run.train(1)]
@@ -34,9 +38,17 @@ def save_three_times(rank: int, save_dir: str, place: str) -> tuple[list[str | N
     return saved, losses
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_full_disk_leaves_the_old_set_and_training_goes_on(place: str, tmp_path: Path) -> None:
-    results = run_ranks(save_three_times, 2, str(tmp_path), place)
+@pytest.mark.parametrize(
+    ("place", "layout"),
+    [
+        *((place, []) for place in PLACES),
+        *(("save.shard_half@1", flags) for flags in PIPELINES.values()),  # the disk of the last stage
+    ],
+)
+def test_a_full_disk_leaves_the_old_set_and_training_goes_on(
+    place: str, layout: list[str], tmp_path: Path
+) -> None:
+    results = run_ranks(save_three_times, 2, str(tmp_path), place, layout)
     saved, losses = results[0]
     assert [path and Path(path).name for path in saved] == ["checkpoint_1_1.pt", None, "checkpoint_1_3.pt"]
     assert len(losses) == 3

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.backends import AXES, BACKENDS, PIPELINES
 from tests.helpers.checkpoints import assert_same, contents
 from tests.helpers.ranks import run_ranks
 from tests.helpers.real_runs import RealRun, train
@@ -16,6 +17,7 @@ MEGATRON = [
 ]  # fmt: skip
 BRANCH = ["--moe-second-expert-policy", "sampling", "--attention-dropout", 0.1]
 CASES = {"jitter": MEGATRON, "sampling": BRANCH}
+LAYOUTS = BACKENDS | AXES | PIPELINES | {"C2 zero1": [*AXES["C2"], *BACKENDS["zero1"]]}
 
 
 def run(
@@ -37,17 +39,26 @@ def run(
         (1, "jitter", "legacy_ddp"),
         (2, "jitter", "legacy_ddp"),
         (2, "sampling", "fully_sharded"),
+        (2, "jitter", "zero1"),
+        (2, "sampling", "zero3"),
+        (2, "jitter", "T2"),
+        (2, "sampling", "C2"),
+        (2, "jitter", "P2"),
         *(
             pytest.param(4, case, backend, marks=pytest.mark.slow_reliability)
             for case in CASES
-            for backend in ("legacy_ddp", "fully_sharded")
+            for backend in ("legacy_ddp", "fully_sharded", "zero1", "zero3")
+        ),
+        *(
+            pytest.param(4, case, layout, marks=pytest.mark.slow_reliability)
+            for case, layout in (("sampling", "T2"), ("jitter", "C2 zero1"), ("sampling", "P2"))
         ),
     ],
 )
 def test_resumed_training_is_the_same_to_the_bit(
     world_size: int, case: str, backend: str, text_data: Path, tmp_path: Path
 ) -> None:
-    flags = [*CASES[case], "--ddp-backend", backend]
+    flags = [*CASES[case], *LAYOUTS[backend]]
     logged, final = [], []
     for name, counts in (("whole", [6]), ("halves", [3, 3])):
         folder = str(tmp_path / name)

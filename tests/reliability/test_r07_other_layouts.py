@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fairseq_moe.checkpoint import Checkpoint, write_checkpoint
+from tests.helpers.backends import BACKENDS
 from tests.helpers.checkpoints import assert_same, contents, manifest_of, small_checkpoint
 from tests.helpers.ranks import run_ranks
 from tests.helpers.real_runs import RealRun
@@ -50,7 +51,7 @@ def continue_on(
     rank: int, data: str, save_dir: str, world_size: int, backend: str, updates: int
 ) -> list[dict[str, float]]:
     """Start, train so many updates, save."""
-    flags = [*EXACT, "--ddp-backend", backend, "--update-freq", NUM_BATCHES // world_size]
+    flags = [*EXACT, *BACKENDS[backend], "--update-freq", NUM_BATCHES // world_size]
     run = RealRun(data, save_dir, world_size, *flags)
     logged = run.train(updates)
     run.save()
@@ -63,7 +64,10 @@ def assert_close(found: list[dict[str, float]], expected: list[dict[str, float]]
         assert one == pytest.approx(other, rel=rel)
 
 
-@pytest.mark.parametrize(("first", "second"), [((2, "legacy_ddp"), (1, "fully_sharded"))])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((2, "legacy_ddp"), (1, "fully_sharded")), ((1, "legacy_ddp"), (2, "zero3"))],
+)
 def test_the_next_loss_is_that_of_the_same_layout(
     first: tuple[int, str], second: tuple[int, str], text_data: Path, tmp_path: Path
 ) -> None:
@@ -98,11 +102,11 @@ def test_without_the_moved_position_other_data_would_follow(text_data: Path, tmp
 
 
 @pytest.mark.slow_reliability
-def test_1_2_4_and_1_ranks_of_two_backends_are_one_run(text_data: Path, tmp_path: Path) -> None:
+def test_1_2_4_and_1_ranks_of_all_backends_are_one_run(text_data: Path, tmp_path: Path) -> None:
     alone = run_ranks(continue_on, 1, str(text_data), str(tmp_path / "alone"), 1, "legacy_ddp", 8)[0]
     logged: list[Any] = []
     for world_size, backend in (
-        (1, "legacy_ddp"), (2, "fully_sharded"), (4, "legacy_ddp"), (1, "fully_sharded"),
+        (1, "legacy_ddp"), (2, "zero3"), (4, "zero1"), (1, "fully_sharded"),
     ):  # fmt: skip
         folder = str(tmp_path / "moving")
         logged += run_ranks(continue_on, world_size, str(text_data), folder, world_size, backend, 2)[0]

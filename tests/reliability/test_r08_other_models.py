@@ -1,11 +1,13 @@
 """R8: a checkpoint of another model is refused with the flag and both values, and nothing of it is loaded."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.helpers.backends import AXES
 from tests.helpers.ranks import run_ranks
 
 CHANGES: dict[str, tuple[list[Any], str]] = {
@@ -34,17 +36,19 @@ CHANGES: dict[str, tuple[list[Any], str]] = {
 }
 
 
-def load_with(rank: int, save_dir: str, changes: dict[str, list[Any]]) -> dict[str, tuple[str, bool]]:
+def load_with(
+    rank: int, save_dir: str, changes: dict[str, list[Any]], layout: Sequence[str] = ()
+) -> dict[str, tuple[str, bool]]:
     """For each change of flags what loading says, and whether the model is as it was."""
     from fairseq_moe.errors import CheckpointError
     from tests.helpers.saves import TinyRun
 
-    run = TinyRun(Path(save_dir))
+    run = TinyRun(Path(save_dir), *layout)
     run.train(1)
     run.save()
     found = {}
     for name, flags in changes.items():
-        other = TinyRun(Path(save_dir), *flags)
+        other = TinyRun(Path(save_dir), *flags, *layout)
         parameters = list(other.trainer.get_model().parameters())
         before = [parameter.detach().clone() for parameter in parameters]
         said = "loaded"
@@ -70,6 +74,17 @@ def test_both_values_are_named_and_nothing_is_loaded(change: str, said: dict[str
     assert CHANGES[change][1] in sentence
     assert "does not fit this model" in sentence
     assert is_untouched
+
+
+@pytest.mark.parametrize("layout", AXES)
+def test_ranks_that_share_micro_batches_refuse_the_same(layout: str, tmp_path: Path) -> None:
+    names = ("experts", "width", "heads", "vocabulary", "another router")
+    changes = {name: CHANGES[name][0] for name in names}
+    for found in run_ranks(load_with, 2, str(tmp_path), changes, AXES[layout]):
+        for name in names:
+            sentence, is_untouched = found[name]
+            assert CHANGES[name][1] in sentence
+            assert is_untouched
 
 
 def load_without_the_check(rank: int, save_dir: str) -> dict[str, tuple[str, bool]]:

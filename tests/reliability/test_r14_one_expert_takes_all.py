@@ -15,6 +15,7 @@ import torch
 from fairseq_moe.expert_load.watch import LoadWatch
 from fairseq_moe.modules import TokenInfo
 from fairseq_moe.modules.routing import topk as topk_rule
+from tests.helpers.layer_stats import load_of
 from tests.helpers.one_expert import ALLGATHER, DROPLESS, LIMITED, PADDED, D, E, layer_of
 from tests.helpers.ranks import run_ranks
 
@@ -68,8 +69,8 @@ def _collapse(rank: int, flags: dict[str, Any], num_tokens: list[int]) -> dict[s
     ids = parallel_mesh(E).layout.local_ids(rank)
     own = [p.grad for p in layer.experts.parameters()]
     return {
-        "wanted": aux.load_2E[0].tolist(),
-        "kept": aux.load_2E[1].tolist(),
+        "wanted": load_of(aux)[0].tolist(),
+        "kept": load_of(aux)[1].tolist(),
         "rows": rows[0],
         "error": float((y_TD - expected_TD).abs().max()) if len(y_TD) else 0.0,
         "gradient error": max(

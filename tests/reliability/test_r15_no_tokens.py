@@ -35,7 +35,10 @@ CASES = {
     "one rank with tokens": [0, 0, 7, 0],
     "no token anywhere": [0, 0, 0, 0],
 }
-_CALLS = ("all_reduce", "all_to_all_single", "all_gather", "all_gather_object", "broadcast", "barrier")
+_CALLS = (
+    *("all_reduce", "all_to_all_single", "all_gather_single", "reduce_scatter_single"),
+    *("all_gather", "all_gather_object", "broadcast", "barrier"),
+)
 
 
 def _record_calls(before: Callable[..., bool]) -> list[tuple[str, int]]:
@@ -97,6 +100,7 @@ def _passes(rank: int, mutation: str = "") -> dict[tuple[str, str], dict[str, An
 def _pass(flags: dict[str, Any], num_tokens: int) -> dict[str, Any]:
     from fairseq_moe.distributed import parallel_mesh
     from fairseq_moe.modules import RouterMode, TokenInfo
+    from tests.helpers.layer_stats import load_of, stats_of
 
     layer = layer_of(flags, parallel_mesh(E))
     x_TD = torch.rand(num_tokens, D, dtype=torch.float64) + 0.5
@@ -105,7 +109,7 @@ def _pass(flags: dict[str, Any], num_tokens: int) -> dict[str, Any]:
     (y_TD.square().sum() + aux.losses.sum()).backward()
     grads = {name: p.grad for name, p in layer.named_parameters()}
     experts = [grad for name, grad in grads.items() if name.startswith("experts.")]
-    outputs = [y_TD, x_TD.grad, aux.losses, aux.stats, aux.load_2E, *grads.values()]
+    outputs = [y_TD, x_TD.grad, aux.losses, aux.measures_4, stats_of(aux), load_of(aux), *grads.values()]
     return {
         "missing": [name for name, grad in grads.items() if grad is None],
         "experts at rest": all(grad is not None and not grad.any() for grad in experts),

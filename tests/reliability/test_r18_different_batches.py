@@ -52,7 +52,7 @@ def _updates(rank: int, world_size: int, mutation: bool = False) -> list[dict[st
     if mutation:
         from fairseq_moe.stock.step import gradients
 
-        gradients._reduce_expert_grads = lambda module, decoder: None
+        gradients._reduce_grads = lambda module, decoder: None
     found = []
     for seed in range(NUM_SEEDS):
         own = [_batches(seed, other, world_size) for other in range(world_size)]

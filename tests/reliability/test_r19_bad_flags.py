@@ -20,6 +20,8 @@ from tests.helpers.ranks import run_ranks
 
 BRANCH = ("--moe-freq", 2, "--moe-expert-count", 4)
 TOPK = ("--num-experts", 4, "--moe-router-topk", 2)
+T4 = ("--tensor-model-parallel-size", 4, "--distributed-world-size", 4)
+P2 = ("--pipeline-model-parallel-size", 2, "--distributed-world-size", 2)
 ALSO_BAD = ("--moe-expert-ffn-dim", -8)
 MAX_SEC = 10.0
 # Flags, and what the sentence about them says.
@@ -29,6 +31,23 @@ CASES: list[tuple[tuple[Any, ...], str]] = [
     ((*TOPK, "--expert-model-parallel-size", 2), "--expert-model-parallel-size is 2"),  # of one rank
     ((*TOPK, "--expert-model-parallel-size", 2, "--distributed-world-size", 3), "a divisor of both the 4"),
     ((*TOPK, "--expert-model-parallel-size", 0), "--expert-model-parallel-size is 0"),
+    (
+        (*TOPK, "--context-parallel-size", 2),
+        "--context-parallel-size 2 is 2, expected a divisor of the 1 ranks",
+    ),
+    ((*TOPK, "--tensor-model-parallel-size", 0), "--tensor-model-parallel-size is 0"),
+    ((*TOPK, *T4), "--tensor-model-parallel-size 4 needs --sequence-parallel"),
+    ((*TOPK, *T4, "--sequence-parallel"), "4 does not divide --decoder-attention-heads 2"),
+    ((*TOPK, *T4, "--ddp-backend", "pytorch_ddp"), "--ddp-backend pytorch_ddp sums all gradients"),
+    ((*TOPK, *T4, "--moe-extended-tp", "--moe-extended-ep"), "--moe-extended-ep leaves whole"),
+    ((*TOPK, "--cp-comm-type", "p2p"), "--cp-comm-type is 'p2p'"),
+    ((*TOPK, "--pipeline-model-parallel-size", 2), "2, expected a divisor of the 1 ranks"),
+    ((*TOPK, *P2, "--decoder-last-pipeline-num-layers", 2), "0 of 2 layers are for the other 1 of 2"),
+    ((*TOPK, *P2, "--num-virtual-stages-per-pipeline-rank", 2), "is 4 stages, expected at most the 2 layers"),
+    ((*TOPK, "--num-layers-per-virtual-pipeline-stage", 1), "needs several pipeline ranks"),
+    ((*TOPK, "--pipeline-chunks", 2), "are those of --update-freq"),
+    ((*TOPK, *P2, "--task", "own_steps"), "--task own_steps has a train_step of its own"),
+    ((*BRANCH, "--model-parallel-size", 2), "use --tensor-model-parallel-size with --sequence-parallel"),
     ((*BRANCH, "--moe-expert-count", 1), "top-2 routing needs at least 2"),
     ((*BRANCH, "--moe-expert-count", 0), "--moe-expert-count is 0"),
     ((*BRANCH, "--moe-freq", 3), "--moe-freq is 3"),
@@ -66,8 +85,12 @@ def _all_commands(
     rank: int, save_dir: str, indices: list[int], mutation: bool
 ) -> list[tuple[Any, str, float]]:
     """Exit code, standard error and seconds of each command line."""
+    from fairseq.tasks import register_task
+    from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
     from fairseq_cli import train
 
+    own_steps = type("OwnSteps", (LanguageModelingTask,), {"train_step": lambda self, *args: None})
+    register_task("own_steps", dataclass=LanguageModelingConfig)(own_steps)
     if mutation:
         from fairseq_moe.stock.start import launch
 

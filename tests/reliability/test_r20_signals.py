@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 from tests.e2e.commands import train_argv
+from tests.helpers.backends import AXES, BACKENDS, PIPELINES
 from tests.helpers.ranks import CommandResult, RankError, run_cli, run_ranks
 from tests.reliability.starts import signal_at
+
+PARTS = AXES | PIPELINES
 
 _TRAIN_STEP = "fairseq.trainer:Trainer.train_step"
 _VALID_STEP = "fairseq.trainer:Trainer.valid_step"
@@ -80,6 +83,17 @@ def test_sigterm_saves_stops_and_resumes_to_the_bit(
     if target == _VALID_STEP:
         assert not (tmp_path / "checkpoint_best.pt").exists()
     assert _digests(_run(text_data, tmp_path)) == whole
+
+
+@pytest.mark.slow_reliability
+@pytest.mark.parametrize("flags", [BACKENDS["zero3"], *PARTS.values()], ids=["zero3", *PARTS])
+def test_parts_of_states_are_saved_at_sigterm_too(flags: list[str], text_data: Path, tmp_path: Path) -> None:
+    whole = _digests(_run(text_data, tmp_path / "whole", *flags))
+    signal_of_one_rank = {"target": _TRAIN_STEP, "nth": 3, "ranks": [1], "name": "SIGTERM"}
+    stopped = _run(text_data, tmp_path / "halves", *flags, **signal_of_one_rank)
+    assert _saved(stopped)[-1] == ("checkpoint_last.pt", 3)
+    assert _digests(_run(text_data, tmp_path / "halves", *flags)) == whole
+    assert len(set(whole)) == 2
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from fairseq_moe.faults import VARIABLE
 from tests.e2e.commands import train_argv
+from tests.helpers.backends import AXES, BACKENDS, PIPELINES
 from tests.helpers.ranks import CommandResult, run_cli
 from tests.reliability.starts import PID_FOLDER
 
@@ -31,8 +32,9 @@ def _errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("fairseq_moe: error: ")]
 
 
-def test_a_killed_rank_is_named_with_its_update(text_data: Path, tmp_path: Path) -> None:
-    result = _run(text_data, tmp_path, "train.forward@1@7=kill")
+@pytest.mark.parametrize("layout", ["", *AXES])
+def test_a_killed_rank_is_named_with_its_update(layout: str, text_data: Path, tmp_path: Path) -> None:
+    result = _run(text_data, tmp_path, "train.forward@1@7=kill", *AXES.get(layout, []))
     assert result.exit_codes == [3, -9, 3, 3]
     assert _seconds_after(result, 1) < 15
     for rank in (0, 2, 3):
@@ -51,10 +53,23 @@ def test_rank_0_that_takes_the_store_with_it_is_named(text_data: Path, tmp_path:
     ]
 
 
+def test_a_middle_stage_that_is_killed_is_named(text_data: Path, tmp_path: Path) -> None:
+    flags = ("--pipeline-model-parallel-size", 4, "--decoder-layers", 4, "--update-freq", 4)
+    result = _run(text_data, tmp_path, "train.forward@1@7=kill", *flags)
+    assert result.exit_codes == [3, -9, 3, 3], result.outputs[0][-1500:]
+    assert _seconds_after(result, 1) < 15
+    for rank in (0, 2, 3):
+        assert _errors(result.outputs[rank]) == [
+            "fairseq_moe: error: rank 1 lost at update 2 (no sign of life for 4 s)"
+        ]
+
+
 @pytest.mark.slow_reliability
-def test_a_stopped_rank_is_named_after_the_timeout(text_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["", *AXES, *PIPELINES])
+def test_a_stopped_rank_is_named_after_the_timeout(layout: str, text_data: Path, tmp_path: Path) -> None:
     (tmp_path / "pids").mkdir()
-    argv = train_argv(text_data, tmp_path / "save", *_FLAGS, "--collective-timeout-sec", _TIMEOUT_SEC)
+    flags = (*_FLAGS, *(AXES | PIPELINES).get(layout, []))
+    argv = train_argv(text_data, tmp_path / "save", *flags, "--collective-timeout-sec", _TIMEOUT_SEC)
     env = {VARIABLE: "train.forward@1@4=stop", PID_FOLDER: str(tmp_path / "pids")}
     result = run_cli(
         "tests.reliability.starts", argv, world_size=2, env=env, function="train_then_be_killed", may_die=True
@@ -83,11 +98,15 @@ def test_a_rank_that_hangs_is_named_and_shows_where(text_data: Path, tmp_path: P
     ("action", "cause"),
     [("raise", "InjectedError: injected at train.forward"), ("oom", "OutOfMemoryError: out of memory")],
 )
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "backend"),
+    [(0, "legacy_ddp"), (1, "legacy_ddp"), (1, "zero3"), (1, "T2"), (0, "C2"), (0, "P2"), (1, "P2")],
+)
 def test_the_cause_is_told_by_all(
-    action: str, cause: str, rank: int, text_data: Path, tmp_path: Path
+    action: str, cause: str, rank: int, backend: str, text_data: Path, tmp_path: Path
 ) -> None:
-    result = _run(text_data, tmp_path, f"train.forward@{rank}@3={action}", world_size=2)
+    flags = (BACKENDS | AXES | PIPELINES)[backend]
+    result = _run(text_data, tmp_path, f"train.forward@{rank}@3={action}", *flags, world_size=2)
     assert result.exit_codes[rank] == 1
     assert result.exit_codes[1 - rank] == 3
     assert max(result.ended_sec) - min(result.ended_sec) < 15

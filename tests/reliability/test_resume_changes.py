@@ -98,6 +98,7 @@ ALLOWED: dict[str, list[Any]] = {
     "clipping": ["--clip-norm", 0.1],
     "backend": ["--ddp-backend", "pytorch_ddp"],
     "dropout": ["--dropout", 0.3],
+    "experts in FP8": ["--moe-fp8", "emulate"],
     "first weights": ["--lr-scheduler", "fixed", "--batch-size", 4, "--finetune-from-model"],
 }
 

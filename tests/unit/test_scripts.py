@@ -280,3 +280,17 @@ def test_the_demo_cuts_a_text_between_paragraphs_and_loses_nothing(tmp_path: Pat
     assert found == [
         paragraph.expandtabs(4).rstrip().replace("\n", demo_text.NEWLINE) for paragraph in paragraphs
     ]
+
+
+@pytest.mark.slow
+def test_bench_versions_compares_two_checkouts(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPTS / "bench_versions.py"]
+    run = subprocess.run(
+        [*command, ROOT, ROOT, "--rounds", "2"], capture_output=True, text=True, check=True, timeout=110
+    )
+    rows = [line.split("|") for line in run.stdout.splitlines()[2:]]
+    assert len(rows) == 5 and all(0.2 < float(row[2]) < 5 for row in rows)
+    refused = subprocess.run(
+        [*command, ROOT, tmp_path], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert refused.returncode == 2 and "give two checkouts" in refused.stderr

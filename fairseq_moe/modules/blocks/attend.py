@@ -32,6 +32,7 @@ def attend(
     scale: float,
     causal: bool = True,
     padding_BT: Tensor | None = None,
+    padded_see_themselves: bool = True,
     dropout: float = 0.0,
 ) -> Tensor:
     """Compute softmax(scale q k) v, where query head h uses key head floor(h G / H).
@@ -42,7 +43,9 @@ def attend(
         v_BGTe: float values, of any size.
         scale: multiplies the scores.
         causal: no query sees later positions.
-        padding_BT: bool, True where nobody looks, except a padded position at itself: it gets finite values.
+        padding_BT: bool, True where nobody looks.
+        padded_see_themselves: except a padded position at itself: so that it gets finite values where it sees nothing
+            else. Stock fairseq's do not.
         dropout: probability, on the attention weights; 0 outside training.
 
     Returns:
@@ -56,11 +59,14 @@ def attend(
     elif missing < 0:
         q_BHSd, k_BGTd = F.pad(q_BHSd, (0, -missing)), F.pad(k_BGTd, (0, -missing))
     whole = causal and num_queries == num_keys and padding_BT is None
+    mask = None
+    if not whole:
+        mask = _visible(num_queries, num_keys, causal, padding_BT, padded_see_themselves, q_BHSd.device)
     y_BHSd = F.scaled_dot_product_attention(
         q_BHSd,
         k_BGTd,
         v_BGTe,
-        attn_mask=None if whole else _visible(num_queries, num_keys, causal, padding_BT, q_BHSd.device),
+        attn_mask=mask,
         is_causal=whole,
         scale=scale,
         dropout_p=dropout,
@@ -70,12 +76,19 @@ def attend(
 
 
 def _visible(
-    num_queries: int, num_keys: int, causal: bool, padding_BT: Tensor | None, device: torch.device
+    num_queries: int,
+    num_keys: int,
+    causal: bool,
+    padding_BT: Tensor | None,
+    padded_see_themselves: bool,
+    device: torch.device,
 ) -> Tensor | None:
     """Mark the keys that each query sees: bool, broadcastable to (B, H, S, T); None: all."""
     queries_S1 = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(-1)
     keys_T = torch.arange(num_keys, device=device)
     if padding_BT is None:
         return keys_T <= queries_S1 if causal and num_queries > 1 else None
-    visible_B1ST = ~padding_BT[:, None, None, :] | (keys_T == queries_S1)
+    visible_B1ST = ~padding_BT[:, None, None, :]
+    if padded_see_themselves:
+        visible_B1ST = visible_B1ST | (keys_T == queries_S1)
     return visible_B1ST & (keys_T <= queries_S1) if causal else visible_B1ST

@@ -3,13 +3,16 @@
 With as many key heads as query heads it is the usual one.
 """
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from fairseq_moe.modules.blocks.attend import Cache, attend, extended, num_cached
-from fairseq_moe.modules.blocks.norm import RMSNorm
+from fairseq_moe.modules.blocks.norm import RMSNorm, normalize_over_tensor
+from fairseq_moe.modules.blocks.over_context import attend_over_context
 from fairseq_moe.modules.blocks.rope import Rotary
+from fairseq_moe.modules.shards import LocalShards, Shards
 
 __all__ = ["GroupedAttention", "GroupedAttentionConfig"]
 
@@ -29,6 +32,7 @@ class GroupedAttentionConfig:
         norm_eps: of these norms.
         clip: bound of the values of queries, keys and values (OLMoE); None: none.
         dropout: probability, on attention weights.
+        padded_see_themselves: see ``attend``.
     """
 
     model_dim: int
@@ -40,6 +44,7 @@ class GroupedAttentionConfig:
     norm_eps: float = 1e-6
     clip: float | None = None
     dropout: float = 0.0
+    padded_see_themselves: bool = True
 
 
 class GroupedAttention(nn.Module):
@@ -48,12 +53,17 @@ class GroupedAttention(nn.Module):
     Args:
         config: its sizes and options.
         rotary: turns queries and keys; None: they carry no positions.
+        shards: the ranks of a micro-batch, of which each has heads of its own; None: this one has all. It is built
+            with all heads; whoever builds it cuts the projections.
     """
 
-    def __init__(self, config: GroupedAttentionConfig, rotary: Rotary | None = None) -> None:
+    def __init__(
+        self, config: GroupedAttentionConfig, rotary: Rotary | None = None, shards: Shards | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.rotary = rotary
+        self.shards = shards or LocalShards()
         model_dim, head_dim = config.model_dim, config.head_dim
         query_dim, key_dim = config.num_heads * head_dim, config.num_kv_heads * head_dim
         has_bias = config.bias in ("qkv", "all")
@@ -77,18 +87,19 @@ class GroupedAttention(nn.Module):
         """Attend to earlier tokens and, unless causal, to later ones.
 
         Args:
-            x_BSD: float.
+            x_BSD: float, of this rank's own tokens.
             causal: no token sees later ones.
-            padding_BT: bool, True = padding, over earlier and new tokens.
+            padding_BT: bool, True = padding, over earlier and new tokens, on all ranks of a micro-batch.
             cache: keys and values of earlier tokens; those of ``x_BSD`` are added.
 
         Returns:
             float (B, S, D).
         """
-        config = self.config
+        config, shards = self.config, self.shards
+        x_BSD = shards.gather(x_BSD)
         q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
         if config.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = normalize_over_tensor([self.q_norm, self.k_norm], [q, k], shards)
         if config.clip is not None:
             q, k, v = (value.clamp(-config.clip, config.clip) for value in (q, k, v))
         q, k, v = (value.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for value in (q, k, v))
@@ -96,15 +107,20 @@ class GroupedAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             start = num_cached(cache, "key", dim=2)
-            q, k = self.rotary(q, start=start), self.rotary(k, start=start)
-        y_BSN = attend(
-            q,
-            extended(cache, "key", k, dim=2),
-            extended(cache, "value", v, dim=2),
+            spans = shards.part_of(x_BSD.shape[1] * shards.context).spans if shards.context > 1 else None
+            q, k = (self.rotary(value, start=start, spans=spans) for value in (q, k))
+        look = functools.partial(
+            attend,
             scale=config.head_dim**-0.5,
             causal=causal,
-            padding_BT=padding_BT,
+            padded_see_themselves=config.padded_see_themselves,
             dropout=config.dropout if self.training else 0.0,
         )
-        output: Tensor = self.out_proj(y_BSN)
-        return output
+        if shards.context > 1:
+            y_BSN = attend_over_context(
+                look, q, (k, v), lambda *both: both, shards=shards, padding_BT=padding_BT
+            )
+        else:
+            k, v = extended(cache, "key", k, dim=2), extended(cache, "value", v, dim=2)
+            y_BSN = look(q, k, v, padding_BT=padding_BT)
+        return shards.project_back(self.out_proj, y_BSN)

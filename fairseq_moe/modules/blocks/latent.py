@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from fairseq_moe.modules.blocks.attend import Cache, attend, extended, num_cached
 from fairseq_moe.modules.blocks.norm import RMSNorm
+from fairseq_moe.modules.blocks.over_context import attend_over_context
 from fairseq_moe.modules.blocks.rope import Rotary
+from fairseq_moe.modules.shards import LocalShards, Shards
 
 __all__ = ["LatentAttention", "LatentAttentionConfig"]
 
@@ -54,12 +56,14 @@ class LatentAttention(nn.Module):
     Args:
         config: its sizes and options.
         rotary: turns the parts with positions.
+        shards: see ``GroupedAttention``. Latents are projected from a rank's own tokens, and gathered in place of x.
     """
 
-    def __init__(self, config: LatentAttentionConfig, rotary: Rotary) -> None:
+    def __init__(self, config: LatentAttentionConfig, rotary: Rotary, shards: Shards | None = None) -> None:
         super().__init__()
         self.config = config
         self.rotary = rotary
+        self.shards = shards or LocalShards()
         model_dim, num_heads, bias = config.model_dim, config.num_heads, config.bias
         query_dim = num_heads * (config.nope_dim + config.rope_dim)
         if config.q_rank is None:
@@ -88,32 +92,41 @@ class LatentAttention(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """Attend, with the arguments of ``GroupedAttention.forward``; the cache keeps ``latent`` and ``rope_key``."""
-        config, num_new = self.config, x_BSD.shape[1]
+        config, shards, num_new = self.config, self.shards, x_BSD.shape[1]
         start = num_cached(cache, "latent", dim=1)
         q_nope, q_rope = self._by_head(self._queries(x_BSD), config.nope_dim, config.rope_dim)
-        q_rope = self.rotary(q_rope, start=start)
         c_BSr, rope_key_BSt = self.kv_a_proj(x_BSD).split([config.kv_rank, config.rope_dim], dim=-1)
-        c_BTr = extended(cache, "latent", self.kv_a_norm(c_BSr), dim=1)
-        rope_key_BTt = extended(cache, "rope_key", self.rotary(rope_key_BSt, start=start), dim=1)
-        look = functools.partial(
-            attend,
-            scale=self.scale,
-            causal=causal,
-            padding_BT=padding_BT,
-            dropout=config.dropout if self.training else 0.0,
+        c_BSr, rope_key_BSt = shards.gather(self.kv_a_norm(c_BSr)), shards.gather(rope_key_BSt)
+        spans = shards.part_of(c_BSr.shape[1] * shards.context).spans if shards.context > 1 else None
+        q_rope, rope_key_BSt = (
+            self.rotary(value, start=start, spans=spans) for value in (q_rope, rope_key_BSt)
         )
+        look = functools.partial(
+            attend, scale=self.scale, causal=causal, dropout=config.dropout if self.training else 0.0
+        )
+        if shards.context > 1:
+            q, sources = torch.cat([q_nope, q_rope], dim=-1), (c_BSr, rope_key_BSt)
+            y_BSN = attend_over_context(
+                look, q, sources, self._keys_and_values, shards=shards, padding_BT=padding_BT
+            )
+            return shards.project_back(self.out_proj, y_BSN)
+        c_BTr = extended(cache, "latent", c_BSr, dim=1)
+        rope_key_BTt = extended(cache, "rope_key", rope_key_BSt, dim=1)
         through = self._look_at_latents if cache is not None and num_new == 1 else self._look_at_heads
-        output: Tensor = self.out_proj(through(look, q_nope, q_rope, c_BTr, rope_key_BTt))
-        return output
+        look = functools.partial(look, padding_BT=padding_BT)
+        return shards.project_back(self.out_proj, through(look, q_nope, q_rope, c_BTr, rope_key_BTt))
 
     def _look_at_heads(
         self, look: Callable[..., Tensor], q_nope: Tensor, q_rope: Tensor, c_BTr: Tensor, rope_key_BTt: Tensor
     ) -> Tensor:
         """Attend by making keys and values of every head from every latent: (B, S, heads * value_dim)."""
-        config = self.config
-        k_nope, v = self._by_head(self.kv_b_proj(c_BTr), config.nope_dim, config.value_dim)
-        shared_key = rope_key_BTt.unsqueeze(1).expand(-1, config.num_heads, -1, -1)
-        return look(torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, shared_key], dim=-1), v)
+        return look(torch.cat([q_nope, q_rope], dim=-1), *self._keys_and_values(c_BTr, rope_key_BTt))
+
+    def _keys_and_values(self, c_BTr: Tensor, rope_key_BTt: Tensor) -> tuple[Tensor, Tensor]:
+        """Make the keys and values of every head of this rank from latents."""
+        k_nope, v = self._by_head(self.kv_b_proj(c_BTr), self.config.nope_dim, self.config.value_dim)
+        shared_key = rope_key_BTt.unsqueeze(1).expand(-1, k_nope.shape[1], -1, -1)
+        return torch.cat([k_nope, shared_key], dim=-1), v
 
     def _look_at_latents(
         self, look: Callable[..., Tensor], q_nope: Tensor, q_rope: Tensor, c_BTr: Tensor, rope_key_BTt: Tensor
@@ -131,12 +144,13 @@ class LatentAttention(nn.Module):
         return (latents_BHSr @ value_matrix_Her.mT).transpose(1, 2).flatten(2)
 
     def _queries(self, x_BSD: Tensor) -> Tensor:
+        gather = self.shards.gather
         if self.config.q_rank is None:
-            queries: Tensor = self.q_proj(x_BSD)
+            queries: Tensor = self.q_proj(gather(x_BSD))
         else:
-            queries = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
+            queries = self.q_b_proj(gather(self.q_a_norm(self.q_a_proj(x_BSD))))
         return queries
 
     def _by_head(self, x_BSN: Tensor, *sizes: int) -> tuple[Tensor, ...]:
         """Split (B, S, heads * sum(sizes)) into one (B, heads, S, size) for each of the sizes."""
-        return x_BSN.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2).split(sizes, dim=-1)
+        return x_BSN.unflatten(-1, (-1, sum(sizes))).transpose(1, 2).split(sizes, dim=-1)

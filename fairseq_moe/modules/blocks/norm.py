@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["RMSNorm"]
+from fairseq_moe.modules.shards import Shards
+
+__all__ = ["RMSNorm", "normalize_over_tensor"]
 
 
 class RMSNorm(nn.Module):
@@ -28,3 +30,22 @@ class RMSNorm(nn.Module):
         if wide.dtype == x.dtype == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self.weight * F.rms_norm(wide, self.weight.shape, None, self.eps).to(x.dtype)
+
+
+def normalize_over_tensor(norms: list[RMSNorm], values: list[Tensor], shards: Shards) -> list[Tensor]:
+    """Normalise values whose last axis is spread over tensor ranks: one sum of squares for all of them.
+
+    Args:
+        norms: each with the weights of this rank's part.
+        values: float (..., this rank's part), one for each norm, of equal shapes but for the last axis.
+        shards: the tensor ranks, each with a part of the same width.
+    """
+    if shards.tensor == 1:
+        return [norm(value) for norm, value in zip(norms, values, strict=True)]
+    wide = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in values]
+    sums = shards.sum_over_tensor(torch.stack([value.square().sum(-1) for value in wide], -1))
+    found = []
+    for norm, value, summed in zip(norms, wide, sums.unbind(-1), strict=True):
+        mean = summed.unsqueeze(-1) / (value.shape[-1] * shards.tensor)
+        found.append(norm.weight * (value * torch.rsqrt(mean + norm.eps)).to(values[0].dtype))
+    return found

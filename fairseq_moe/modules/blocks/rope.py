@@ -81,19 +81,23 @@ class Rotary:
         self.dim = int(head_dim * config.fraction)
         self._tables: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, x: Tensor, *, start: int = 0) -> Tensor:
+    def __call__(self, x: Tensor, *, start: int = 0, spans: tuple[slice, ...] | None = None) -> Tensor:
         """Turn heads by their positions.
 
         Args:
             x: float (..., S, d), the last S positions of a sequence.
             start: position of the first.
+            spans: in place of these, positions in rising order that S counts.
 
         Returns:
             the same shape and dtype; products are taken in float32 at least.
         """
-        cos_Pf, sin_Pf = self._covering(start + x.shape[-2], x.device)
-        rows = slice(start, start + x.shape[-2])
-        turned = rotate(x[..., : self.dim], cos_Pf[rows], sin_Pf[rows], interleaved=self.config.interleaved)
+        spans = spans or (slice(start, start + x.shape[-2]),)
+        cos_Sf, sin_Sf = (
+            table_Pf[spans[0]] if len(spans) == 1 else torch.cat([table_Pf[span] for span in spans])
+            for table_Pf in self._covering(spans[-1].stop, x.device)
+        )
+        turned = rotate(x[..., : self.dim], cos_Sf, sin_Sf, interleaved=self.config.interleaved)
         return turned if self.dim == x.shape[-1] else torch.cat([turned, x[..., self.dim :]], dim=-1)
 
     def _covering(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:

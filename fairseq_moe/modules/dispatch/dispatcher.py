@@ -25,8 +25,13 @@ class Dispatched(Protocol):
         """Wait for the rows of this rank's experts: what the experts read, (S, D), and what they do with it."""
         ...
 
-    def combine(self, y_SD: Tensor) -> Tensor:
-        """Bring each expert's outputs back to their tokens and add them up by weight: (S, D) -> (T, D)."""
+    def combine(self, y_SD: Tensor, *, dropout: float = 0.0) -> Tensor:
+        """Bring each expert's outputs back to their tokens and add them up by weight: (S, D) -> (T, D).
+
+        Args:
+            y_SD: float, what this rank's experts have made of their rows.
+            dropout: of each output, where ranks hold parts of experts: only their sum can be dropped.
+        """
         ...
 
 
@@ -92,11 +97,11 @@ class LocalDispatcher:
         """Plan the rows and send nothing; nothing waits for the device."""
         plan = self.plan(decision)
         work = ExpertWork(
-            counts_L=plan.counts_E if plan.num_slots is None else [plan.num_slots] * decision.num_experts,
+            counts_L=plan.counts_E,
             plan=plan.rows,
             weights_R=take_weights(plan.with_filler(weights_TK), plan.rows),
             rows_per_expert=plan.num_slots,
-            num_rows=decision.kept_TK.numel() if decision.keeps_all else None,
+            known_L=None if plan.num_slots is None else [plan.num_slots] * decision.num_experts,
         )
         return _AtHome(plan, plan.with_filler(x_TD), work)
 
@@ -112,5 +117,5 @@ class _AtHome:
     def arrive(self) -> tuple[Tensor, ExpertWork]:
         return self.source_SD, self.work
 
-    def combine(self, y_SD: Tensor) -> Tensor:
+    def combine(self, y_SD: Tensor, *, dropout: float = 0.0) -> Tensor:
         return self.plan.without_filler(y_SD)

@@ -6,6 +6,7 @@ every rank whatever the data.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +41,17 @@ class Exchange(Protocol):
         """
         ...
 
+    def gather(self, rows_RD: Tensor) -> Transfer:
+        """Bring the rows of all ranks here, in rank order: (R, D) -> (G R, D), with one R for all; differentiable.
+
+        Gradients of a row add up over the ranks that got it.
+        """
+        ...
+
+    def scatter_sum(self, rows_RD: Tensor) -> Transfer:
+        """Add up what all ranks hold for this rank's rows: (G R, D) -> (R, D), the reverse of ``gather``."""
+        ...
+
 
 @dataclass(frozen=True)
 class Arrived:
@@ -62,6 +74,14 @@ class LocalExchange:
         return send_counts_GL
 
     def send(self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int]) -> Transfer:
+        """Return the rows as they are."""
+        return Arrived(rows_RD)
+
+    def gather(self, rows_RD: Tensor) -> Transfer:
+        """Return the rows as they are."""
+        return Arrived(rows_RD)
+
+    def scatter_sum(self, rows_RD: Tensor) -> Transfer:
         """Return the rows as they are."""
         return Arrived(rows_RD)
 
@@ -113,13 +133,25 @@ class TimedExchange:
         return self._inner.counts(send_counts_GL)
 
     def send(self, rows_RD: Tensor, send_splits: list[int], recv_splits: list[int]) -> Transfer:
-        """Send rows and wait for them: with other work in between, the time would be that of both."""
+        """Send rows and wait for them."""
+        return self._timed(lambda: self._inner.send(rows_RD, send_splits, recv_splits), rows_RD)
+
+    def gather(self, rows_RD: Tensor) -> Transfer:
+        """Gather rows and wait for them."""
+        return self._timed(lambda: self._inner.gather(rows_RD), rows_RD)
+
+    def scatter_sum(self, rows_RD: Tensor) -> Transfer:
+        """Add rows up and wait for them."""
+        return self._timed(lambda: self._inner.scatter_sum(rows_RD), rows_RD)
+
+    def _timed(self, begin: Callable[[], Transfer], rows_RD: Tensor) -> Transfer:
+        """Begin and wait at once: with other work in between, the time would be that of both."""
         events = None
         if rows_RD.is_cuda:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
         start_sec = time.perf_counter()
-        received = self._inner.send(rows_RD, send_splits, recv_splits).arrive()
+        received = begin().arrive()
         self.times.cpu_ms += (time.perf_counter() - start_sec) * 1000.0
         if events is not None:
             events[1].record()

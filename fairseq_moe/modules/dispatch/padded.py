@@ -39,12 +39,10 @@ def _fill_slots(decision: RoutingDecision, *, num_slots: int) -> RowPlan:
     # A slot that nothing is written to keeps the number one past the last assignment: that of token T, the filler.
     assignment_R = slot_A.new_full((num_rows + 1,), len(slot_A)).scatter_(0, slot_A, assignments_A)
     assignment_R = assignment_R[:num_rows]
-    token_R = assignment_R // top_k
-    sorted_tokens_R, by_token_R = torch.sort(token_R, stable=True)
-    tokens = torch.arange(num_tokens + 1, device=token_R.device)
+    # The filler, the last token, needs no sum: its output is cut off. Sums are taken in the order of the experts.
+    row_TK = slot_A.masked_fill(slot_A == num_rows, -1).view(num_tokens, top_k).sort(dim=1).values
     return RowPlan(
         assignment_R=assignment_R,
-        token_R=token_R,
-        by_token_R=by_token_R,
-        starts_T=torch.searchsorted(sorted_tokens_R, tokens),
+        token_R=assignment_R // top_k,
+        row_TK=torch.cat([row_TK, row_TK.new_full((1, top_k), -1)]),
     )

@@ -1,14 +1,15 @@
 """List rows expert by expert, take them from tokens and add up their results: no tensor of tokens x experts x slots.
 
-tokens      t0 t1 t2              t0 -> experts 2, 0;  t1 -> 0, 1;  t2 -> 2, (dropped)
-rows        t0 t1 | t1 | t0 t2    expert 0 | expert 1 | expert 2, tokens in order within an expert
-token_R      0  1    1    0  2
-by_token_R   3  0 |  1  2 |  4    the same rows, token by token, choices in order
+tokens   t0 t1 t2              t0 -> experts 2, 0;  t1 -> 0, 1;  t2 -> 2, (dropped)
+rows     t0 t1 | t1 | t0 t2    expert 0 | expert 1 | expert 2, tokens in order within an expert
+token_R   0  1    1    0  2
+row_TK   3 0 | 1 2 | 4 -1      the row of each token's choices, -1 for what was dropped
 
-Both directions only read by index and never write to one token from several rows: tokens are sums over ``by_token_R``,
-which ``embedding_bag`` computes in one pass and in the same order every time.
+Both directions only read by index and never write to one token from several rows: a token is the sum of the rows that
+``row_TK`` names, choices in order, the same every time.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,11 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fairseq_moe.fused.add_rows import add_rows, spread_rows
+from fairseq_moe.fused.launch import runs_triton
+from fairseq_moe.fused.sort_rows import sort_assignments
 from fairseq_moe.modules.routing.contract import RoutingDecision
 
 __all__ = [
     "ExpertWork",
     "RowPlan",
+    "add_by_token",
     "combine_rows",
     "plan_order",
     "plan_rows",
@@ -40,25 +45,28 @@ class RowPlan:
     Args:
         assignment_R: int64, index into the flattened (T, K) assignments.
         token_R: int64, the token of each row.
-        by_token_R: int64, the rows sorted by (token, choice).
-        starts_T: int64, where each token's rows start in ``by_token_R``.
+        row_TK: int64, the row of each choice; -1 where it was dropped.
     """
 
     assignment_R: Tensor
     token_R: Tensor
-    by_token_R: Tensor
-    starts_T: Tensor
+    row_TK: Tensor
 
     def first(self, num_rows: int) -> "RowPlan":
         """Cut off what stands behind the rows that there are."""
         if num_rows == len(self.assignment_R):
             return self
-        return RowPlan(
-            assignment_R=self.assignment_R[:num_rows],
-            token_R=self.token_R[:num_rows],
-            by_token_R=self.by_token_R[:num_rows],
-            starts_T=self.starts_T,
-        )
+        return replace(self, assignment_R=self.assignment_R[:num_rows], token_R=self.token_R[:num_rows])
+
+    @functools.cached_property
+    def bags(self) -> tuple[Tensor, Tensor]:
+        """List the rows by (token, choice) without those that were dropped, and where each token's begin; on CPU."""
+        kept_TK = self.row_TK >= 0
+        if bool(kept_TK.all()):
+            starts_T = torch.arange(0, kept_TK.numel(), kept_TK.shape[1], device=kept_TK.device)
+            return self.row_TK.reshape(-1), starts_T
+        kept_T = kept_TK.sum(1)
+        return self.row_TK[kept_TK], kept_T.cumsum(0) - kept_T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,37 +80,40 @@ class ExpertWork:
             and each result stands where its row does.
         weights_R: float, of each result in the output; None: 1. Needs a plan, or ValueError is raised.
         rows_per_expert: every count, where the shape of the batch fixes it; None: routing decides.
-        num_rows: sum of counts that are on the device, where the host knows it; then the plan has no more rows.
+        known_L: the counts as integers, where the host knows those on the device, too; then the plan has no more rows.
     """
 
     counts_L: Tensor | Sequence[int]
     plan: RowPlan | None = None
     weights_R: Tensor | None = None
     rows_per_expert: int | None = None
-    num_rows: int | None = None
+    known_L: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.weights_R is not None and self.plan is None:
             raise ValueError("rows have weights, but no plan of where their weighted results are added")
 
-    def host_counts(self) -> tuple[int, ...]:
-        """Count the rows of each local expert as numbers on the host; waits for the device if they are there."""
-        return tuple(self.counts_L.tolist() if isinstance(self.counts_L, Tensor) else self.counts_L)
+    @property
+    def is_sized(self) -> bool:
+        """Whether the host knows how many rows there are, and the plan has no more."""
+        return self.known_L is not None or not isinstance(self.counts_L, Tensor)
 
-    def sized(self) -> "ExpertWork":
-        """Cut the plan to the rows that there are, for kernels that take counts on the device; may wait for it."""
-        return self if self.num_rows is not None else self.on_host()
+    def host_counts(self) -> tuple[int, ...]:
+        """Count the rows of each local expert as numbers on the host; waits for the device if they are only there."""
+        if self.known_L is not None:
+            return tuple(self.known_L)
+        return tuple(self.counts_L.tolist() if isinstance(self.counts_L, Tensor) else self.counts_L)
 
     def on_host(self) -> "ExpertWork":
         """Bring the counts to the host, for kernels that need sizes there, and cut the plan to that many rows."""
-        if not isinstance(self.counts_L, Tensor):
+        if self.is_sized:
             return self
-        counts_L = self.host_counts()
-        num_rows = sum(counts_L)
+        known_L = self.host_counts()
+        num_rows = sum(known_L)
         plan, weights_R = self.plan, self.weights_R
         if weights_R is not None and len(weights_R) > num_rows:
             weights_R = weights_R[:num_rows]
-        return replace(self, counts_L=counts_L, plan=plan and plan.first(num_rows), weights_R=weights_R)
+        return replace(self, known_L=known_L, plan=plan and plan.first(num_rows), weights_R=weights_R)
 
 
 def plan_rows(decision: RoutingDecision) -> RowPlan:
@@ -111,35 +122,20 @@ def plan_rows(decision: RoutingDecision) -> RowPlan:
     So the plan's length is that of all assignments and nothing waits for the device. How many rows there are, its
     counts say; ``RowPlan.first`` cuts off the rest.
     """
-    top_k = decision.expert_ids_TK.shape[1]
-    kept_A = decision.kept_TK.reshape(-1)
-    # An id above all experts sorts dropped assignments to the end; a stable sort keeps an expert's tokens in order.
-    ids = decision.expert_ids_TK.masked_fill(~decision.kept_TK, decision.num_experts)
-    assignment_A = torch.argsort(ids.reshape(-1), stable=True)
-    # ``by_token`` lists the same rows in (token, choice) order, so a kept assignment stands in it behind the kept ones
-    # before it, and a dropped one behind all kept ones and the dropped ones before it.
-    order_A = torch.arange(len(kept_A), device=kept_A.device)
-    kept_so_far_A = kept_A.cumsum(0)
-    dropped_place_A = kept_A.sum() + order_A - kept_so_far_A
-    place_A = torch.where(kept_A, kept_so_far_A - 1, dropped_place_A).index_select(0, assignment_A)
-    return RowPlan(
-        assignment_R=assignment_A,
-        token_R=assignment_A // top_k,
-        by_token_R=torch.empty_like(place_A).scatter_(0, place_A, order_A),
-        # Kept assignments up to and with a token's last choice, less its own, are those of the tokens before it.
-        starts_T=kept_so_far_A[top_k - 1 :: top_k] - decision.kept_TK.sum(1),
+    assignment_A, row_TK = sort_assignments(
+        decision.expert_ids_TK, decision.kept_TK, num_experts=decision.num_experts
     )
+    return RowPlan(assignment_R=assignment_A, token_R=assignment_A // row_TK.shape[1], row_TK=row_TK)
 
 
 def plan_order(order_R: Tensor) -> RowPlan:
     """Plan rows in another order: row r is row ``order_R[r]`` of the input, and its result goes back there."""
-    rows = torch.arange(len(order_R), device=order_R.device)
-    return RowPlan(
-        assignment_R=order_R,
-        token_R=order_R,
-        by_token_R=torch.empty_like(order_R).scatter_(0, order_R, rows),
-        starts_T=rows,
-    )
+    return RowPlan(assignment_R=order_R, token_R=order_R, row_TK=_inverse(order_R).unsqueeze(1))
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """Invert a permutation: int64 (R,)."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def take_rows(x_TD: Tensor, plan: RowPlan) -> Tensor:
@@ -159,10 +155,19 @@ def combine_rows(y_RD: Tensor, weights_R: Tensor | None, plan: RowPlan) -> Tenso
     return _CombineRows.apply(y_RD, weights_R.to(y_RD.dtype), plan)
 
 
-def _add_by_token(rows_RD: Tensor, plan: RowPlan, weights_R: Tensor | None = None) -> Tensor:
+def add_by_token(rows_RD: Tensor, plan: RowPlan, weights_R: Tensor | None = None) -> Tensor:
+    """Add up each token's rows, times their weights, without a gradient: (R, D) -> (T, D)."""
+    if _is_for_kernels(rows_RD):
+        return add_rows(rows_RD, plan.row_TK, weights_R=weights_R)
+    by_token_R, starts_T = plan.bags
     if weights_R is not None:
-        weights_R = weights_R.index_select(0, plan.by_token_R)
-    return F.embedding_bag(plan.by_token_R, rows_RD, plan.starts_T, mode="sum", per_sample_weights=weights_R)
+        weights_R = weights_R.index_select(0, by_token_R)
+    return F.embedding_bag(by_token_R, rows_RD, starts_T, mode="sum", per_sample_weights=weights_R)
+
+
+def _is_for_kernels(rows_RD: Tensor) -> bool:
+    """Tell whether ``fused.add_rows`` adds rows up; on a CPU, bags and chunks are faster than its plain torch."""
+    return rows_RD.device.type != "cpu" or runs_triton(rows_RD)
 
 
 class _TakeRows(torch.autograd.Function):
@@ -174,14 +179,14 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _add_by_token(grads[0].contiguous(), ctx.plan), None
+        return add_by_token(grads[0].contiguous(), ctx.plan), None
 
 
 class _AddRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, plan: RowPlan) -> Tensor:
         ctx.plan = plan
-        return _add_by_token(y_RD.contiguous(), plan)
+        return add_by_token(y_RD.contiguous(), plan)
 
     @staticmethod
     @once_differentiable
@@ -194,17 +199,18 @@ class _CombineRows(torch.autograd.Function):
     def forward(ctx: Any, y_RD: Tensor, weights_R: Tensor, plan: RowPlan) -> Tensor:
         ctx.save_for_backward(y_RD, weights_R)
         ctx.plan = plan
-        return _add_by_token(y_RD.contiguous(), plan, weights_R)
+        return add_by_token(y_RD.contiguous(), plan, weights_R)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         y_RD, weights_R = ctx.saved_tensors
         grad_TD, num_rows = grads[0], len(y_RD)
+        if _is_for_kernels(y_RD):
+            return *spread_rows(grad_TD, ctx.plan.token_R, y_RD, weights_R), None
         grad_y_RD, grad_weights_R = torch.empty_like(y_RD), torch.empty_like(weights_R)
-        step = _CPU_CHUNK if y_RD.device.type == "cpu" else max(num_rows, 1)
-        for start in range(0, num_rows, step):
-            rows = slice(start, start + step)
+        for start in range(0, num_rows, _CPU_CHUNK):
+            rows = slice(start, start + _CPU_CHUNK)
             grad = grad_TD.index_select(0, ctx.plan.token_R[rows])
             torch.mul(grad, weights_R[rows].unsqueeze(1), out=grad_y_RD[rows])
             torch.sum(grad.mul_(y_RD[rows]), dim=1, out=grad_weights_R[rows])

@@ -32,12 +32,14 @@ class Network(NamedTuple):
         activation_dropout: probability, on the activation's values; 0 outside training.
         dropout: probability, on the outputs; 0 outside training.
         wide: dtype of the products, at least as wide as that of the rows.
+        fp8: name of the way in which products are computed in FP8 (``fp8.Fp8Mode``); None: they are not.
     """
 
     activation: Activation
     activation_dropout: float
     dropout: float
     wide: torch.dtype
+    fp8: str | None = None
 
 
 KernelFunction = Callable[[Tensor, Stacks, ExpertWork, Network], Tensor]
@@ -61,6 +63,6 @@ def under_autocast(source_SD: Tensor, stacks: Stacks) -> tuple[Tensor, Stacks]:
 def device_counts(work: ExpertWork, device: torch.device) -> Tensor:
     """Count the rows of each local expert: int64 (L,) on ``device``, for kernels that need no number on the host."""
     if isinstance(work.counts_L, Tensor):
-        return work.counts_L.to(device)
-    counts_L = torch.tensor(work.host_counts(), pin_memory=device.type == "cuda")
+        return work.counts_L
+    counts_L = torch.tensor(work.host_counts(), dtype=torch.int64, pin_memory=device.type == "cuda")
     return counts_L.to(device, non_blocking=True)

@@ -22,7 +22,7 @@ from fairseq_moe.modules.dispatch.rows import ExpertWork
 from fairseq_moe.modules.kernels import cpu_memory
 from fairseq_moe.modules.kernels.activation import Activation, through_activation
 from fairseq_moe.modules.kernels.contract import Network, Stacks
-from fairseq_moe.modules.kernels.linear import Gradients, affine, mm_into
+from fairseq_moe.modules.kernels.matrix import Gradients, affine, mm_into
 
 __all__ = ["sliced_network"]
 

@@ -7,6 +7,8 @@ sliced    expert after expert, fc1, activation and fc2 in one go, so that a slic
 loop      expert after expert, but all of fc1 before all of fc2: leaves room for activation dropout
 bmm       one batched product per matrix; rows padded to the busiest expert unless all have as many
 grouped   one ``torch.nn.functional.grouped_mm`` per matrix
+triton    one launch of our own grouped product per matrix
+fp8       as grouped, with outputs and the rows' gradients in FP8, where ``--moe-fp8`` asks for it and it pays
 ========= =======================================================================================
 
 The choice follows from the device, the dtype and sizes, never from anyone's data. All kernels compute the same
@@ -25,10 +27,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fairseq_moe.fused.launch import has_triton
 from fairseq_moe.modules.dispatch.rows import ExpertWork
 from fairseq_moe.modules.kernels.activation import Activation
-from fairseq_moe.modules.kernels.by_matrix import batched_network, grouped_network, loop_network
+from fairseq_moe.modules.kernels.by_matrix import (
+    batched_network,
+    fp8_network,
+    grouped_network,
+    loop_network,
+    triton_network,
+)
 from fairseq_moe.modules.kernels.contract import KernelFunction, Network, Stacks, under_autocast
+from fairseq_moe.modules.kernels.fp8 import Fp8Mode, runs_fp8
 from fairseq_moe.modules.kernels.sliced import sliced_network
 
 __all__ = [
@@ -51,6 +61,8 @@ class Kernel(StrEnum):
     LOOP = "loop"
     BMM = "bmm"
     GROUPED = "grouped"
+    TRITON = "triton"
+    FP8 = "fp8"
 
 
 KERNELS: dict[Kernel, KernelFunction] = {
@@ -58,6 +70,8 @@ KERNELS: dict[Kernel, KernelFunction] = {
     Kernel.LOOP: loop_network,
     Kernel.BMM: batched_network,
     Kernel.GROUPED: grouped_network,
+    Kernel.TRITON: triton_network,
+    Kernel.FP8: fp8_network,
 }
 
 
@@ -71,7 +85,9 @@ class Choice(NamedTuple):
         native: the device has units for that dtype: ``arithmetic_dtype`` is the dtype itself.
         min_capability: least compute capability; with ``device="cuda"`` only.
         row_bytes: divides the bytes of every row of every matrix.
-        min_experts: least number of local experts.
+        needs_triton: Triton is installed.
+        max_experts: largest number of local experts.
+        min_matrix_numel: least number of elements of an expert's second matrix.
         fixed_rows: the shape of the batch fixes how many rows every expert gets.
         max_expert_flops: most operations of one expert's forward products; with ``fixed_rows`` only.
         activation_dropout: values after the activation are dropped.
@@ -83,7 +99,9 @@ class Choice(NamedTuple):
     native: bool = False
     min_capability: tuple[int, int] = (0, 0)
     row_bytes: int = 1
-    min_experts: int = 0
+    needs_triton: bool = False
+    max_experts: float = math.inf
+    min_matrix_numel: int = 0
     fixed_rows: bool = False
     max_expert_flops: float = math.inf
     activation_dropout: bool = False
@@ -97,7 +115,9 @@ class Choice(NamedTuple):
             and (not self.native or arithmetic_dtype(weight) is weight.dtype)
             and (self.min_capability == (0, 0) or _cuda_capability(weight.device) >= self.min_capability)
             and all(dim * weight.element_size() % self.row_bytes == 0 for dim in _row_lengths(stacks))
-            and weight.shape[0] >= self.min_experts
+            and (not self.needs_triton or has_triton())
+            and weight.shape[0] <= self.max_experts
+            and math.prod(stacks.fc2_weight.shape[1:]) >= self.min_matrix_numel
             and (not self.fixed_rows or rows_per_expert is not None)
             and (rows_per_expert or 0) * _flops_per_row(stacks) <= self.max_expert_flops
             and (not self.activation_dropout or activation_dropout > 0)
@@ -112,8 +132,14 @@ CHOICES = (
     # As above. torch refuses other rows than of a multiple of 16 bytes, and below capability 9.0 its grouped_mm is
     # itself a loop, with a host synchronisation per call (read in its source, not measured).
     Choice(Kernel.GROUPED, "cuda", (torch.bfloat16,), min_capability=(9, 0), row_bytes=16),
-    # The rest of the GPUs' cases. As above: with many experts of fp16 or fp32 this is the slowest, about 0.27 ms per
-    # expert and pass on the host; how bmm does on rows that need padding has not been measured.
+    # As above, few large experts: 8 of D 4096, F 14336 loop 18.4 ms, bmm 19.3 (fp16); 8 of D 2048, F 8192 whole layers
+    # 395 TFLOPS against 379 of grouped (bf16). It waits for the counts, for less than a hundredth of such a pass.
+    Choice(Kernel.LOOP, "cuda", max_experts=16, min_matrix_numel=1 << 24),
+    # The rest of the GPUs' cases in at most float32. As above: with many experts a loop takes about 0.27 ms per expert
+    # and pass on the host, twelve times as long as bmm on equal rows. Our product itself has not been measured.
+    # Below capability 8.0 Triton multiplies half precision without tensor cores (seen in the code that it makes).
+    Choice(Kernel.TRITON, "cuda", (torch.float16, torch.bfloat16), needs_triton=True, min_capability=(8, 0)),
+    Choice(Kernel.TRITON, "cuda", (torch.float32,), needs_triton=True),
     Choice(Kernel.LOOP, "cuda"),
     # docs/benchmarks.md, Kernels (2 cores with AVX2, fp32): one batched product spares the calls of a loop (8 experts
     # of 1 Mflop: bmm 1.3 ms, sliced 3.2), and pays with slices that have left the cache (64 of 34: 224 and 170).
@@ -125,16 +151,23 @@ CHOICES = (
 
 
 def choose_kernel(
-    stacks: Stacks, *, rows_per_expert: int | None = None, activation_dropout: float = 0.0
+    stacks: Stacks,
+    *,
+    rows_per_expert: int | None = None,
+    activation_dropout: float = 0.0,
+    fp8: Fp8Mode | None = None,
 ) -> Kernel:
-    """Choose by the first row of ``CHOICES`` that fits.
+    """Choose FP8 where it was asked for and pays, and else by the first row of ``CHOICES`` that fits.
 
     Args:
         stacks: parameters as they will be used, for their device, dtype and sizes.
         rows_per_expert: what every expert gets where the shape of the batch fixes it (padded dispatch);
             None: it depends on the routing.
         activation_dropout: the probability in force; 0 outside training.
+        fp8: how products are to be computed in FP8; None: not.
     """
+    if runs_fp8(fp8, stacks):
+        return Kernel.FP8
     return next(
         choice.kernel
         for choice in CHOICES
@@ -185,6 +218,7 @@ def run_experts(
     activation: Activation,
     activation_dropout: float = 0.0,
     dropout: float = 0.0,
+    fp8: Fp8Mode | None = None,
 ) -> Tensor:
     """Compute w dropout(W2 activation_dropout(act(W1 x (+ b1))) (+ b2)) of each row's expert; add up as ``work`` says.
 
@@ -196,6 +230,7 @@ def run_experts(
         activation: of each row, not in place, without parameters; elementwise or ``swiglu``.
         activation_dropout: probability, 0 outside training.
         dropout: probability, 0 outside training.
+        fp8: how the kernel ``fp8`` multiplies.
 
     Returns:
         (S, D).
@@ -209,6 +244,6 @@ def run_experts(
             f"experts of dtype {stacks.fc1_weight.dtype} were given rows of dtype {source_SD.dtype}; "
             "convert one of them, or use torch.autocast"
         )
-    network = Network(activation, activation_dropout, dropout, wide=arithmetic_dtype(source_SD))
+    network = Network(activation, activation_dropout, dropout, wide=arithmetic_dtype(source_SD), fp8=fp8)
     with torch.autocast(source_SD.device.type, enabled=False):
         return KERNELS[kernel](source_SD, stacks, work, network)

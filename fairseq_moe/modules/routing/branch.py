@@ -5,7 +5,7 @@ The rules are those of GShard (Lepikhin et al. 2020, algorithm 1) for two expert
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -20,6 +20,8 @@ from fairseq_moe.modules.routing.contract import (
     queue_positions,
 )
 from fairseq_moe.modules.routing.losses import balance_loss
+from fairseq_moe.modules.routing.micro_batch import sum_micro_batch
+from fairseq_moe.modules.shards import LocalShards, Shards
 
 __all__ = [
     "BranchConfig",
@@ -225,10 +227,15 @@ class BranchConfig:
 
 
 class BranchRule:
-    """Route tokens with the gates of the moe branch, as a ``BranchConfig`` says."""
+    """Route tokens with the gates of the moe branch, as a ``BranchConfig`` says.
 
-    def __init__(self, config: BranchConfig) -> None:
+    Capacity follows from a rank's own tokens, whose assignments alone it limits, also where other ranks have tokens of
+    the same micro-batch (``shards``): there other assignments may be dropped than on one rank with all tokens.
+    """
+
+    def __init__(self, config: BranchConfig, *, shards: Shards | None = None) -> None:
         self.config = config
+        self.shards = shards or LocalShards()
 
     def route(
         self,
@@ -245,15 +252,20 @@ class BranchRule:
         if decision is None or self._draws_random_numbers(tokens.mode):
             # A recomputed pass draws as well: the dropout that follows must see the same random numbers.
             taken = self._decide(logits_TE.to(gates_TE.dtype), gates_TE, tokens)
-            decision = taken if decision is None else decision
+            if decision is None:
+                micro_batch = sum_micro_batch(self.shards, taken, tokens.padding_T)
+                decision = taken if micro_batch is None else replace(taken, micro_batch=micro_batch)
         weights_TK = combine_weights(
             gates_TE, decision, normalize_before_dropping=self.config.normalize_before_dropping
         )
+        whole = decision.micro_batch
+        first_E = (whole or decision).counts.first_choices()
+        num_tokens = None if whole is None else whole.tokens_R.sum()
         return RouterOutput(
             gates_TE=gates_TE,
             weights_TK=weights_TK.to(logits_TE.dtype),
             decision=decision,
-            losses={"balance": balance_loss(gates_TE, decision.counts.first_choices())},
+            losses={"balance": balance_loss(gates_TE, first_E, num_tokens=num_tokens)},
         )
 
     def set_num_updates(self, num_updates: int) -> None:

@@ -4,6 +4,7 @@ Drops happen before the exchange and on each rank alone: every rank owns ``capac
 """
 
 import math
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fairseq_moe.modules.routing.contract import queue_positions
 
-__all__ = ["DropPolicy", "expert_capacity", "keep_within_capacity"]
+__all__ = ["CapacityConfig", "DropPolicy", "expert_capacity", "keep_within_capacity"]
 
 
 class DropPolicy(StrEnum):
@@ -25,6 +26,26 @@ class DropPolicy(StrEnum):
     PROBS = "probs"
     POSITION = "position"
     PRIORITIZED = "prioritized"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityConfig:
+    """Limit the assignments that an expert takes from each rank: its capacity, C slots.
+
+    Args:
+        factor: C = ceil(T * K / E * factor); None: no limit.
+        minimum: C is at least this.
+        policy: which assignments get the slots.
+        num_warmup_updates: the limit holds for so many updates and then no more; None: always.
+        max_tokens: tokens of the largest training batch of any rank, which fixes the number of slots of a padded
+            dispatch; None: not known.
+    """
+
+    factor: float | None = None
+    minimum: int = 0
+    policy: DropPolicy = DropPolicy.PROBS
+    num_warmup_updates: int | None = None
+    max_tokens: int | None = None
 
 
 def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: float, minimum: int = 0) -> int:

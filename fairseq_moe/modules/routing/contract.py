@@ -15,10 +15,12 @@ from torch import Tensor
 __all__ = [
     "LOSSES",
     "AssignmentCounts",
+    "MicroBatch",
     "RouterMode",
     "RouterOutput",
     "RoutingDecision",
     "RoutingRule",
+    "SequenceCounts",
     "TokenInfo",
     "count_assignments",
     "count_ids",
@@ -52,12 +54,14 @@ class TokenInfo:
         padding_T: bool, True where a token is padding; None: no token is.
         ids_T: int64, vocabulary ids; hash routing needs them.
         num_sequences: B, sequences of equal length that the tokens form, batch-major.
+        num_positions: positions of each that these tokens are, where others follow that are no tokens; None: all.
     """
 
     mode: RouterMode
     padding_T: Tensor | None = None
     ids_T: Tensor | None = None
     num_sequences: int = 1
+    num_positions: int | None = None
 
 
 class AssignmentCounts(NamedTuple):
@@ -91,6 +95,31 @@ class AssignmentCounts(NamedTuple):
         return self.histogram_34E[0, :2].sum(0)
 
 
+class SequenceCounts(NamedTuple):
+    """Count the choices of each sequence, and its tokens that are no padding: int64."""
+
+    choices_BE: Tensor
+    tokens_B: Tensor
+
+
+class MicroBatch(NamedTuple):
+    """Count a micro-batch whose tokens are spread over R ranks, on all of them together: int64.
+
+    Args:
+        counts: of all ranks' assignments.
+        tokens_R: tokens of each rank, padding included.
+        num_valid: tokens that are no padding, scalar.
+        plain_choices_E: choices that a balance loss goes by where those differ from the ``counts``; None otherwise.
+        sequences: of whole sequences, for the loss that goes by them; None without it.
+    """
+
+    counts: AssignmentCounts
+    tokens_R: Tensor
+    num_valid: Tensor
+    plain_choices_E: Tensor | None
+    sequences: SequenceCounts | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoutingDecision:
     """Decide where each token goes; no gradients. ``RoutingDecision.counted`` makes one.
@@ -100,14 +129,16 @@ class RoutingDecision:
         requested_TK: bool, assignments that ask for a slot: not padding, not left out by the second-expert
             policy.
         kept_TK: bool, requested assignments that found a slot within the capacity.
-        counts: of these assignments, on their device.
+        counts: of these assignments, on their device; dispatch goes by them.
         capacity: assignments that each expert takes from this rank, at most (masked padding makes it fewer); None:
             unlimited.
         num_slots: slots of each expert where shapes are fixed, at least the capacity, the same on all ranks; None:
             as many as assignments are kept.
-        keeps_all: every assignment is kept whatever the data, so that the host knows their number without waiting.
         balance_counts_2E: int64, choices that a balance loss goes by where those differ from the ones above: of
             this micro-batch, and of all ranks and micro-batches of the update so far; None otherwise.
+        left_out_T: bool, tokens that no statistic is about; None: it is about all of them.
+        micro_batch: counts of all ranks that have tokens of this micro-batch, which losses and statistics go by; kept,
+            so that a recomputed pass asks no other rank; None: the tokens here are all.
     """
 
     expert_ids_TK: Tensor
@@ -116,8 +147,9 @@ class RoutingDecision:
     counts: AssignmentCounts
     capacity: int | None
     num_slots: int | None = None
-    keeps_all: bool = False
     balance_counts_2E: Tensor | None = None
+    left_out_T: Tensor | None = None
+    micro_batch: MicroBatch | None = None
 
     @classmethod
     def counted(
@@ -129,7 +161,6 @@ class RoutingDecision:
         num_experts: int,
         capacity: int | None,
         num_slots: int | None = None,
-        keeps_all: bool = False,
         padding_T: Tensor | None = None,
     ) -> "RoutingDecision":
         """Make a decision and count its assignments; those of ``padding_T`` are left out of every statistic."""
@@ -142,7 +173,7 @@ class RoutingDecision:
             ),
             capacity=capacity,
             num_slots=num_slots,
-            keeps_all=keeps_all,
+            left_out_T=padding_T,
         )
 
     @property
@@ -161,13 +192,16 @@ class RouterOutput(NamedTuple):
         gates_TE: normalised scores, differentiable.
         weights_TK: combine weights, differentiable, in the dtype of the scores; the experts round them.
         decision: who goes where.
-        losses: unscaled auxiliary losses by name, differentiable; those of ``LOSSES`` that the rule has.
+        losses: unscaled auxiliary losses by name, differentiable; those of ``LOSSES`` that the rule has. Where the
+            micro-batch's tokens are spread over ranks they are shares, whose sum over those ranks is the loss.
+        entropy_T: float32, of each token's gates (see ``stats.gate_entropy``), where the rule knows it already.
     """
 
     gates_TE: Tensor
     weights_TK: Tensor
     decision: RoutingDecision
     losses: dict[str, Tensor]
+    entropy_T: Tensor | None = None
 
 
 class RoutingRule(Protocol):

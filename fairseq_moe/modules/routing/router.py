@@ -22,8 +22,10 @@ from fairseq_moe.modules.routing.contract import (
     RoutingRule,
     TokenInfo,
 )
+from fairseq_moe.modules.routing.micro_batch import gather_scores
 from fairseq_moe.modules.routing.scores import choice_scores
 from fairseq_moe.modules.routing.topk import TopKConfig, TopKRule
+from fairseq_moe.modules.shards import LocalShards, Shards
 
 __all__ = ["BranchConfig", "Router", "RouterMode", "RouterOutput", "ScorerConfig"]
 
@@ -58,6 +60,7 @@ class Router(nn.Module):
         bias: how the expert bias follows the load; None: no bias.
         sum_over_ranks: adds up a vector over all ranks, in place (None: a single process); used by the
             global balance loss on every training pass and by the expert bias once per update.
+        shards: joins the ranks that have tokens of the same micro-batch; None: this rank has all.
     """
 
     weight: Tensor
@@ -76,6 +79,7 @@ class Router(nn.Module):
         scorer: ScorerConfig | None = None,
         bias: BiasConfig | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+        shards: Shards | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -83,6 +87,7 @@ class Router(nn.Module):
         self.scorer = scorer or ScorerConfig()
         self.bias = bias
         self.sum_over_ranks = sum_over_ranks or (lambda counts: counts)
+        self.shards = shards or LocalShards()
         if self.scorer.cosine:
             self.projection = nn.Linear(model_dim, _COSINE_DIM, bias=False).weight
             self.weight = nn.Parameter(torch.empty(num_experts, _COSINE_DIM))
@@ -100,9 +105,9 @@ class Router(nn.Module):
         self.register_buffer("global_counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
         self.rule: RoutingRule
         if isinstance(config, TopKConfig):
-            self.rule = TopKRule(config, global_counts=self._count_globally)
+            self.rule = TopKRule(config, global_counts=self._count_globally, shards=self.shards)
         else:
-            self.rule = BranchRule(config)
+            self.rule = BranchRule(config, shards=self.shards)
 
     def forward(
         self,
@@ -131,12 +136,15 @@ class Router(nn.Module):
             self.local_counts_E += decision.counts.requested_E
             return
         assert isinstance(self.config, TopKConfig) and self.expert_bias is not None
-        scores_TE = choice_scores(logits_TE.float(), self.config.score)
+        scores_TE, padding_T = choice_scores(logits_TE.float(), self.config.score), tokens.padding_T
+        has_tokens = decision.requested_TK.any()
+        if decision.micro_batch is not None:  # every one of its ranks notes the same
+            scores_TE, padding_T = gather_scores(self.shards, scores_TE, padding_T, decision.micro_batch)
+            has_tokens = decision.micro_batch.num_valid > 0
         found_E = quantile_thresholds(
-            scores_TE, self.expert_bias, top_k=self.config.top_k, padding_T=tokens.padding_T
+            scores_TE, self.expert_bias, top_k=self.config.top_k, padding_T=padding_T
         )
-        has_tokens = decision.requested_TK.any().to(found_E.dtype)
-        self.thresholds += torch.cat([found_E, has_tokens.view(1)])
+        self.thresholds += torch.cat([found_E, has_tokens.to(found_E.dtype).view(1)])
 
     def begin_update(self) -> None:
         """Forget the choices of the last update."""

@@ -1,13 +1,23 @@
-"""Describe one routing decision in numbers: pure functions, names and units as in fairseq's moe branch."""
+"""Describe routing decisions in numbers: pure functions, names and units as in fairseq's moe branch.
+
+A layer hands out what is cheap, the histogram of its decision and a few measures; statistics, which sort, are taken
+once for all layers together.
+"""
 
 import math
 
 import torch
 from torch import Tensor
 
-from fairseq_moe.modules.routing.contract import AssignmentCounts
-
-__all__ = ["LAYER_STATS", "layer_stats", "load_violations"]
+__all__ = [
+    "LAYER_STATS",
+    "MEASURES",
+    "gate_entropy",
+    "layer_loads",
+    "layer_measures",
+    "layer_stats",
+    "load_violations",
+]
 
 # Order of the entries of a layer's statistics vector, with their units:
 LAYER_STATS = (
@@ -26,68 +36,103 @@ LAYER_STATS = (
     "expert_bias_spread",  # largest minus smallest expert bias
 )
 
+# What a layer measures of one pass, besides the histogram of its decision, so that statistics can follow from them:
+MEASURES = (
+    "entropy_sum",  # nats, over the tokens that are not left out
+    "all_to_all_cpu_time_ms",
+    "all_to_all_cuda_time_ms",
+    "expert_bias_spread",
+)
+
 _SAMPLE_FRACTION = 0.2
 
 
-def layer_stats(
-    gates_TE: Tensor,
-    counts: AssignmentCounts,
+@torch.no_grad()
+def layer_measures(
+    entropy_T: Tensor,
     *,
-    top_k: int,
     all_to_all_cpu_time_ms: float = 0.0,
     all_to_all_cuda_time_ms: float = 0.0,
     bias_E: Tensor | None = None,
-    padding_T: Tensor | None = None,
 ) -> Tensor:
-    """Compute the statistics of one layer and one micro-batch, in the order of ``LAYER_STATS``.
+    """Gather a layer's measures of one micro-batch, in the order of ``MEASURES``.
+
+    Args:
+        entropy_T: float32, of each token's gates, 0 for those left out of statistics; see ``gate_entropy``.
+        all_to_all_cpu_time_ms: measured by the caller.
+        all_to_all_cuda_time_ms: measured by the caller.
+        bias_E: the router's expert bias, if it has one.
+
+    Returns:
+        float32 (len(MEASURES),).
+    """
+    zero = entropy_T.new_zeros(())
+    # Numbers of the host are added, for a tensor of them would have to be copied to the device.
+    times = [zero + ms if ms else zero for ms in (all_to_all_cpu_time_ms, all_to_all_cuda_time_ms)]
+    spread = zero
+    if bias_E is not None:
+        smallest, largest = torch.aminmax(bias_E)
+        spread = (largest - smallest).float()
+    return torch.stack([entropy_T.sum(), *times, spread])
+
+
+@torch.no_grad()
+def gate_entropy(gates_TE: Tensor, *, left_out_T: Tensor | None = None) -> Tensor:
+    """Compute the entropy of each token's gates in nats, 0 for tokens that are left out: float32 (T,)."""
+    gates_TE = gates_TE.float()
+    eps = torch.finfo(gates_TE.dtype).eps
+    entropy_T = -(gates_TE * gates_TE.clamp(min=eps, max=1 - eps).log()).sum(-1)
+    return entropy_T if left_out_T is None else entropy_T * ~left_out_T
+
+
+@torch.no_grad()
+def layer_stats(histogram_L34E: Tensor, measures_L4: Tensor) -> Tensor:
+    """Compute the statistics of layers, all in one go, for one micro-batch.
 
     Histograms count raw choices, before the second-expert policy and capacity. With one expert per
     token all ``expert2`` values are 0, and so is ``overflow_expert1`` (the branch logs it so; ``drop_rate``
     tells the truth). Nothing to count gives 0, never NaN.
 
     Args:
-        gates_TE: float gate probabilities.
-        counts: of the same tokens' assignments.
-        top_k: K.
-        all_to_all_cpu_time_ms: measured by the caller.
-        all_to_all_cuda_time_ms: measured by the caller.
-        bias_E: the router's expert bias, if it has one.
-        padding_T: bool, tokens that no number is about; None: all are counted.
+        histogram_L34E: int64, of each layer's assignments; see ``AssignmentCounts``.
+        measures_L4: float32, of each layer; see ``layer_measures``.
 
     Returns:
-        float32 (len(LAYER_STATS),).
+        float32 (L, len(LAYER_STATS)), in the order of ``LAYER_STATS``.
     """
-    num_experts = gates_TE.shape[-1]
-    valid_T = gates_TE.new_ones(len(gates_TE), dtype=torch.bool) if padding_T is None else ~padding_T
-    zero = torch.zeros((), device=gates_TE.device)
-    by_fate_34 = counts.histogram_34E.sum(-1)
-    dropped_3 = by_fate_34[:, 1]
-    requested_3 = by_fate_34[:, 0] + dropped_3
-    chosen_3E = counts.histogram_34E[:, :3].sum(1)
-    share_3E = torch.sort(100.0 * chosen_3E / counts.num_tokens().clamp(min=1), descending=True).values
-    values = {name: zero for name in LAYER_STATS}
-    values["entropy_gating"] = _entropy(gates_TE, valid_T)
-    values["drop_rate"] = _percent(dropped_3.sum(), requested_3.sum())
-    values["all_to_all_cpu_time_ms"] = zero + all_to_all_cpu_time_ms
-    values["all_to_all_cuda_time_ms"] = zero + all_to_all_cuda_time_ms
-    if bias_E is not None:
-        values["expert_bias_spread"] = bias_E.max() - bias_E.min()
-    for choice in range(min(top_k, 2)):
-        name = f"expert{choice + 1}"
-        sample = max(math.ceil(num_experts * _SAMPLE_FRACTION), 1)
-        values[f"unused_{name}_count"] = (chosen_3E[choice] == 0).sum()
-        values[f"{name}_balance_top"] = share_3E[choice, :sample].sum()
-        values[f"{name}_balance_bottom"] = share_3E[choice, -sample:].sum()
-        if top_k > 1:
-            values[f"overflow_{name}"] = _percent(dropped_3[choice], requested_3[choice])
-    return torch.stack([values[name].float() for name in LAYER_STATS])
+    num_experts = histogram_L34E.shape[-1]
+    by_fate_L34 = histogram_L34E.sum(-1)
+    num_tokens_L1 = by_fate_L34[:, :1, :3].sum(-1).clamp(min=1)
+    has_second_L1 = by_fate_L34[:, 1:2].sum(-1) > 0
+    dropped_L3 = by_fate_L34[..., 1]
+    requested_L3 = by_fate_L34[..., 0] + dropped_L3
+    overflow_L2 = _percent(dropped_L3[:, :2], requested_L3[:, :2]) * has_second_L1
+    chosen_L2E = histogram_L34E[:, :2, :3].sum(2)
+    share_L2E = torch.sort(100.0 * chosen_L2E / num_tokens_L1.unsqueeze(-1), descending=True).values
+    sample = max(math.ceil(num_experts * _SAMPLE_FRACTION), 1)
+    unused_L2 = (chosen_L2E == 0).sum(-1)
+    entropy_sum, *times_and_spread = measures_L4.unbind(1)
+    values = {
+        "entropy_gating": entropy_sum / num_tokens_L1[:, 0],
+        "drop_rate": _percent(dropped_L3.sum(-1), requested_L3.sum(-1)),
+        **dict(zip(MEASURES[1:], times_and_spread, strict=True)),
+    }
+    by_choice = {
+        "overflow_{}": overflow_L2,
+        "unused_{}_count": torch.cat([unused_L2[:, :1], unused_L2[:, 1:] * has_second_L1], 1),
+        "{}_balance_top": share_L2E[..., :sample].sum(-1),
+        "{}_balance_bottom": share_L2E[..., -sample:].sum(-1),
+    }
+    for name, value_L2 in by_choice.items():
+        for choice, value_L in enumerate(value_L2.unbind(1)):
+            values[name.format(f"expert{choice + 1}")] = value_L
+    return torch.stack([values[name].float() for name in LAYER_STATS], 1)
 
 
-def _entropy(gates_TE: Tensor, valid_T: Tensor) -> Tensor:
-    gates = gates_TE.float()
-    eps = torch.finfo(gates.dtype).eps
-    entropy_T = -(gates * gates.clamp(min=eps, max=1 - eps).log()).sum(-1)
-    return (entropy_T * valid_T).sum() / valid_T.sum().clamp(min=1)
+def layer_loads(histogram_L34E: Tensor) -> Tensor:
+    """Count the requested and the kept assignments of each expert of layers: float32 (L, 2, E)."""
+    kept_LE, dropped_LE, *_ = histogram_L34E.sum(1).unbind(1)
+    return torch.stack([kept_LE + dropped_LE, kept_LE], 1).float()
 
 
 def _percent(part: Tensor, whole: Tensor) -> Tensor:

@@ -5,16 +5,18 @@ groups and drops. Deliberate differences are listed in ``docs/routing.md``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.modules.routing import losses
-from fairseq_moe.modules.routing.capacity import DropPolicy, expert_capacity, keep_within_capacity
+from fairseq_moe.fused.sinkhorn import sinkhorn_plan
+from fairseq_moe.modules.routing.balancing import Balancing
+from fairseq_moe.modules.routing.capacity import CapacityConfig, expert_capacity, keep_within_capacity
 from fairseq_moe.modules.routing.choice import Choice, fixed_choice, random_logits
 from fairseq_moe.modules.routing.contract import RouterMode, RouterOutput, RoutingDecision, TokenInfo
+from fairseq_moe.modules.routing.one_kernel import fits_one_kernel, route_in_one_kernel
 from fairseq_moe.modules.routing.scores import (
     ScoreFunction,
     ScoreRule,
@@ -23,29 +25,9 @@ from fairseq_moe.modules.routing.scores import (
     token_choice,
     weights_of_choice,
 )
-from fairseq_moe.modules.routing.sinkhorn import sinkhorn_plan
+from fairseq_moe.modules.shards import LocalShards, Shards
 
 __all__ = ["CapacityConfig", "Choice", "TopKConfig", "TopKRule"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CapacityConfig:
-    """Limit the assignments that an expert takes from each rank: its capacity, C slots.
-
-    Args:
-        factor: C = ceil(T * K / E * factor); None: no limit.
-        minimum: C is at least this.
-        policy: which assignments get the slots.
-        num_warmup_updates: the limit holds for so many updates and then no more; None: always.
-        max_tokens: tokens of the largest training batch of any rank, which fixes the number of slots of a padded
-            dispatch; None: not known.
-    """
-
-    factor: float | None = None
-    minimum: int = 0
-    policy: DropPolicy = DropPolicy.PROBS
-    num_warmup_updates: int | None = None
-    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +57,8 @@ class TopKRule:
 
     Args:
         config: the rule.
-        global_counts: choices of this micro-batch -> choices of all ranks in this update so far.
+        global_counts: choices of these tokens -> choices of all ranks in this update so far.
+        shards: joins the ranks that have tokens of the same micro-batch; None: this rank has all.
     """
 
     def __init__(
@@ -83,9 +66,11 @@ class TopKRule:
         config: TopKConfig,
         *,
         global_counts: Callable[[Tensor], Tensor] | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self.config = config
         self.global_counts = global_counts
+        self.shards = shards or LocalShards()
         self.num_updates = 0
 
     def set_num_updates(self, num_updates: int) -> None:
@@ -101,6 +86,8 @@ class TopKRule:
         bias_E: Tensor | None = None,
     ) -> RouterOutput:
         """Route tokens; see ``RoutingRule``."""
+        if self._runs_in_one_kernel(logits_TE, tokens, decision):
+            return self._route_in_one_kernel(logits_TE, tokens, decision, bias_E)
         dtype = logits_TE.dtype
         router_logits_TE = logits_TE
         if self.config.choice is Choice.RANDOM:
@@ -114,8 +101,8 @@ class TopKRule:
             gates_TE=gates_TE,
             weights_TK=weights_TK.to(dtype),
             decision=decision,
-            losses=self._losses(
-                router_logits_TE, gates_TE, tokens, decision, is_plain=self._chooses_plainly(bias_E)
+            losses=self._balancing.losses(
+                router_logits_TE, gates_TE, tokens, decision, plainly=self._chooses_plainly(bias_E)
             ),
         )
 
@@ -148,14 +135,33 @@ class TopKRule:
             num_experts=num_experts,
             capacity=capacity,
             num_slots=self._num_slots(num_tokens, num_experts, capacity, tokens.mode),
-            keeps_all=capacity is None
-            and tokens.padding_T is None
-            and self.config.choice is not Choice.EXPERT,
             padding_T=tokens.padding_T,
         )
-        is_plain = self._chooses_plainly(bias_E)
-        balance_counts_2E = self._balance_counts(gates_TE, decision, tokens, is_plain=is_plain)
-        return replace(decision, balance_counts_2E=balance_counts_2E)
+        return self._balancing.counted(decision, gates_TE, tokens, plainly=self._chooses_plainly(bias_E))
+
+    def _runs_in_one_kernel(
+        self, logits_TE: Tensor, tokens: TokenInfo, decision: RoutingDecision | None
+    ) -> bool:
+        """Whether each token chooses by its scores alone, nothing is dropped, and the logits are on a GPU."""
+        num_tokens, num_experts = logits_TE.shape
+        capacity = decision.capacity if decision else self.capacity(num_tokens, num_experts, tokens.mode)
+        chooses_freely = self.config.choice is Choice.TOKEN and capacity is None
+        return chooses_freely and fits_one_kernel(logits_TE, self.config.score)
+
+    def _route_in_one_kernel(
+        self,
+        logits_TE: Tensor,
+        tokens: TokenInfo,
+        decision: RoutingDecision | None,
+        bias_E: Tensor | None,
+    ) -> RouterOutput:
+        routed = route_in_one_kernel(logits_TE, self.config.score, tokens, decision, bias_E=bias_E)
+        plainly = self._chooses_plainly(bias_E)
+        if decision is None:
+            gates_TE = routed.gates_TE.detach()
+            decision = self._balancing.counted(routed.decision, gates_TE, tokens, plainly=plainly)
+        found = self._balancing.losses(logits_TE, routed.gates_TE, tokens, decision, plainly=plainly)
+        return routed._replace(decision=decision, losses=found)
 
     # --- choice ---
 
@@ -189,7 +195,9 @@ class TopKRule:
             requested_CE = requested_CE & (order_C1 < torch.minimum(valid_slots, (~tokens.padding_T).sum()))
         chosen_CE = scores_TE.topk(num_slots, dim=0).indices
         requested_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(0, chosen_CE, requested_CE)
-        ids_TE = scores_TE.argsort(dim=-1, descending=True)
+        # Logits of half precision are often equal. A GPU's plain sort puts equal scores in any order, and so would say
+        # other first and second choices than a CPU, whose sort keeps their order (of up to 16 experts).
+        ids_TE = scores_TE.argsort(dim=-1, descending=True, stable=scores_TE.is_cuda)
         return ids_TE, requested_TE.gather(-1, ids_TE)
 
     # --- weights ---
@@ -256,6 +264,16 @@ class TopKRule:
 
     # --- losses ---
 
+    @property
+    def _balancing(self) -> Balancing:
+        config = self.config
+        return Balancing(
+            asked=config.aux_losses,
+            top_k=config.top_k,
+            shards=self.shards,
+            global_counts=self.global_counts,
+        )
+
     def _chooses_plainly(self, bias_E: Tensor | None) -> bool:
         """Whether experts are chosen by the scores that the balance losses go by, so that one choice does for both."""
         score = self.config.score
@@ -265,43 +283,3 @@ class TopKRule:
             and score.num_groups is None
             and bias_E is None
         )
-
-    def _balance_counts(
-        self, gates_TE: Tensor, decision: RoutingDecision, tokens: TokenInfo, *, is_plain: bool
-    ) -> Tensor | None:
-        asked = self.config.aux_losses
-        if not asked & {"aux", "global_aux"}:
-            return None
-        if is_plain:
-            counts_E = decision.counts.requested_E
-        else:
-            counts_E = losses.choice_counts(gates_TE, top_k=self.config.top_k, padding_T=tokens.padding_T)
-        if "global_aux" not in asked or self.global_counts is None or tokens.mode is not RouterMode.TRAIN:
-            return counts_E.expand(2, -1)
-        return torch.stack([counts_E, self.global_counts(counts_E)])
-
-    def _losses(
-        self,
-        logits_TE: Tensor,
-        gates_TE: Tensor,
-        tokens: TokenInfo,
-        decision: RoutingDecision,
-        *,
-        is_plain: bool,
-    ) -> dict[str, Tensor]:
-        asked, padding_T = self.config.aux_losses, tokens.padding_T
-        found = {}
-        if decision.balance_counts_2E is not None:
-            for name, counts_E in zip(("aux", "global_aux"), decision.balance_counts_2E, strict=True):
-                if name in asked:
-                    found[name] = losses.load_balancing_loss(gates_TE, counts_E, padding_T=padding_T)
-        if "seq_aux" in asked:
-            ids_TK = decision.expert_ids_TK
-            if not is_plain:
-                ids_TK = token_choice(gates_TE.detach(), self.config.top_k)
-            found["seq_aux"] = losses.sequence_balancing_loss(
-                gates_TE, ids_TK, num_sequences=tokens.num_sequences, padding_T=padding_T
-            )
-        if "z" in asked:
-            found["z"] = losses.z_loss(logits_TE, padding_T=padding_T)
-        return found

@@ -117,7 +117,7 @@ RESUME_RULES = (
         test="tests/reliability/test_r08_other_models.py",
     ),
     ResumeRule(
-        flag="--dropout, --rope-theta and all else of the model",
+        flag="--dropout, --rope-theta, --moe-fp8 and all else of the model",
         text="honoured; one line of the log names each flag that differs with both values",
     ),
     ResumeRule(
@@ -180,14 +180,13 @@ def _changes(saved: Any, wanted: Any, until: Until) -> Iterator[str]:
     for rule in RESUME_RULES:
         if rule.until is not until or not rule.group:
             continue
-        old, new = (_value(cfg, rule.group, rule.field) for cfg in (saved, wanted))
+        old, new = (_value(getter(cfg)(rule.group), rule.field) for cfg in (saved, wanted))
         if old is not _ABSENT and new is not _ABSENT and old != new:
             yield f"{rule.flag} is {old} in the checkpoint and {new} in this run (pass {until} to change it)"
 
 
-def _value(cfg: Any, group: str, field: str) -> Any:
-    """Read one value as text; ``_ABSENT`` where the configuration does not know it."""
-    section = getter(cfg)(group)
+def _value(section: Any, field: str) -> Any:
+    """Read one value of a configuration's group as text; ``_ABSENT`` where it does not know it."""
     if section is None:
         return _ABSENT
     known = field in section if isinstance(section, Mapping) else hasattr(section, field)
@@ -224,8 +223,8 @@ _PRECISIONS = ("memory_efficient_fp16", "memory_efficient_bf16", "fp16", "bf16")
 
 def precision_of(cfg: Any) -> str:
     """Name the precision that a configuration trains in, as typed; fp32 has no flag."""
-    given = [name for name in _PRECISIONS if _value(cfg, "common", name) == "True"]
-    backend = _value(cfg, "distributed_training", "ddp_backend")
+    given = [name for name in _PRECISIONS if _value(getter(cfg)("common"), name) == "True"]
+    backend = _value(getter(cfg)("distributed_training"), "ddp_backend")
     named = "--" + given[0].replace("_", "-") if given else "fp32"
     return f"{named} under {backend}" if backend == "fully_sharded" else named
 
@@ -238,8 +237,13 @@ def group_changes(saved: list[dict[str, Any]], own: list[dict[str, Any]], overri
         own: this run's, made from its flags.
         overrides: ``--optimizer-overrides``, by name.
     """
+    if len(saved) != len(own):
+        return [
+            f"the optimizer has {len(saved)} groups of parameters in the checkpoint and {len(own)} in this run (pass "
+            "--reset-optimizer to begin with fresh moments)"
+        ]
     found = []
-    for before, now in zip(saved, own, strict=False):
+    for before, now in zip(saved, own, strict=True):
         for name in before.keys() & now.keys() - {"params", "lr", "initial_lr"} - set(overrides or {}):
             old, new = before[name], now[name]
             if _plain(old) != _plain(new):
@@ -265,7 +269,7 @@ def model_changes(saved: Any, wanted: Any) -> list[str]:
     for name in (field.name for field in fields(MoETransformerLanguageModelConfig)):
         if name in _NOT_OF_THE_MODEL:
             continue
-        old, new = (_value({"model": cfg}, "model", name) for cfg in (saved, wanted))
+        old, new = (_value(cfg, name) for cfg in (saved, wanted))
         if old is not _ABSENT and new is not _ABSENT and old != new:
             found.append(f"--{name.replace('_', '-')} {old} -> {new}")
     return found

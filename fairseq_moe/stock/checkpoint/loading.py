@@ -44,10 +44,12 @@ def trainer_load_checkpoint(
     filename = resolve_branch(filename)
     if run is not None:
         filename = _find(filename, self.cfg.checkpoint)
+    # Stock resets all where it begins from that model, and refuses the flag beside any --reset-*.
+    begins = self.cfg.checkpoint.finetune_from_model is not None and reset_meters
     resets = Resets(
         optimizer=reset_optimizer,
         scheduler=reset_lr_scheduler,
-        data=self.cfg.checkpoint.reset_dataloader or filename == self.cfg.checkpoint.finetune_from_model,
+        data=begins or self.cfg.checkpoint.reset_dataloader,
     )
     request = TrainerRequest(self.cfg, self.get_model(), resets)
     with reading_for(request):
@@ -73,7 +75,6 @@ def trainer_load_checkpoint(
         logger.info("Loaded optimizer state (%d updates)", self.get_num_updates())
     elif extra_state is not None and not reset_optimizer:
         _continue_without_optimizer(self, filename, resets)
-    begins = self.cfg.checkpoint.finetune_from_model is not None and reset_meters
     saved = None if begins or request.saved_cfg is None else request.saved_cfg.get("model")
     keep_padding_mask(run.decoder, self.cfg.model, saved)
     run.run_id = request.run_id

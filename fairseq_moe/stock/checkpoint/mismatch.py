@@ -8,11 +8,18 @@ from omegaconf import open_dict
 from torch import nn
 
 from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.flags.parallel import ParallelConfig
 from fairseq_moe.models.fitting import shape_problems
-from fairseq_moe.stock.find_experts import any_sharded
+from fairseq_moe.stock.find_experts import any_flattened
 
-__all__ = ["model_problems", "override_new_flags"]
+__all__ = ["forget_layout", "model_problems", "override_new_flags"]
 
+# Over which ranks a model is spread, with the values that mean "not given".
+_LAYOUT_FLAGS: dict[str, Any] = {
+    "expert_model_parallel_size": None,
+    "expert_tensor_parallel_size": None,
+    **{field.name: field.default for field in fields(ParallelConfig)},
+}
 _SHAPE_FLAGS = (
     "decoder_layers",
     "decoder_embed_dim",
@@ -62,7 +69,7 @@ def model_problems(
     new_width = new.expert_dim or wanted.decoder_ffn_embed_dim
     if new.enabled and old.enabled and old_width != new_width:
         problems.append(_differs("moe_expert_ffn_dim", old_width, new_width))
-    return problems or ([] if any_sharded(model.parameters()) else shape_problems(shapes, model))
+    return problems or ([] if any_flattened(model.parameters()) else shape_problems(shapes, model))
 
 
 def _expert_flag(config: MoEConfig) -> str:
@@ -72,6 +79,14 @@ def _expert_flag(config: MoEConfig) -> str:
 def _differs(name: str, saved: Any, wanted: Any) -> str:
     flag = "--" + name.replace("_", "-")
     return f"{flag} is {saved} in the checkpoint and {wanted} in this run"
+
+
+def forget_layout(model_cfg: Any) -> None:
+    """Forget over which ranks a model was spread in training: who only uses it spreads it over the ranks there are."""
+    with open_dict(model_cfg):
+        for name, absent in _LAYOUT_FLAGS.items():
+            if name in model_cfg:
+                model_cfg[name] = absent
 
 
 def override_new_flags(model_cfg: Any, overrides: dict[str, Any]) -> None:

@@ -5,16 +5,17 @@ between runs that must read one another's files. Each way to hold parameters has
 ``NamedState``; ``choose_state`` picks a run's once. Here is the one for whole parameters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairseq_moe.checkpoint import ShardContent, find_aliases, has_expert_rows, share_of
-from fairseq_moe.distributed import rank
+from fairseq_moe.distributed import ParallelMesh, gather_values
 from fairseq_moe.errors import CheckpointError
-from fairseq_moe.parallel.experts import ExpertLayout
+from fairseq_moe.parallel.placement import EXPERT, holds_first_copy
 from fairseq_moe.stock.checkpoint.changes import Resets, class_changes, group_changes
+from fairseq_moe.stock.checkpoint.parts import Parts
 from fairseq_moe.stock.optim import float32_copies
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "implements_state",
     "keep_all",
     "load_optimizer",
+    "names_in_order",
     "numbered_groups",
+    "own_values",
     "restore_progress",
     "snapshot",
 ]
@@ -38,7 +41,7 @@ def keep_all(name: str) -> bool:
 class NamedState(Protocol):
     """Turn one backend's parameters and optimizer state into tensors by name, and back.
 
-    Names are those of the model without wrappers. Every method but ``optimizer_form`` is called by all ranks
+    Names are those of the model without wrappers. ``model_tensors`` and ``optimizer_values`` are called by all ranks
     together. Each rank has its own experts, (L, ...) each.
 
     Attributes:
@@ -46,6 +49,9 @@ class NamedState(Protocol):
     """
 
     owns_memory: bool
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """List what the optimizer steps of the model on this rank; needs no communication."""
 
     def tensor_bytes(self) -> tuple[dict[str, int], dict[str, str]]:
         """Count the bytes of each tensor of ``model_tensors``; also further names of some (tied weights)."""
@@ -102,40 +108,68 @@ class WholeState:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """List the model's parameters."""
+        return self._trainer.get_model().named_parameters()  # type: ignore[no-any-return]
+
+    @property
+    def _parts(self) -> Parts:
+        return Parts(self._trainer.get_model())
+
     def tensor_bytes(self) -> tuple[dict[str, int], dict[str, str]]:
         """Count the bytes of each tensor; also further names of some of them."""
-        state = self._trainer.get_model().state_dict()
+        state, parts = self._trainer.get_model().state_dict(), self._parts
         aliases = find_aliases(state)
-        return {name: tensor.nbytes for name, tensor in state.items() if name not in aliases}, aliases
+        return {
+            name: parts.whole_numel(name, tensor.numel()) * tensor.itemsize
+            for name, tensor in state.items()
+            if name not in aliases
+        }, aliases
 
     def model_tensors(self, is_kept: Callable[[str], bool] = keep_all) -> dict[str, Tensor]:
         """Collect the tensors of the model that this rank keeps."""
-        state = self._trainer.get_model().state_dict()
-        return {name: tensor for name, tensor in state.items() if is_kept(name)}
+        state, parts = self._trainer.get_model().state_dict(), self._parts
+        aliases = find_aliases(state)
+        joined = ((name, parts.join(name, state[name])) for name in state if name not in aliases)
+        kept = {name: tensor for name, tensor in joined if is_kept(name)}
+        kept |= {alias: kept[name] for alias, name in aliases.items() if name in kept}
+        return {name: kept[name] for name in state if name in kept}
 
     def optimizer_values(self, is_kept: Callable[[str], bool] = keep_all) -> dict[str, dict[str, Any]]:
         """Collect the state of each parameter; that of a float32 copy goes under the name of the parameter."""
-        names, state = self._names_in_order(), self._trainer.optimizer.state_dict()["state"]
-        named = {names[index]: values for index, values in state.items()}
-        return {name: values for name, values in named.items() if is_kept(name)}
+        parts = self._parts
+        joined = (
+            (name, {key: parts.join(name, value) for key, value in values.items()})
+            for name, values in own_values(self, self._trainer.optimizer).items()
+        )
+        return {name: values for name, values in joined if is_kept(name)}
 
     def optimizer_form(
         self, named: Mapping[str, Mapping[str, Any]], groups: list[dict[str, Any]]
     ) -> dict[str, Any]:
         """Number state and groups as torch numbers the optimizer's parameters."""
-        names = self._names_in_order()
+        names, parts = names_in_order(self, self._trainer.optimizer), self._parts
         return {
-            "state": {index: named[name] for index, name in enumerate(names) if name in named},
+            "state": {
+                index: {key: parts.cut(name, value) for key, value in named[name].items()}
+                for index, name in enumerate(names)
+                if name in named
+            },
             "param_groups": numbered_groups(groups, self._trainer.optimizer),
         }
 
-    def _names_in_order(self) -> list[str]:
-        """List parameter names in the order in which torch numbers the optimizer's parameters."""
-        model: nn.Module = self._trainer.get_model()
-        optimizer = self._trainer.optimizer
-        name_of = {id(p): name for name, p in model.named_parameters()}
-        name_of.update({id(copy): name_of[id(p)] for copy, p in float32_copies(optimizer)})
-        return [name_of[id(p)] for group in optimizer.optimizer.param_groups for p in group["params"]]
+
+def own_values(state: NamedState, optimizer: Any) -> dict[str, dict[str, Any]]:
+    """Take an optimizer's state as it is on this rank, by parameter name."""
+    names = names_in_order(state, optimizer)
+    return {names[index]: values for index, values in optimizer.state_dict()["state"].items()}
+
+
+def names_in_order(state: NamedState, optimizer: Any) -> list[str]:
+    """List parameter names in the order in which torch numbers the optimizer's parameters."""
+    name_of = {id(p): name for name, p in state.named_parameters()}
+    name_of.update({id(copy): name_of[id(p)] for copy, p in float32_copies(optimizer)})
+    return [name_of[id(p)] for group in optimizer.optimizer.param_groups for p in group["params"]]
 
 
 def numbered_groups(groups: list[dict[str, Any]], optimizer: Any) -> list[dict[str, Any]]:
@@ -147,27 +181,45 @@ def numbered_groups(groups: list[dict[str, Any]], optimizer: Any) -> list[dict[s
     return numbered
 
 
-def snapshot(state: NamedState, layout: ExpertLayout, *, with_optimizer: bool) -> ShardContent:
+def snapshot(state: NamedState, mesh: ParallelMesh, *, with_optimizer: bool) -> ShardContent:
     """Take the tensors and optimizer state that this rank writes into a checkpoint; all ranks together.
 
-    Dense tensors are spread over all ranks, experts are written by one replica. Unless the state owns its memory,
-    training must wait until they are written, or copied.
+    Dense tensors are spread over all ranks of a stage, experts are written by one replica, and what several stages
+    have (tied words, stock's number of a version) by the first of them. Unless the state owns its memory, training
+    must wait until they are written, or copied.
     """
+    ranks, own = mesh.ranks, mesh.rank
     sizes, aliases = state.tensor_bytes()
+    elsewhere = _names_of_earlier_stages(mesh, sizes)
+    writers = [
+        holds_first_copy(EXPERT, ranks, mesh.rank_in_stage(place)) for place in range(ranks.stage_size)
+    ]
+    place = own % ranks.stage_size
     experts = sum(size for name, size in sizes.items() if has_expert_rows(name))
-    is_written = share_of(
-        rank(),
-        expert_bytes=[experts if layout.is_owner(other) else 0 for other in range(layout.world_size)],
+    is_mine = share_of(
+        place,
+        expert_bytes=[experts if writes else 0 for writes in writers],
         dense_bytes={name: size for name, size in sizes.items() if not has_expert_rows(name)},
         aliases=aliases,
     )
+
+    def is_written(name: str) -> bool:
+        return is_mine(name) and aliases.get(name, name) not in elsewhere
+
     model = state.model_tensors(is_written)
     return ShardContent(
-        expert_ids=list(layout.local_ids(rank())) if layout.is_owner(rank()) else [],
+        expert_ids=list(mesh.layout.local_ids(own)) if writers[place] else [],
         model={name: tensor for name, tensor in model.items() if name not in aliases},
         optimizer=state.optimizer_values(is_written) if with_optimizer else {},
-        aliases={alias: name for alias, name in aliases.items() if is_written(name)},
+        aliases={alias: name for alias, name in aliases.items() if is_mine(name)},
     )
+
+
+def _names_of_earlier_stages(mesh: ParallelMesh, own: Iterable[str]) -> set[str]:
+    """Collect the names that stages before this rank's have; collective over the pipeline."""
+    if mesh.ranks.pipe == 1:
+        return set()
+    return set().union(*gather_values(sorted(own), group=mesh.pipe)[: mesh.pipe_index])
 
 
 def load_optimizer(

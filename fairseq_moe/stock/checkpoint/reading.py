@@ -29,9 +29,10 @@ from fairseq_moe.checkpoint import (
     unreadable,
 )
 from fairseq_moe.checkpoint.groups import hyperparameters
-from fairseq_moe.data.dictionary_record import DICTIONARY_KEY, dictionary_problem
-from fairseq_moe.distributed import agree, broadcast_value, data_parallel_size, rank, world_size
+from fairseq_moe.data.dictionary_record import dictionary_problem, recorded_dictionary
+from fairseq_moe.distributed import agree, broadcast_value, rank, world_size
 from fairseq_moe.errors import CheckpointError
+from fairseq_moe.flags.parallel import ParallelConfig
 from fairseq_moe.models.fitting import LoadedTensors
 from fairseq_moe.parallel.experts import ExpertLayout
 from fairseq_moe.stock.checkpoint.changes import (
@@ -40,7 +41,8 @@ from fairseq_moe.stock.checkpoint.changes import (
     model_changes,
     state_changes,
 )
-from fairseq_moe.stock.checkpoint.mismatch import model_problems, override_new_flags
+from fairseq_moe.stock.checkpoint.mismatch import forget_layout, model_problems, override_new_flags
+from fairseq_moe.stock.checkpoint.parts import Parts
 from fairseq_moe.stock.find_experts import moe_decoder
 from fairseq_moe.stock.seam import seam
 
@@ -138,6 +140,8 @@ def load_checkpoint_to_cpu(
         request.num_data_ranks = _num_data_ranks(state)
     if checkpoint is None and branch is None:
         return state
+    if request is None:
+        forget_layout(state["cfg"]["model"])
     override_new_flags(state["cfg"]["model"], arg_overrides or {})
     with _agreed(main, together=load_on_all_ranks):
         if checkpoint is not None:
@@ -148,11 +152,13 @@ def load_checkpoint_to_cpu(
 
 
 def _num_data_ranks(state: dict[str, Any]) -> int:
-    """Count the ranks among which the run that wrote a file divided its data."""
+    """Count the ranks among which the run that wrote a file divided its data: those of others shared a micro-batch."""
     cfg, args = state.get("cfg"), state.get("args")
     if cfg is not None:
-        return int(cfg["distributed_training"]["distributed_world_size"])
-    return int(getattr(args, "distributed_world_size", data_parallel_size()))
+        num_ranks, flags = int(cfg["distributed_training"]["distributed_world_size"]), cfg["model"]
+    else:
+        num_ranks, flags = int(getattr(args, "distributed_world_size", world_size())), args
+    return num_ranks // ParallelConfig.from_args(flags).num_batch_ranks
 
 
 @contextmanager
@@ -194,8 +200,11 @@ def _read_shards(checkpoint: Checkpoint, state: dict[str, Any], request: Trainer
     """Put this rank's tensors into ``state``, and optimizer state by name into the request."""
     with_optimizer = request is not None and not request.resets.optimizer
     ids = _local_ids(checkpoint.manifest.shape.num_experts, request)
-    tensors, named = checkpoint.load(expert_ids=ids, with_optimizer=with_optimizer)
-    recorded = state.get("extra_state", {}).get(DICTIONARY_KEY)
+    tensors, named = checkpoint.load(
+        expert_ids=ids, with_optimizer=with_optimizer, is_wanted=_names_of_stage(request)
+    )
+    recorded, parts = recorded_dictionary(state), Parts(None if request is None else request.model)
+    tensors = {name: parts.cut(name, tensor) for name, tensor in tensors.items()}
     state["model"] = LoadedTensors(tensors, source=str(checkpoint.path), dictionary=recorded)
     groups, state["last_optimizer_state"] = state["last_optimizer_state"], None
     if with_optimizer:
@@ -203,6 +212,14 @@ def _read_shards(checkpoint: Checkpoint, state: dict[str, Any], request: Trainer
         request.run_id = checkpoint.manifest.run_id
         if groups:
             request.optimizer = {**groups, "named": named}
+
+
+def _names_of_stage(request: TrainerRequest | None) -> Callable[[str], bool]:
+    """Choose the names that this rank's stage of a pipeline has; all of them where there is none."""
+    decoder = None if request is None else moe_decoder(request.model)
+    if request is None or decoder is None or not decoder.stage.is_piped:
+        return lambda name: True
+    return set(request.model.state_dict()).__contains__
 
 
 def _read_branch(branch: BranchCheckpoint, state: dict[str, Any], request: TrainerRequest | None) -> None:
@@ -213,7 +230,9 @@ def _read_branch(branch: BranchCheckpoint, state: dict[str, Any], request: Train
     model, expert_named = branch.experts(
         num_experts=num_experts, expert_ids=_local_ids(num_experts, request), with_optimizer=with_optimizer
     )
+    parts = Parts(None if request is None else request.model)
     state["model"].update(model)
+    state["model"] = {name: parts.cut(name, tensor) for name, tensor in state["model"].items()}
     saved, state["last_optimizer_state"] = state.get("last_optimizer_state"), None
     if not named:
         return
@@ -251,9 +270,10 @@ def _check_fits(
     if checkpoint is not None:
         ids = _local_ids(checkpoint.manifest.shape.num_experts, request)
         tensors = checkpoint.content(expert_ids=ids, with_optimizer=False).model
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    parts = Parts(request.model)
+    shapes = {name: parts.cut_shape(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
     decoder = moe_decoder(request.model)
-    recorded = state.get("extra_state", {}).get(DICTIONARY_KEY)
+    recorded = recorded_dictionary(state)
     other = None if decoder is None else dictionary_problem(recorded, decoder.dictionary)
     # With another dictionary, shapes differ for that reason.
     problems = [other] if other else model_problems(saved, request.cfg.model, shapes, request.model)

@@ -189,9 +189,7 @@ def trainer_save_checkpoint(
 
 def _snapshot(trainer: Any, run: MoERun) -> ShardContent:
     """Take this rank's share of the tensors, and of the optimizer state unless the user leaves that out."""
-    return snapshot(
-        run.state, run.mesh.layout, with_optimizer=not trainer.cfg.checkpoint.no_save_optimizer_state
-    )
+    return snapshot(run.state, run.mesh, with_optimizer=not trainer.cfg.checkpoint.no_save_optimizer_state)
 
 
 def _write_in_background(run: MoERun, content: ShardContent, request: Request, commit: Commit | None) -> None:

@@ -4,7 +4,7 @@ Tensors are gathered from the ranks that share them, experts too; a rank keeps t
 flat parameter at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.models.fitting import is_bookkeeping
 from fairseq_moe.stock.checkpoint.named_state import implements_state, keep_all, numbered_groups
+from fairseq_moe.stock.checkpoint.parts import has_shape
 from fairseq_moe.stock.sharding.flat_parameters import FlatParameter, buffers, flat_parameters
 
 __all__ = ["FairscaleState", "load_full_model_state"]
@@ -30,6 +31,10 @@ class FairscaleState:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """List flat parameters, under the names of their wrappers."""
+        return self._trainer.get_model().named_parameters()  # type: ignore[no-any-return]
 
     def tensor_bytes(self) -> tuple[dict[str, int], dict[str, str]]:
         """Count the bytes of each gathered tensor; also further names of some of them; needs no communication."""
@@ -124,7 +129,7 @@ def load_full_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None
 
 
 def _values_by_name(flat: FlatParameter, value: Any, is_kept: Callable[[str], bool]) -> dict[str, Any]:
-    if _has_shape(value):
+    if has_shape(value):
         return flat.gather(value, is_kept)
     scalar = value.detach().cpu() if isinstance(value, Tensor) else value
     return {
@@ -134,7 +139,7 @@ def _values_by_name(flat: FlatParameter, value: Any, is_kept: Callable[[str], bo
 
 def _flat_value(flat: FlatParameter, key: str, named: Mapping[str, Mapping[str, Any]]) -> Any:
     values = [named[name][key] for name in flat.names]
-    if _has_shape(values[0]):
+    if has_shape(values[0]):
         return flat.shard(values).to(flat.parameter.device)
     return values[0].clone() if isinstance(values[0], Tensor) else values[0]
 
@@ -148,20 +153,16 @@ def _entry_problems(flat: FlatParameter, named: Mapping[str, Mapping[str, Any]])
             yield f"{name} has {sorted(entries)} instead of {sorted(first)}"
             continue
         for key, value in entries.items():
-            if _has_shape(value):
+            if has_shape(value):
                 if value.shape != shape:
                     yield f"{key} of {name} is {tuple(value.shape)} instead of {tuple(shape)}"
             elif bool(value != first[key]):
                 yield f"{key} of {name} is {value} but {first[key]} of a parameter sharded with it"
 
 
-def _has_shape(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
-
-
 def _shape_problems(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> Iterator[str]:
     yield from (f"{name} is missing" for name in expected if name not in found and not is_bookkeeping(name))
-    yield from (f"{name} is unknown" for name in found if name not in expected)
+    yield from (f"{name} is unknown" for name in found if name not in expected and not is_bookkeeping(name))
     for name, shape in expected.items():
         if name in found and found[name].shape != shape:
             yield f"{name} is {tuple(found[name].shape)} instead of {tuple(shape)}"

@@ -1,5 +1,6 @@
-"""Data-parallel wrappers: torch's DistributedDataParallel on CPU, and experts that it must leave alone."""
+"""Data-parallel wrappers: torch's DistributedDataParallel on CPU, experts that it must leave alone, sharded states."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from fairseq_moe.parallel.placement import is_expert
 from fairseq_moe.stock.find_experts import moe_decoder
 from fairseq_moe.stock.proxy import ModuleProxy
+from fairseq_moe.stock.run import run_of
 from fairseq_moe.stock.seam import seam
 
 
@@ -30,6 +32,29 @@ def distributed_data_parallel(stock: Any) -> Any:
         return stock(module=module, device_ids=device_ids, output_device=output_device, **kwargs)
 
     return wrap
+
+
+@seam(
+    "fairseq.models:DistributedFairseqModel",
+    signature="(args, model, process_group, device)",
+    stock_does="wraps the model as --ddp-backend says",
+    breaks="there is no backend that shards states with torch's own fully_shard, or experts over their replicas alone",
+    we_do="with --use-distributed-optimizer or --use-torch-fsdp2, a ShardedModel around a model with experts",
+    test="tests/distributed/test_sharded_states.py",
+)
+def distributed_model(
+    stock: Callable[..., Any], args: Any, model: nn.Module, process_group: Any, device: Any
+) -> nn.Module:
+    decoder = moe_decoder(model)
+    run = run_of(decoder)
+    if decoder is None or run is None or run.sharding is None:
+        wrapped: nn.Module = stock(args, model, process_group, device)
+        return wrapped
+    from fairseq_moe.stock.sharding.sharded_model import ShardedModel  # a second, which others need not wait
+
+    # Stock's group of all ranks has a queue of its own: gathers there need not wait for the exchange of tokens.
+    group = process_group if run.mesh.num_batch_ranks == 1 else run.mesh.dense_shards
+    return ShardedModel(model.to(device), decoder, group, run.sharding)
 
 
 @seam(

@@ -29,6 +29,7 @@ from fairseq_moe.stock.start.given import given_names, restore_given
 from fairseq_moe.stock.start.log_format import use_stock_log_format
 from fairseq_moe.stock.start.other_models import other_model_problems
 from fairseq_moe.stock.start.spawned import wait_for
+from fairseq_moe.stock.start.task_steps import task_step_problems
 
 __all__ = ["run_rank"]
 
@@ -54,6 +55,7 @@ def call_main(stock: Callable[..., Any], cfg: Any, main: Callable[..., Any], **k
         problems = other_model_problems(cfg) or [
             *moe_problems(cfg, world_size=dist_cfg.distributed_world_size),
             *best_metric_problems(cfg),
+            *task_step_problems(cfg),
         ]
         if problems:
             raise ConfigError(problems)

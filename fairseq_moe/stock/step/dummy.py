@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["dummy_batch"]
+__all__ = ["as_dummy", "dummy_batch", "is_dummy", "without_dummy"]
 
 
 def dummy_batch(dictionary: Any, *, add_bos_token: bool) -> dict[str, Any]:
@@ -26,3 +26,18 @@ def dummy_batch(dictionary: Any, *, add_bos_token: bool) -> dict[str, Any]:
         },
         "target": torch.tensor([[target]]),
     }
+
+
+def as_dummy(sample: dict[str, Any]) -> dict[str, Any]:
+    """Make a batch of the shape of ``sample`` whose tokens take no capacity and enter no statistic."""
+    return {**sample, "net_input": {**sample["net_input"], "all_padding": True}}
+
+
+def is_dummy(sample: dict[str, Any]) -> bool:
+    """Tell whether a batch only keeps this rank in step with the others."""
+    return bool(sample.get("net_input", {}).get("all_padding", False))  # some stock tasks have no net_input
+
+
+def without_dummy(loss: Any, sample_size: Any, logged: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Count a dummy batch as nothing: in the sample size and in what is logged."""
+    return loss, sample_size * 0, {key: value * 0 for key, value in logged.items()}

@@ -1,87 +1,128 @@
-"""Gradients of experts: their scale, their replicas, and the norm over all of them.
+"""Gradients of all ranks: their scale, their sums over copies, and the norm over all of them.
 
 An expert has already seen the tokens of every rank of its exchange group, so the sum over its replicas is the
-whole gradient. Stock divides dense gradients by the world size and later multiplies all gradients by world
-size / sample size; experts must take part in that division or they come out world-size times too large.
+whole gradient. Stock divides dense gradients by the number of data ranks and later multiplies all gradients by data
+ranks / sample size; experts must take part in that division or they come out that many times too large. Where ranks
+share micro-batches, stock's sums would be over too many ranks or too few, and all gradients are summed here. Who holds
+copies of what is written on each parameter: ``parallel.placement``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe.distributed import all_reduce_sum
+from fairseq_moe.distributed import ParallelMesh, all_reduce_sum, rank, world_size
+from fairseq_moe.distributed.buckets import sum_in_buckets
 from fairseq_moe.errors import NonFiniteError, RanksDisagreeError
+from fairseq_moe.flags.sharding import Sharding
 from fairseq_moe.models.decoder import MoEDecoder
-from fairseq_moe.parallel.experts import ExpertLayout
 from fairseq_moe.parallel.placement import (
-    EXPERT,
+    COPIED_OVER,
     gradient_divisor,
     is_expert,
+    is_second_end,
     num_copies,
     place,
     placement_of,
 )
-from fairseq_moe.stock.find_experts import any_sharded, moe_decoder
+from fairseq_moe.parallel.ranks import EXPERT_AXES, RankGrid
+from fairseq_moe.stock.find_experts import any_flattened, moe_decoder
 from fairseq_moe.stock.optim import float32_copies
 from fairseq_moe.stock.run import run_of
 from fairseq_moe.stock.seam import seam
-from fairseq_moe.stock.step.guard import StepGuard
+from fairseq_moe.stock.step.guard import StepGuard, gradient_norms
 
-__all__ = ["GradNorm"]
+__all__ = ["GradNorm", "sum_over_copies"]
 
 
 @seam(
     "fairseq.optim.fairseq_optimizer:FairseqOptimizer.all_reduce_grads",
     signature="(self, module)",
     stock_does="reduces dense gradients and leaves those of parameters marked as experts alone",
-    breaks="expert gradients come out world-size times too large, and replicas of an expert drift apart",
-    we_do="divide expert gradients by the world size and sum them over the replicas of each expert",
+    breaks="expert gradients come out world-size times too large, and replicas of an expert drift apart; where ranks "
+    "share micro-batches no one group is right for all dense parameters",
+    we_do="divide expert gradients by the number of data ranks and sum them over the replicas of each expert; where "
+    "ranks share micro-batches do so with all gradients, each over the ranks that hold copies",
     test="tests/distributed/test_training_equality.py",
 )
 def all_reduce_grads(stock: Callable[..., Any], self: Any, module: nn.Module) -> None:
     decoder = moe_decoder(module)
     run = run_of(decoder)
     if run is not None:
-        run.guard.see_before_sum(_not_summed(module, run.mesh.layout))
+        run.guard.see_before_sum(_not_summed(module, run.mesh))
     stock(self, module)
-    if decoder is not None and decoder.mesh is not None and decoder.mesh.layout.world_size > 1:
-        _reduce_expert_grads(module, decoder)
+    if decoder is not None and decoder.mesh is not None and decoder.mesh.ranks.world_size > 1:
+        _reduce_grads(module, decoder)
 
 
-def _not_summed(module: nn.Module, layout: ExpertLayout) -> list[Tensor]:
+def _not_summed(module: nn.Module, mesh: ParallelMesh) -> list[Tensor]:
     """List the parameters whose gradients are this rank's own now and a sum over ranks soon."""
-    parameters = list(module.parameters())
-    if layout.world_size == 1 or any_sharded(parameters):
-        return []
-    dense = hasattr(module, "all_reduce_grads")  # legacy_ddp; DistributedDataParallel has summed them already
-    experts = num_copies(EXPERT, layout) > 1
-    return [p for p in parameters if (experts if is_expert(p) else dense)]
+    # legacy_ddp, or ours; DistributedDataParallel has summed dense ones already.
+    of_all, ranks = hasattr(module, "all_reduce_grads") or mesh.num_batch_ranks > 1, mesh.ranks
+    return [
+        p
+        for p in module.parameters()
+        if (of_all or is_expert(p))
+        and not placement_of(p).sharded_over
+        and num_copies(placement_of(p), ranks) > 1
+    ]
 
 
-def _reduce_expert_grads(module: nn.Module, decoder: MoEDecoder) -> None:
+def _reduce_grads(module: nn.Module, decoder: MoEDecoder) -> None:
+    """Divide and sum the gradients that stock, or what shards states, has left to us."""
     assert decoder.mesh is not None
-    layout = decoder.mesh.layout
-    experts = [p for p in module.parameters() if is_expert(p) and p.requires_grad]
-    if not experts:  # frozen, on all ranks
-        return
-    for p in experts:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    grads = [p.grad for p in experts if p.grad is not None]
-    if any_sharded(experts):
-        divisor = gradient_divisor(EXPERT, layout, is_averaged=True)
-        if decoder.moe.moe_normalize_expert_grad == "sqrt_world_size":
-            divisor = math.sqrt(divisor)
-        torch._foreach_div_(grads, divisor)
-        return
-    # Before the sum: half-precision sums stay in range.
-    torch._foreach_div_(grads, gradient_divisor(EXPERT, layout, is_averaged=False))
-    if num_copies(EXPERT, layout) > 1:
-        for grad in grads:
-            all_reduce_sum(grad, decoder.mesh.group_of_copies(EXPERT))
+    run = run_of(decoder)
+    held = [
+        p
+        for p in module.parameters()
+        if p.requires_grad and (decoder.mesh.num_batch_ranks > 1 or is_expert(p))
+    ]
+    takes_root = decoder.moe.moe_normalize_expert_grad == "sqrt_world_size" and (
+        any_flattened(held) or (run is not None and run.sharding is Sharding.ALL)
+    )
+    sum_over_copies(held, decoder.mesh, takes_root=takes_root)
+    if decoder.mesh.ends is not None:
+        _sum_at_both_ends([p for p in held if placement_of(p).is_at_both_ends], decoder.mesh.ends)
+
+
+def _sum_at_both_ends(parameters: list[Tensor], ends: Any) -> None:
+    """Add up the gradients that the first and the last stage have of tied words, in float32 at least."""
+    for p in parameters:
+        assert p.grad is not None
+        summed = all_reduce_sum(p.grad.to(torch.promote_types(p.grad.dtype, torch.float32)), ends)
+        p.grad = summed.to(p.grad.dtype)
+
+
+def sum_over_copies(parameters: Iterable[Tensor], mesh: ParallelMesh, *, takes_root: bool = False) -> None:
+    """Make gradients whole: the sum over all tokens by the number of data ranks; what has none gets zeros.
+
+    Args:
+        parameters: the same ones, in the same order, on all ranks that hold copies.
+        mesh: of the run.
+        takes_root: ``--moe-normalize-expert-grad sqrt_world_size`` is in force for experts.
+    """
+    alike: dict[tuple[tuple[str, ...], float], list[Tensor]] = {}
+    for p in parameters:
+        placement = placement_of(p)
+        divisor = gradient_divisor(placement, mesh.ranks)
+        if takes_root and "expert" in placement.cut_over:
+            # What is left in is the root of how many ranks hold other experts, as where no micro-batch is shared.
+            divisor = math.sqrt(divisor * mesh.ranks.data / mesh.ranks.stage_size)
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        alike.setdefault((placement.copied_over, divisor), []).append(p.grad)
+    for (axes, divisor), grads in alike.items():
+        torch._foreach_div_(grads, divisor)  # before a sum: those of half precision stay in range
+        if mesh.ranks.size(axes) == 1:
+            continue
+        group = mesh.groups_by_axes[axes]
+        if mesh.num_batch_ranks > 1:
+            sum_in_buckets(grads, group)
+        else:
+            for grad in grads:
+                all_reduce_sum(grad, group)
 
 
 @seam(
@@ -100,10 +141,10 @@ def clip_grad_norm(stock: Callable[..., Any], self: Any, clip_norm: float) -> Te
     if run is None and not (self.is_fsdp and not self.cuda):
         return stock(self, clip_norm)
     guard = None if run is None else run.guard
-    num_replicas = 1 if run is None or self.is_fsdp else num_copies(EXPERT, run.mesh.layout)
+    ranks = RankGrid(data=world_size()) if run is None else run.mesh.ranks
     for master, parameter in float32_copies(self.optimizer):
         place([master], placement_of(parameter))  # stock has handed on its own mark alone
-    aggregate = GradNorm(num_replicas=num_replicas, dense_is_sharded=self.is_fsdp, guard=guard, update=update)
+    aggregate = GradNorm(ranks, guard=guard, update=update)
     try:
         norm = self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)
     except FloatingPointError as error:
@@ -111,8 +152,9 @@ def clip_grad_norm(stock: Callable[..., Any], self: Any, clip_norm: float) -> Te
             raise
         # --fp16 at its smallest loss scale; stock would run the model again, to find out where.
         raise NonFiniteError(str(error), agreed=True) from error
-    if guard is not None:
-        guard.skip_if_bad(norm, self.get_model(), update)
+    norm = norm.cpu()  # where the sample size is a sum over ranks, a product with it was on the device
+    if run is not None:
+        run.guard.skip_if_bad(norm, run.state.named_parameters, update)
     return norm
 
 
@@ -136,17 +178,15 @@ class GradNorm:
     """Take the norm of all gradients of all ranks, with one all-reduce.
 
     Args:
-        num_replicas: ranks that hold the same expert gradients.
-        dense_is_sharded: whether each rank holds a shard of the dense gradients, rather than all of them.
+        ranks: of the run, numbered along each axis.
         guard: what else the ranks agree on with that all-reduce; None: nothing.
         update: the number of updates that this rank has made.
     """
 
-    def __init__(
-        self, *, num_replicas: int, dense_is_sharded: bool, guard: StepGuard | None = None, update: int = 0
-    ) -> None:
-        self.num_replicas = num_replicas
-        self.dense_is_sharded = dense_is_sharded
+    def __init__(self, ranks: RankGrid, *, guard: StepGuard | None = None, update: int = 0) -> None:
+        self.ranks = ranks
+        in_use = dict.fromkeys(self._in_use(axes) for axes in COPIED_OVER)
+        self._copied_axes = [axes for axes in in_use if axes]
         self.guard = guard
         self.update = update
 
@@ -156,59 +196,90 @@ class GradNorm:
         before.
 
         Every rank gets the same number, so that all skip a step with a non-finite gradient together. It is
-        NaN when a rank's loss is not finite.
+        NaN when a rank's loss is not finite. It is on the host, because stock asks it half a dozen questions.
 
         Raises:
-            RanksDisagreeError: ranks that hold copies of the dense gradients disagree about them, or ranks
-                are at different updates.
+            RanksDisagreeError: ranks that hold copies of a gradient disagree about it, or ranks are at different
+                updates.
         """
         with_grad = [p for p in params if p.grad is not None]
-        dense = [p.grad for p in with_grad if not is_expert(p) and p.grad is not None]
-        experts = [p.grad for p in with_grad if is_expert(p) and p.grad is not None]
+        grads = [p.grad for p in with_grad if p.grad is not None]
         device = params[0].device if params else torch.device("cpu")
-        dense_sq = _squared_norm(dense, device)
-        expert_sq = _squared_norm(experts, device) / self.num_replicas
-        total_sq = self._total(dense_sq, expert_sq)
-        is_double = any(grad.dtype == torch.float64 for grad in dense + experts)
-        norm = total_sq.sqrt().to(torch.float64 if is_double else torch.float32)
+        total_sq = self._total(with_grad, device)
+        is_double = any(grad.dtype == torch.float64 for grad in grads)
+        norm = torch.tensor(math.sqrt(total_sq), dtype=torch.float64 if is_double else torch.float32)
         if max_norm > 0:
-            torch._foreach_mul_(dense + experts, (max_norm / (norm + 1e-6)).clamp_(max=1))
+            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_(max=1).to(device))
         return norm
 
-    def _total(self, dense_sq: Tensor, expert_sq: Tensor) -> Tensor:
-        # Sums over ranks of: expert part, dense part, its square (to see whether all ranks hold the same).
-        own = torch.stack([expert_sq, dense_sq, dense_sq**2, torch.ones_like(dense_sq)])
+    def _total(self, params: list[Tensor], device: torch.device) -> float:
+        """Sum the squares of all gradients over all ranks, each copy once; NaN where a loss is not finite."""
+        by_axes = self._by_axes(params)
+        copied = [self._copied(axes, by_axes.get(axes, []), device) for axes in self._copied_axes]
+        own = torch.cat([_squared_norm(by_axes.get(None, []), device).unsqueeze(0), *copied])
+        num_guarded = 0
         if self.guard is not None:
-            own = torch.cat([own, self.guard.values(self.update, own.device)])
-        sums = all_reduce_sum(own)
-        expert_total, dense_total, _, num_ranks = sums[:4].unbind()
-        numbers = sums.tolist()  # the one place that waits for the device
-        losses_are_finite = True
-        if self.guard is not None:
-            losses_are_finite = self.guard.judge(numbers[4:], num_ranks=int(numbers[3]), update=self.update)
-        if not losses_are_finite:
-            return torch.full_like(dense_sq, math.nan)
-        if self.dense_is_sharded:
-            return expert_total + dense_total
-        self._check_copies(*numbers[1:4])
-        return expert_total + dense_total / num_ranks
+            guarded = self.guard.values(self.update, device)
+            own, num_guarded = torch.cat([own, guarded]), len(guarded)
+        numbers = all_reduce_sum(own).tolist()  # the one place that waits for the device
+        if self.guard is not None and not self.guard.judge(numbers[-num_guarded:], update=self.update):
+            return math.nan
+        total, position = numbers[0], 1
+        for axes in self._copied_axes:
+            num_slots = self.ranks.num_slots(axes)
+            for slot in range(num_slots):
+                summed, square = numbers[position + slot], numbers[position + num_slots + slot]
+                total += self._checked_mean(axes, slot, summed, square)
+            position += 2 * num_slots
+        return total
 
-    def _check_copies(self, dense_total: float, dense_square_total: float, num_ranks: float) -> None:
-        mean = dense_total / num_ranks
-        spread = math.sqrt(max(dense_square_total / num_ranks - mean**2, 0.0)) if math.isfinite(mean) else 0.0
+    def _by_axes(self, params: list[Tensor]) -> dict[tuple[str, ...] | None, list[Tensor]]:
+        """Sort gradients by the axes along which ranks hold the same numbers; None: this rank alone holds them."""
+        found: dict[tuple[str, ...] | None, list[Tensor]] = {}
+        for p in params:
+            placement = placement_of(p)
+            is_alone = num_copies(placement, self.ranks) == 1
+            axes = None if is_alone else self._in_use(placement.copied_over)
+            assert axes is None or axes in self._copied_axes, f"no sum is taken over {axes}"
+            if p.grad is not None and not is_second_end(placement, self.ranks, rank()):
+                found.setdefault(axes, []).append(p.grad)
+        return found
+
+    def _in_use(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Leave out axes of one rank, so that what is held by the same ranks is counted together."""
+        return tuple(axis for axis in axes if self.ranks.size([axis]) > 1)
+
+    def _copied(self, axes: tuple[str, ...], grads: list[Tensor], device: torch.device) -> Tensor:
+        """Sum the squares of what has copies along these axes, and square the sum, in this rank's slot.
+
+        Returns:
+            (2 * slots,) float64.
+        """
+        num_slots, slot = self.ranks.num_slots(axes), self.ranks.slot(rank(), axes)
+        numbers = torch.zeros(2 * num_slots, dtype=torch.float64, device=device)
+        numbers[slot] = _squared_norm(grads, device)
+        numbers[num_slots + slot] = numbers[slot] ** 2
+        return numbers
+
+    def _checked_mean(self, axes: tuple[str, ...], slot: int, summed: float, square: float) -> float:
+        """Give the sum of squares of one copy, from the sums over all copies and over their squares."""
+        copies = self.ranks.size(axes)
+        mean = summed / copies
+        spread = math.sqrt(max(square / copies - mean**2, 0.0)) if math.isfinite(mean) else 0.0
         if spread > 1e-6 * (mean + 1e-12):
+            members = ", ".join(str(member) for member in self.ranks.groups(axes)[slot])
+            what = "an expert" if axes[0] in EXPERT_AXES else "the dense parameters"
             raise RanksDisagreeError(
-                f"gradients of the dense parameters differ between ranks (mean {mean:.9g} and spread "
-                f"{spread:.9g} of the squared norm over {int(num_ranks)} ranks); look for a rank with other "
-                "code, other hardware or its own random numbers.",
+                f"gradients of {what} differ between ranks {members}, which hold copies (mean {mean:.9g} and spread "
+                f"{spread:.9g} of the squared norm); look for a rank with other code, other hardware or its own "
+                "random numbers.",
                 agreed=True,
             )
+        return mean
 
 
 def _squared_norm(grads: list[Tensor], device: torch.device) -> Tensor:
     """Sum the squares of all elements: a float64 scalar; each tensor's norm is taken in float32 or wider."""
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=device)
-    wide = [grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad for grad in grads]
-    norms = torch._foreach_norm(wide, 2)
-    return torch.stack([norm.double().to(device) for norm in norms]).square().sum()
+    return torch.stack([norm.to(device) for norm in gradient_norms(grads)]).double().square().sum()

@@ -1,6 +1,5 @@
 """The training loop around an MoE model: dummy batches, start-up messages, memory and load statistics."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,27 +10,29 @@ from fairseq.logging import metrics
 from fairseq.tasks.fairseq_task import FairseqTask
 from torch import nn
 
-from fairseq_moe.criterions import MoECrossEntropyCriterion
 from fairseq_moe.distributed import broadcast_value, rank, set_collective_timeout, world_size
 from fairseq_moe.expert_load.record import LOAD_KEY
 from fairseq_moe.faults import fault
-from fairseq_moe.flags.megatron_aliases import argument_warnings
 from fairseq_moe.flags.reliability import ReliabilityConfig
-from fairseq_moe.models.decoder import MoEDecoder
-from fairseq_moe.models.sizes import true_size
-from fairseq_moe.parallel.placement import is_expert
+from fairseq_moe.flags.sharding import sharding_of
+from fairseq_moe.parallel.placement import shard
 from fairseq_moe.stock.checkpoint.named_state import choose_state
 from fairseq_moe.stock.checkpoint.saving import finish_background_save, note_background_save
-from fairseq_moe.stock.find_experts import moe_decoder
-from fairseq_moe.stock.run import MoERun, begin_run, run_of
+from fairseq_moe.stock.find_experts import any_flattened, moe_decoder
+from fairseq_moe.stock.run import MoERun, begin_run, note_mesh, run_of
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.start.ending import FIRST_UPDATE_TIMEOUTS, current_watchdog
-from fairseq_moe.stock.step.dummy import dummy_batch
+from fairseq_moe.stock.step.dummy import as_dummy, dummy_batch, is_dummy, without_dummy
 from fairseq_moe.stock.step.expert_load import record_expert_load_after_validation, write_expert_load
 from fairseq_moe.stock.step.guard import StepGuard
 from fairseq_moe.stock.step.lock import SaveDirectoryError, lock_save_directory
-
-logger = logging.getLogger(__name__)
+from fairseq_moe.stock.step.pipelining import (
+    MICRO_BATCHES,
+    composite,
+    evaluate_in_stages,
+    train_in_stages,
+)
+from fairseq_moe.stock.step.start_log import log_sizes, warn_once
 
 
 @seam(
@@ -55,15 +56,26 @@ def trainer_init(
     decoder = moe_decoder(model)
     if decoder is not None:
         cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
-        _log_sizes(model)
-        logger.info("%s", decoder.size)
-        _warn_once(cfg, decoder, criterion)
+        note_mesh(self, decoder.mesh)
+        log_sizes(model, decoder)
+        if rank() == 0:
+            warn_once(cfg, decoder, criterion)
     stock(self, cfg, task, model, criterion, quantizer)
+    for p in model.parameters():
+        if any_flattened([p]):
+            shard(p)
     if decoder is not None:
         _lock_save_directory(self)
         record_expert_load_after_validation(self, task, decoder)
-        guard = StepGuard(ReliabilityConfig.from_args(cfg.model))
-        run = MoERun(decoder=decoder, guard=guard, state=choose_state(self), at_end=finish_background_save)
+        assert decoder.mesh is not None
+        guard = StepGuard(ReliabilityConfig.from_args(cfg.model), decoder.mesh.ranks)
+        run = MoERun(
+            decoder=decoder,
+            guard=guard,
+            state=choose_state(self),
+            at_end=finish_background_save,
+            sharding=sharding_of(cfg),
+        )
         begin_run(run, self, task)
         guard.signals.listen()
         _set_timeouts(self, run, FIRST_UPDATE_TIMEOUTS)
@@ -82,35 +94,6 @@ def _lock_save_directory(trainer: Any) -> None:
         raise refusal
 
 
-def _log_sizes(model: nn.Module) -> None:
-    for label, of_experts in (("non-expert", False), ("expert", True)):
-        sized = [(true_size(p), p.requires_grad) for p in model.parameters() if is_expert(p) is of_experts]
-        logger.info(
-            "num. %s model params: %s (num. trained: %s)",
-            label,
-            f"{sum(size for size, _ in sized):,}",
-            f"{sum(size for size, trained in sized if trained):,}",
-        )
-
-
-def _warn_once(cfg: Any, decoder: MoEDecoder, criterion: nn.Module) -> None:
-    for sentence in argument_warnings(cfg.model):
-        logger.warning(sentence)
-    if not isinstance(criterion, MoECrossEntropyCriterion):
-        logger.warning(
-            "the criterion %s does not add the gate loss, so nothing balances the experts; use --criterion "
-            "moe_cross_entropy.",
-            type(criterion).__name__,
-        )
-    backend = str(cfg.distributed_training.ddp_backend)
-    if decoder.moe.moe_normalize_expert_grad == "sqrt_world_size" and backend != "fully_sharded":
-        logger.warning(
-            "--moe-normalize-expert-grad sqrt_world_size takes effect under --ddp-backend fully_sharded "
-            "only; with %s expert gradients are divided by the world size.",
-            backend,
-        )
-
-
 @seam(
     "fairseq.trainer:Trainer._prepare_sample",
     signature="(self, sample, is_dummy)",
@@ -122,11 +105,20 @@ def _warn_once(cfg: Any, decoder: MoEDecoder, criterion: nn.Module) -> None:
 def prepare_sample(
     stock: Callable[..., Any], self: Any, sample: Any, is_dummy: bool = False
 ) -> tuple[Any, bool]:
+    if sample and MICRO_BATCHES in sample:
+        members = [_prepare_one(stock, self, member)[0] for member in sample[MICRO_BATCHES]]
+        return {MICRO_BATCHES: members}, False
+    return _prepare_one(stock, self, sample, is_dummy)
+
+
+def _prepare_one(
+    stock: Callable[..., Any], self: Any, sample: Any, is_dummy: bool = False
+) -> tuple[Any, bool]:
+    """Prepare one micro-batch as stock does, and mark a dummy."""
     prepared, is_dummy_batch = stock(self, sample, is_dummy)
     if not is_dummy_batch or run_of(self) is None:
         return prepared, is_dummy_batch
-    marked = {**prepared, "net_input": {**prepared["net_input"], "all_padding": True}}
-    return marked, not _task_uses_stock_steps(self.task)
+    return as_dummy(prepared), not _task_uses_stock_steps(self.task)
 
 
 def _task_uses_stock_steps(task: Any) -> bool:
@@ -153,16 +145,32 @@ def train_step(
     update_num: int,
     ignore_grad: bool = False,
 ) -> tuple[Any, Any, dict[str, Any]]:
-    fault("train.forward")
-    is_dummy = _is_dummy(sample)
-    loss, sample_size, logged = stock(
-        self, sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad or is_dummy
-    )
-    if is_dummy:
-        loss, sample_size, logged = _without_dummy(loss, sample_size, logged)
     run = run_of(self)
+    if run is not None and MICRO_BATCHES in sample:
+        return _train_in_stages(run, sample[MICRO_BATCHES], model, criterion, optimizer, update_num)
+    fault("train.forward")
+    counts_for_nothing = is_dummy(sample)
+    if run is not None:
+        run.guard.see_micro_batch(sample)
+    loss, sample_size, logged = stock(
+        self, sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad or counts_for_nothing
+    )
+    if counts_for_nothing:
+        loss, sample_size, logged = without_dummy(loss, sample_size, logged)
     if run is not None:
         run.guard.see_loss(loss, sample_size)
+    return loss, sample_size, logged
+
+
+def _train_in_stages(
+    run: MoERun, samples: list[Any], model: Any, criterion: Any, optimizer: Any, update_num: int
+) -> tuple[Any, Any, dict[str, Any]]:
+    for sample in samples:
+        run.guard.see_micro_batch(sample)
+    model.train()
+    model.set_num_updates(update_num)
+    loss, sample_size, logged = train_in_stages(samples, model, run.decoder, criterion, optimizer)
+    run.guard.see_loss(loss, sample_size)
     return loss, sample_size, logged
 
 
@@ -178,18 +186,15 @@ def valid_step(
     stock: Callable[..., Any], self: Any, sample: Any, model: Any, criterion: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
     fault("valid.forward")
-    if not sample and moe_decoder(model) is not None:
+    decoder = moe_decoder(model)
+    if not sample and decoder is not None:
         sample = dummy_batch(self.target_dictionary, add_bos_token=False)
+    if decoder is not None and decoder.stage.is_piped:
+        model.eval()
+        with torch.no_grad():
+            return evaluate_in_stages(sample, model, decoder, criterion)
     loss, sample_size, logged = stock(self, sample, model, criterion)
-    return _without_dummy(loss, sample_size, logged) if _is_dummy(sample) else (loss, sample_size, logged)
-
-
-def _is_dummy(sample: dict[str, Any]) -> bool:
-    return bool(sample.get("net_input", {}).get("all_padding", False))  # some stock tasks have no net_input
-
-
-def _without_dummy(loss: Any, sample_size: Any, logged: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    return loss, sample_size * 0, {key: value * 0 for key, value in logged.items()}
+    return without_dummy(loss, sample_size, logged) if is_dummy(sample) else (loss, sample_size, logged)
 
 
 @seam(
@@ -238,10 +243,16 @@ def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise
     for router in run.decoder.routers():
         router.begin_update()
     run.guard.begin_update()
+    is_piped = run.decoder.stage.is_piped
+    # Stock would reduce each micro-batch.
+    if run.sharding is not None and self.data_parallel_world_size == 1 and not is_piped:
+        self.model.begin_update(len(samples))
     watchdog = current_watchdog()
     if watchdog is not None:
         watchdog.update = self.get_num_updates() + 1
     note_background_save(run)
+    if is_piped:
+        samples = composite(samples)
     with _no_crash_checkpoint(self):
         output = stock(self, samples, raise_oom or world_size() > 1)
     if run.guard.all_have_background_save:

@@ -174,6 +174,7 @@ def set_file(file: str) -> Callable[[dict[str, Any]], None]:
         (lambda m: m.update(shards=3), "the list of shards in .* is damaged"),
         (lambda m: m["shards"].pop(), r"lists experts \[0, 1\], expected each of 0..3 once"),
         (lambda m: m["shards"][0].update(expert_ids=[0, 0]), r"lists experts \[0, 0, 2, 3\]"),
+        (lambda m: m["shards"].append(m["shards"][0]), r"lists experts \[0, 0, 1, 1, 2, 3\], expected each"),
         (set_file("/etc/x/passwd"), "not a plain path below its directory"),
         (set_file("shards/../../x"), "not a plain path below its directory"),
         (set_file("shards/a\\b/x"), "not a plain path below its directory"),

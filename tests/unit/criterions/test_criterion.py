@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from fairseq_moe.criterions import MoECrossEntropyCriterion
 from fairseq_moe.expert_load.record import LOAD_KEY
 from fairseq_moe.modules import LOSSES, MoEAux
-from fairseq_moe.modules.routing.stats import LAYER_STATS
+from fairseq_moe.modules.routing.stats import LAYER_STATS, MEASURES
+from tests.helpers.layer_stats import histogram_of, stats_of
+from tests.helpers.operators import Operators
 
 PAD, VOCABULARY = 1, 11
 TASK = SimpleNamespace(target_dictionary=SimpleNamespace(pad=lambda: PAD))
@@ -23,13 +25,20 @@ TASK = SimpleNamespace(target_dictionary=SimpleNamespace(pad=lambda: PAD))
 class FixedModel(nn.Module):
     """Gives its logits and auxiliary outputs whatever it is asked."""
 
-    def __init__(self, logits: Tensor, auxes: list[MoEAux | None] | None) -> None:
+    def __init__(
+        self, logits: Tensor, auxes: list[MoEAux | None] | None, *, per_layer_logging: bool = False
+    ) -> None:
         super().__init__()
         self.logits = nn.Parameter(logits)
         self.auxes = auxes
+        self.per_layer_logging = per_layer_logging
 
     def forward(self, **net_input: Any) -> tuple[Tensor, dict[str, Any]]:
-        extra = {"moe_aux": self.auxes, "moe_loss_coefficients": {}}
+        extra = {
+            "moe_aux": self.auxes,
+            "moe_loss_coefficients": {},
+            "moe_per_layer_logging": self.per_layer_logging,
+        }
         return self.logits, {} if self.auxes is None else extra
 
     def get_normalized_probs(self, net_output: Any, log_probs: bool) -> Tensor:
@@ -53,8 +62,8 @@ def make_aux(loss: float, *, seed: int = 0, dtype: torch.dtype = torch.float32) 
     losses[LOSSES.index("balance")] = loss
     return MoEAux(
         losses=losses.requires_grad_(),
-        stats=torch.rand(len(LAYER_STATS), generator=generator),
-        load_2E=torch.tensor([[3.0, 1.0], [2.0, 1.0]]),
+        histogram_34E=histogram_of([[3, 1], [2, 1]]),
+        measures_4=torch.rand(len(MEASURES), generator=generator),
     )
 
 
@@ -203,7 +212,7 @@ class TestLoggedNumbers:
 
     def test_statistics_are_means_over_layers_and_micro_batches(self) -> None:
         numbers = logged(self.outputs())
-        layers = [make_aux(0.0, seed=seed).stats for seed in (0, 5, 1, 6)]
+        layers = [stats_of(make_aux(0.0, seed=seed)) for seed in (0, 5, 1, 6)]
         for name, value in zip(LAYER_STATS, torch.stack(layers).mean(0).tolist(), strict=True):
             assert numbers[name] == pytest.approx(value, abs=1e-3), name
 
@@ -232,6 +241,29 @@ class TestLoggedNumbers:
             MoECrossEntropyCriterion.reduce_metrics(self.outputs())
         load = found[LOAD_KEY].sum
         assert load.tolist() == [[[6, 2], [4, 2]]] * 2
+
+    def test_layers_are_logged_by_themselves_where_asked(self) -> None:
+        auxes = [make_aux(1.5, seed=3), None, make_aux(2.0, seed=4)]
+        model = FixedModel(torch.randn(3, 5, VOCABULARY), auxes, per_layer_logging=True)
+        log = criterion()(model, make_sample())[2]
+        for index in (0, 2):
+            aux = auxes[index]
+            assert aux is not None
+            assert torch.equal(log[f"_moe_layer{index}_stats"], stats_of(aux))
+            assert log[f"_moe_layer{index}_load"].tolist() == [[3, 1], [2, 1]]
+            assert torch.equal(log[f"_moe_layer{index}_losses"], 13 * aux.losses.detach())
+        assert not any(key.startswith("_moe_layer1") for key in log)
+
+    def test_statistics_of_all_layers_sort_once(self) -> None:
+        sorts = []
+        for number in (1, 4):
+            model = FixedModel(
+                torch.randn(3, 5, VOCABULARY), [make_aux(1.5, seed=seed) for seed in range(number)]
+            )
+            with Operators() as operators:
+                criterion()(model, make_sample())
+            sorts.append(operators.names["sort"])
+        assert sorts == [1, 1]
 
     def test_rounding_is_that_of_the_branch(self) -> None:
         with metrics.aggregate(new_root=True) as found:

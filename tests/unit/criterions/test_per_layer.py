@@ -6,26 +6,35 @@ from typing import Any
 import pytest
 import torch
 from fairseq.logging import metrics
+from torch import Tensor
 
 from fairseq_moe.criterions.per_layer import log_per_layer, per_layer_sums
 from fairseq_moe.modules import LOSSES, MoEAux
-from fairseq_moe.modules.routing.stats import LAYER_STATS
+from fairseq_moe.modules.routing.stats import LAYER_STATS, MEASURES
+from tests.helpers.layer_stats import histogram_of, load_of, stats_of
 
 
-def make_aux(seed: int, load: list[list[float]]) -> MoEAux:
+def make_aux(seed: int, load: list[list[int]]) -> MoEAux:
     generator = torch.Generator().manual_seed(seed)
     return MoEAux(
         losses=torch.rand(len(LOSSES), generator=generator),
-        stats=torch.rand(len(LAYER_STATS), generator=generator),
-        load_2E=torch.tensor(load),
+        histogram_34E=histogram_of(load),
+        measures_4=torch.rand(len(MEASURES), generator=generator),
     )
 
 
 # Two micro-batches of 10 and 30 tokens; layers 1 and 3 have experts.
 BATCHES = [
-    (10, [None, make_aux(0, [[8.0, 2.0], [5.0, 2.0]]), None, make_aux(1, [[5.0, 5.0], [5.0, 5.0]])]),
-    (30, [None, make_aux(2, [[10.0, 20.0], [10.0, 15.0]]), None, make_aux(3, [[0.0, 30.0], [0.0, 15.0]])]),
+    (10, [None, make_aux(0, [[8, 2], [5, 2]]), None, make_aux(1, [[5, 5], [5, 5]])]),
+    (30, [None, make_aux(2, [[10, 20], [10, 15]]), None, make_aux(3, [[0, 30], [0, 15]])]),
 ]
+
+
+def sums_of(auxes: list[MoEAux | None], sample_size: int) -> dict[str, Tensor]:
+    """What the criterion adds to its logging output, of the layers' own statistics."""
+    made = [aux for aux in auxes if aux is not None]
+    stats, loads = ([of(aux) for aux in made] for of in (stats_of, lambda aux: load_of(aux)))
+    return per_layer_sums(auxes, torch.stack(stats), torch.stack(loads), sample_size)
 
 
 def logged(outputs: list[dict[str, Any]], sample_size: int, batches: int) -> dict[str, float]:
@@ -35,7 +44,7 @@ def logged(outputs: list[dict[str, Any]], sample_size: int, batches: int) -> dic
 
 
 def test_losses_by_tokens_statistics_by_batches_and_loads_by_their_sum() -> None:
-    outputs = [per_layer_sums(auxes, size) for size, auxes in BATCHES]
+    outputs = [sums_of(auxes, size) for size, auxes in BATCHES]
     found = logged(outputs, 40, 2)
     for layer in (1, 3):
         first, second = (auxes[layer] for _, auxes in BATCHES)
@@ -45,7 +54,7 @@ def test_losses_by_tokens_statistics_by_batches_and_loads_by_their_sum() -> None
             assert found[f"layer{layer}_{name}_loss"] == pytest.approx(float(mean), abs=1e-6)
         for name in ("entropy_gating", "expert_bias_spread"):
             index = LAYER_STATS.index(name)
-            mean = (first.stats[index] + second.stats[index]) / 2
+            mean = (stats_of(first)[index] + stats_of(second)[index]) / 2
             assert found[f"layer{layer}_{name}"] == pytest.approx(float(mean), abs=1e-4)
     # Layer 1: 18 and 22 wanted, 32 of 40 kept. Layer 3: 5 and 35 wanted, 25 of 40 kept.
     by_hand = {
@@ -59,13 +68,13 @@ def test_losses_by_tokens_statistics_by_batches_and_loads_by_their_sum() -> None
 
 
 def test_sums_of_ranks_log_the_same() -> None:
-    outputs = [per_layer_sums(auxes, size) for size, auxes in BATCHES]
+    outputs = [sums_of(auxes, size) for size, auxes in BATCHES]
     summed = {key: outputs[0][key] + outputs[1][key] for key in outputs[0]}
     assert logged([summed], 40, 2) == logged(outputs, 40, 2)
 
 
 def test_an_update_of_padding_logs_zeros_and_no_nan() -> None:
-    outputs = [per_layer_sums([make_aux(0, [[0.0, 0.0], [0.0, 0.0]])], 10)]
+    outputs = [sums_of([make_aux(0, [[0, 0], [0, 0]])], 10)]
     found = logged(outputs, 10, 1)
     assert all(math.isfinite(value) for value in found.values())
     assert found["layer0_drop_rate"] == found["layer0_max_violation"] == found["layer0_load_expert0"] == 0

@@ -11,7 +11,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 
 from fairseq_moe.convert.cli import main
 from fairseq_moe.data.hf_bpe import HFTokenizersBPE, HFTokenizersConfig
-from fairseq_moe.data.identity_dictionary import IdentityDictionary, dictionary_text, load_identity
+from fairseq_moe.data.identity_dictionary import IdentityDictionary, identity_of, load_identity
 from fairseq_moe.data.tokenizer import encode_lines, load_tokenizer
 from fairseq_moe.errors import CheckpointError, MoEError
 
@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train_from_iterator(TEXT, trainer)
     (directory / "hf").mkdir()
     tokenizer.save(str(directory / "hf" / "tokenizer.json"))
-    (directory / "dict.txt").write_text(dictionary_text(300, {"bos_token_id": 0, "eos_token_id": [1, 5]}))
+    (directory / "dict.txt").write_text(identity_of(300, {"bos_token_id": 0, "eos_token_id": [1, 5]}).text())
     return directory
 
 
@@ -55,7 +55,7 @@ def test_words_are_ids_and_padding_is_none_of_them(model: Path) -> None:
 
 
 def test_a_model_without_special_tokens_has_padding_in_their_place(tmp_path: Path) -> None:
-    (tmp_path / "dict.txt").write_text(dictionary_text(9, {"bos_token_id": None, "eos_token_id": 50279}))
+    (tmp_path / "dict.txt").write_text(identity_of(9, {"bos_token_id": None, "eos_token_id": 50279}).text())
     dictionary = load_identity(tmp_path / "dict.txt")
     assert dictionary is not None
     assert (dictionary.bos(), dictionary.eos(), dictionary.unk()) == (9, 9, 9)
@@ -77,7 +77,7 @@ def test_a_special_token_that_is_no_id_is_refused(tmp_path: Path, line: str, exp
 
 
 def test_true_is_no_token_id() -> None:
-    assert dictionary_text(9, {"bos_token_id": True, "eos_token_id": [1]}) == (
+    assert identity_of(9, {"bos_token_id": True, "eos_token_id": [1]}).text() == (
         "#identity vocab_size=9 bos=- eos=1\n"
     )
 
@@ -153,7 +153,7 @@ def test_what_preprocess_cannot_do_is_one_sentence(
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "dict.txt").write_text(dictionary_text(200, {"eos_token_id": 1}))
+    (tmp_path / "dict.txt").write_text(identity_of(200, {"eos_token_id": 1}).text())
     (tmp_path / "hf").symlink_to(model / "hf")
     from fairseq_moe.convert.preprocess import preprocess
 

@@ -9,6 +9,8 @@ import pytest
 from fairseq_moe.flags.megatron import MegatronConfig
 from fairseq_moe.flags.megatron_aliases import MEGATRON_ARGS, argument_problems, argument_warnings
 from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.flags.parallel import ParallelConfig
+from fairseq_moe.flags.sharding import ShardingConfig
 from tests.helpers.ranks import REPOSITORY, USER_DIR, run_ranks
 
 _ARGV = [
@@ -26,6 +28,7 @@ _ARGV = [
     *("--optimizer", "adam"),
 ]
 _EXPERTS = ["--num-experts", "8"]
+_T2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--tp-comm-overlap"]
 _SIGMOID = ["--moe-router-score-function", "sigmoid"]
 
 # command line -> values of MoEConfig that it gives, by their path
@@ -92,6 +95,15 @@ _COMMAND_LINES: list[tuple[list[str], dict[str, Any]]] = [
     (["--moe-freq", "2", "--moe-expert-count", "4", "--use-moe-pad-mask", "true"], {"masks_padding": True}),
     ([*_EXPERTS, "--moe-ffn-hidden-size", "24"], {"expert_dim": 24}),
     ([*_EXPERTS, "--expert-model-parallel-size", "1"], {"megatron.expert_model_parallel_size": 1}),
+    ([*_EXPERTS, "--expert-tensor-parallel-size", "2"], {"megatron.expert_tensor_parallel_size": 2}),
+    ([*_EXPERTS, *_T2, "--expert-model-parallel-size", "4"], {"axes": (4, 2, 2, 1, 1)}),
+    ([*_EXPERTS, *_T2, "--expert-tensor-parallel-size", "1"], {"axes": (None, 1, 2, 1, 1)}),
+    ([*_EXPERTS, *_T2, "--moe-extended-tp", "--expert-model-parallel-size", "2"], {"axes": (1, 4, 2, 1, 1)}),
+    ([*_EXPERTS, *_T2, "--moe-extended-ep", "--expert-model-parallel-size", "2"], {"axes": (4, 1, 2, 1, 1)}),
+    (
+        [*_EXPERTS, "--context-parallel-size", "2", "--cp-comm-type", "all_gather"],
+        {"axes": (None, 1, 1, 2, 1)},
+    ),
     ([*_EXPERTS, "--moe-input-jitter-eps", "0.01"], {"megatron.moe_input_jitter_eps": 0.01}),
     (
         [*_EXPERTS, "--moe-shared-expert-intermediate-size", "32", "--moe-shared-expert-gate"],
@@ -119,6 +131,14 @@ _HYDRA: list[tuple[list[str], dict[str, Any]]] = [
         {"megatron.moe_expert_capacity_factor": 1.0, "max_tokens": 5 * 1025},
     ),
     (["model.moe_expert_capacity_factor=1"], {"max_tokens": None}),
+    (
+        [
+            "model.tensor_model_parallel_size=2",
+            "model.sequence_parallel=true",
+            "model.context_parallel_size=4",
+        ],
+        {"axes": (None, 2, 2, 4, 1), "parallel.sequence_parallel": True},
+    ),
     (["model.use_moe_pad_mask=false"], {"use_moe_pad_mask": False}),
     (["model.use_moe_pad_mask=true"], {"use_moe_pad_mask": True}),
     (["model.use_moe_pad_mask=null"], {"use_moe_pad_mask": None, "masks_padding": True}),
@@ -227,14 +247,6 @@ def test_argument_of_the_table(row: Any) -> None:
         assert warning.endswith(".")
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in MEGATRON_ARGS if row.harmless is not None], ids=lambda row: row.flag
-)
-def test_size_one_of_an_axis_is_accepted(row: Any) -> None:
-    assert argument_problems({row.name: row.harmless}) == []
-    assert argument_warnings({row.name: row.harmless}) == []
-
-
 def test_the_routing_guide_names_every_argument() -> None:
     text = (REPOSITORY / "docs" / "routing.md").read_text()
     missing = [
@@ -245,7 +257,9 @@ def test_the_routing_guide_names_every_argument() -> None:
 
 def test_every_argument_of_the_guides_is_known() -> None:
     known = {row.name for row in MEGATRON_ARGS} | {field.name for field in fields(MegatronConfig)}
-    known |= {field.name for field in fields(MoEConfig)}
+    known |= {
+        field.name for record in (MoEConfig, ParallelConfig, ShardingConfig) for field in fields(record)
+    }
     guides = """
         num_experts expert_model_parallel_size moe_grouped_gemm moe_router_load_balancing_type
         moe_router_topk moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_token_dropping
@@ -254,6 +268,7 @@ def test_every_argument_of_the_guides_is_known() -> None:
         moe_token_capacity_factor use_distributed_optimizer sequence_parallel overlap_grad_reduce
         overlap_param_gather tp_comm_overlap tensor_model_parallel_size pipeline_model_parallel_size
         num_layers_per_virtual_pipeline_stage use_dist_ckpt auto_detect_ckpt_format
+        use_torch_fsdp2 context_parallel_size moe_extended_ep
     """
     assert set(guides.split()) <= known
 

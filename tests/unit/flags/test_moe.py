@@ -18,12 +18,20 @@ from tests.helpers.ranks import REPOSITORY, USER_DIR, run_ranks
 _GOOD = {"moe_freq": 2, "moe_expert_count": 4, "decoder_layers": 4}
 
 
-def _problems(*, world_size: int = 2, criterion: dict[str, Any] | None = None, **model: Any) -> list[str]:
+def _problems(
+    *,
+    world_size: int = 2,
+    criterion: dict[str, Any] | None = None,
+    backend: str = "legacy_ddp",
+    **model: Any,
+) -> list[str]:
     cfg = SimpleNamespace(
         model=SimpleNamespace(**_GOOD | model),
         criterion=SimpleNamespace(**(criterion or {})),
-        common=SimpleNamespace(fp16=False, memory_efficient_fp16=False),
-        distributed_training=SimpleNamespace(ddp_backend="legacy_ddp"),
+        common=SimpleNamespace(
+            fp16=False, memory_efficient_fp16=False, bf16=False, memory_efficient_bf16=False
+        ),
+        distributed_training=SimpleNamespace(ddp_backend=backend, fp32_reduce_scatter=False),
     )
     return moe_problems(cfg, world_size=world_size)
 
@@ -134,6 +142,9 @@ _IN_USE = {
     "--character-embeddings": ["--character-embeddings"],
     "--scale-fc": ["--scale-fc"],
     "--pipeline-model-parallel": ["--pipeline-model-parallel"],
+    "--pipeline-balance": ["--pipeline-balance", "[1,1]"],
+    "--pipeline-devices": ["--pipeline-devices", "[0,1]"],
+    "--pipeline-chunks": ["--pipeline-chunks", "4"],
     "--model-parallel-size": ["--model-parallel-size", "2"],
     "--tpu": ["--tpu"],
     "--fp16": ["--fp16"],
@@ -150,12 +161,23 @@ _ACCEPTED = {
     "--bf16, --memory-efficient-bf16": ["--bf16"],
     "--fp16-adam-stats": ["--fp16-adam-stats", "--memory-efficient-fp16"],
 }
+# Ours, beside what stock's architecture says of the layers.
+_AXES = {
+    "--tensor-model-parallel-size": [
+        *("--tensor-model-parallel-size", "2", "--sequence-parallel", "--ddp-backend", "legacy_ddp")
+    ],
+    "--context-parallel-size": ["--context-parallel-size", "2", "--use-distributed-optimizer"],
+    "--pipeline-model-parallel-size": [
+        *("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"),
+        *("--update-freq", "2", "--ddp-backend", "legacy_ddp"),
+    ],
+}
 
 
 @pytest.fixture(scope="module")
 def problems_of_flags() -> dict[str, list[str]]:
-    """For each entry of the two tables, what a command line with it is told."""
-    (found,) = run_ranks(_parse_all, 1, {**_IN_USE, **_ACCEPTED}, timeout=110)
+    """For each entry of the tables, what a command line with it is told."""
+    (found,) = run_ranks(_parse_all, 1, {**_IN_USE, **_ACCEPTED, **_AXES}, timeout=110)
     return found
 
 
@@ -181,10 +203,8 @@ def test_stock_flag_is_refused_on_the_command_line(
     assert len(problems_of_flags[flag]) == 1, problems_of_flags[flag]
 
 
-@pytest.mark.parametrize("flag", _ACCEPTED)
-def test_stock_flag_is_accepted_on_the_command_line(
-    flag: str, problems_of_flags: dict[str, list[str]]
-) -> None:
+@pytest.mark.parametrize("flag", [*_ACCEPTED, *_AXES])
+def test_flag_is_accepted_on_the_command_line(flag: str, problems_of_flags: dict[str, list[str]]) -> None:
     assert problems_of_flags[flag] == []
 
 
@@ -197,3 +217,32 @@ def test_tables_of_this_test_cover_the_flags() -> None:
 def test_supported_flag_names_the_test_that_shows_it(row: Any) -> None:
     assert row.test
     assert (Path(REPOSITORY) / row.test).is_file()
+
+
+HALVES = {"expert_tensor_parallel_size": 2, "decoder_ffn_embed_dim": 12}
+MEGATRON = {"moe_freq": 0, "moe_expert_count": 0, "num_experts": 4, "moe_router_topk": 2}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (HALVES | {"decoder_ffn_embed_dim": 13}, "does not divide the experts' width 13"),
+        (HALVES | {"moe_expert_ffn_dim": 9}, "does not divide the experts' width 9"),
+        (HALVES | {"backend": "fully_sharded"}, "use --use-torch-fsdp2 in its place."),
+        (HALVES | {"expert_tensor_parallel_size": 0}, "is 0, expected a divisor of the 2 ranks."),
+        (HALVES | {"expert_tensor_parallel_size": 3}, "is 3, expected a divisor of the 2 ranks."),
+        (
+            HALVES | MEGATRON | {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
+            "which --moe-pad-expert-input-to-capacity does not count",
+        ),
+        (
+            HALVES | MEGATRON | {"moe_token_dispatcher_type": "allgather", "dropout": 0.1},
+            "set --dropout 0, or leave the dispatcher out.",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_divided_are_refused(flags: dict[str, Any], sentence: str) -> None:
+    found = _problems(**flags)
+    assert any(problem.endswith(sentence) or sentence in problem for problem in found), found
+    assert _problems(**HALVES) == []
+    assert _problems(**HALVES, **MEGATRON, moe_token_dispatcher_type="allgather") == []

@@ -37,10 +37,10 @@ COMMANDS = {
 def test_readme_models(
     command: str, world_size: int, num_shared: int, num_expert: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mesh_of_one_rank(num_experts: int, ep_size: int | None) -> ParallelMesh:
+    def mesh_of_one_rank(num_experts: int, ep_size: int | None = None) -> ParallelMesh:
         assert ep_size is None
         layout = ExpertLayout(num_experts=num_experts, world_size=world_size)
-        return ParallelMesh(layout=layout, rank=world_size - 1, dense=None, sparse=None)
+        return ParallelMesh(layout=layout, rank=world_size - 1)
 
     monkeypatch.setattr(decoder, "parallel_mesh", mesh_of_one_rank)
     args = options.parse_args_and_arch(

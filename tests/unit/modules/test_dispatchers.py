@@ -11,6 +11,7 @@ from fairseq_moe.modules.dispatch.exchange import LocalExchange
 from fairseq_moe.modules.dispatch.padded import plan_padded
 from fairseq_moe.modules.routing.scores import ScoreRule
 from fairseq_moe.modules.routing.topk import CapacityConfig, Choice
+from tests.helpers.layer_stats import load_of
 
 D, H, E = 8, 16, 4
 
@@ -42,7 +43,7 @@ def outputs_and_gradients(moe: MoELayer, mode: RouterMode) -> list[Tensor]:
     x = torch.randn(12, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     y, aux = moe(x, tokens=TokenInfo(mode=mode))
     (y.square().sum() + aux.losses.sum()).backward()
-    return [y.detach(), aux.losses.detach(), aux.load_2E, x.grad, *(p.grad for p in moe.parameters())]
+    return [y.detach(), aux.losses.detach(), load_of(aux), x.grad, *(p.grad for p in moe.parameters())]
 
 
 @pytest.mark.parametrize("kind", ["padded", "allgather"])
@@ -61,7 +62,7 @@ def test_padded_experts_see_the_same_shape_whatever_the_routing() -> None:
     moe = layer("padded", 1.0, max_tokens=20)
     seen = []
     moe.experts.register_forward_pre_hook(
-        lambda module, args: seen.append((args[0].shape, tuple(args[1].counts_L)))
+        lambda module, args: seen.append((args[0].shape, tuple(args[1].known_L)))
     )
     for seed in range(3):
         x = torch.randn(20, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

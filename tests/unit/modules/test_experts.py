@@ -2,19 +2,24 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fairseq_moe.modules import experts as module
 from fairseq_moe.modules.dispatch.rows import ExpertWork
 from fairseq_moe.modules.experts import Experts
+from fairseq_moe.modules.kernels.swiglu import swiglu
+from fairseq_moe.modules.parts import part_slices
+from fairseq_moe.parallel.placement import expert_placements
 
 SHAPES = {"fc1_weight": (3, 8, 4), "fc1_bias": (3, 8), "fc2_weight": (3, 4, 8), "fc2_bias": (3, 4)}
 
 
-def make(num_local: int = 3, first: int = 0, seed: int = 5, **kwargs: float) -> Experts:
+def make(num_local: int = 3, first: int = 0, seed: int = 5, **kwargs: float | None) -> Experts:
     return Experts(
         num_local_experts=num_local,
         first_expert_id=first,
@@ -22,7 +27,7 @@ def make(num_local: int = 3, first: int = 0, seed: int = 5, **kwargs: float) -> 
         hidden_dim=8,
         activation=F.gelu,
         seed=seed,
-        marks={"expert": True},
+        marks={name: {"expert": True} for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")},
         **kwargs,
     )
 
@@ -51,6 +56,14 @@ class TestInitialisation:
         for name in SHAPES:
             spread = torch.cat([getattr(part, name) for part in parts])
             assert torch.equal(spread, getattr(whole, name))
+
+    @pytest.mark.parametrize("std", [None, 0.02])
+    def test_threads_draw_the_same_numbers(self, std: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        alone = make(num_local=9, init_std=std)
+        monkeypatch.setattr(module, "_THREADED_NUMEL", 0)
+        monkeypatch.setattr("os.cpu_count", lambda: 4)
+        for name, value in make(num_local=9, init_std=std).named_parameters():
+            assert torch.equal(value, alone.get_parameter(name))
 
     def test_caller_generator_is_left_alone(self) -> None:
         before = torch.get_rng_state()
@@ -166,3 +179,49 @@ class TestMark:
         target.load_state_dict(source.state_dict(), assign=assign)
         assert_marked(target[0])
         assert torch.equal(source[0].fc2_weight, target[0].fc2_weight)
+
+
+class TestParts:
+    """Each expert's width is divided over ranks; what all parts give adds up to what the whole gives."""
+
+    def made(self, activation: Any, part: tuple[int, int] = (0, 1)) -> Experts:
+        return Experts(
+            num_local_experts=3,
+            first_expert_id=0,
+            model_dim=4,
+            hidden_dim=12,
+            activation=activation,
+            seed=5,
+            part=part,
+        ).double()
+
+    @pytest.mark.parametrize("count", [2, 3])
+    @pytest.mark.parametrize("activation", [F.gelu, swiglu], ids=["gelu", "swiglu"])
+    def test_outputs_and_gradients_add_up(self, activation: Any, count: int) -> None:
+        rows_RD = torch.randn(7, 4, dtype=torch.float64)
+        work = ExpertWork(counts_L=[3, 0, 4])
+        whole = self.made(activation)
+        y_RD = whole(rows_RD, work)
+        y_RD.square().sum().backward()
+        parts = [self.made(activation, (index, count)) for index in range(count)]
+        partial = [part(rows_RD, work) for part in parts]
+        torch.testing.assert_close(sum(partial), y_RD)
+        sum(partial).square().sum().backward()
+        for name, expected in whole.named_parameters():
+            grads = [getattr(part, name).grad for part in parts]
+            if name == "fc2_bias":  # whole everywhere, and added once
+                assert all(grad is None for grad in grads[1:])
+                torch.testing.assert_close(grads[0], expected.grad)
+                continue
+            placement = expert_placements(is_gated=activation is swiglu, is_cut=True)[name]
+            cut = placement.cuts[1]
+            for index, grad in enumerate(grads):
+                slices = part_slices(expected.shape[cut.dim], index=index, count=count, blocks=cut.blocks)
+                for tensor, values in (
+                    (expected.grad, grad),
+                    (expected.data, getattr(parts[index], name).data),
+                ):
+                    own = torch.cat(
+                        [tensor.narrow(cut.dim, s.start, s.stop - s.start) for s in slices], cut.dim
+                    )
+                    torch.testing.assert_close(values, own)

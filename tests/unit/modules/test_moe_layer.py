@@ -18,7 +18,7 @@ from fairseq_moe.modules import (
 )
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.modules.routing.branch import SecondExpertPolicy
-from fairseq_moe.modules.routing.stats import LAYER_STATS
+from tests.helpers.layer_stats import load_of, named_stats_of, stats_of
 
 E, D = 4, 6
 
@@ -55,7 +55,7 @@ def test_no_tokens(mode: RouterMode, top_k: int, normalize_before: bool, use_fp3
     y, aux = layer(x, tokens=TokenInfo(mode=mode, padding_T=torch.empty(0, dtype=torch.bool)))
     assert y.shape == (0, D)
     assert float(aux.balance_loss.detach()) == 0
-    assert aux.stats.isfinite().all()
+    assert stats_of(aux).isfinite().all()
     backward(layer, y, aux.balance_loss)
     assert not any(p.grad.any() for p in layer.parameters() if p.grad is not None)
 
@@ -66,8 +66,8 @@ def test_all_padding_gives_zeros_and_zero_gradients(top_k: int) -> None:
     x = torch.randn(5, D, requires_grad=True)
     y, aux = layer(x, tokens=TokenInfo(mode=RouterMode.TRAIN, padding_T=torch.ones(5, dtype=torch.bool)))
     assert not y.any()
-    assert not aux.load_2E.any()
-    assert aux.stats.isfinite().all()
+    assert not load_of(aux).any()
+    assert stats_of(aux).isfinite().all()
     assert float(aux.balance_loss.detach()) == 0
     backward(layer, y, aux.balance_loss)
     assert not any(p.grad.any() for p in layer.parameters() if p.grad is not None)
@@ -107,8 +107,8 @@ def test_dropped_tokens_come_out_as_zero() -> None:
     y, aux = layer(x, tokens=TokenInfo(mode=RouterMode.TRAIN))
     assert y[:2].any(-1).all()
     assert not y[2:].any()
-    assert aux.load_2E.tolist() == [[8, 0, 0, 0], [2, 0, 0, 0]]
-    assert dict(zip(LAYER_STATS, aux.stats.tolist(), strict=True))["drop_rate"] == 75
+    assert load_of(aux).tolist() == [[8, 0, 0, 0], [2, 0, 0, 0]]
+    assert named_stats_of(aux)["drop_rate"] == 75
 
 
 class TestMemo:
@@ -139,8 +139,8 @@ def test_auxiliary_outputs_but_the_loss_carry_no_gradient() -> None:
     layer = make_layer()
     _, aux = layer(torch.randn(5, D), tokens=TokenInfo(mode=RouterMode.TRAIN))
     assert aux.balance_loss.requires_grad
-    assert not aux.stats.requires_grad
-    assert not aux.load_2E.requires_grad
+    assert not aux.measures_4.requires_grad
+    assert not aux.histogram_34E.requires_grad
 
 
 def test_frozen_experts_get_no_gradient_and_tokens_do() -> None:
@@ -191,4 +191,4 @@ def test_no_tensor_of_tokens_times_experts_times_capacity() -> None:
 
 def test_one_rank_exchanges_nothing() -> None:
     _, aux = make_layer()(torch.randn(5, D), tokens=TokenInfo(mode=RouterMode.TRAIN))
-    assert dict(zip(LAYER_STATS, aux.stats.tolist(), strict=True))["all_to_all_cpu_time_ms"] == 0
+    assert named_stats_of(aux)["all_to_all_cpu_time_ms"] == 0

@@ -25,6 +25,7 @@ from fairseq_moe.modules import (
 )
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.modules.recompute import RECOMPUTABLE
+from tests.helpers.layer_stats import load_of, stats_of
 
 T, D, HIDDEN, E = 48, 8, 32, 4
 FLAGS = {
@@ -78,8 +79,8 @@ def train_pass(
         y, aux = layer(x, tokens=TokenInfo(mode=mode, padding_T=padding_T, num_sequences=4))
         (y.square().sum() + (aux.losses * torch.arange(1.0, 6.0)).sum()).backward()
         assert x.grad is not None
-        found |= {f"y{micro}": y, f"losses{micro}": aux.losses, f"stats{micro}": aux.stats}
-        found |= {f"load{micro}": aux.load_2E, f"x{micro}": x.grad}
+        found |= {f"y{micro}": y, f"losses{micro}": aux.losses, f"stats{micro}": stats_of(aux)}
+        found |= {f"load{micro}": load_of(aux), f"x{micro}": x.grad}
     found["random numbers"] = torch.rand(3)  # the generator is where it would be
     found |= {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
     found |= {name: buffer.clone() for name, buffer in layer.named_buffers()}

@@ -25,10 +25,19 @@ BRANCH_STATS = {
 
 
 def named(gates: torch.Tensor, decision: RoutingDecision, **times: float) -> dict[str, float]:
-    top_k = decision.expert_ids_TK.shape[1]
-    vector = stats.layer_stats(gates, decision.counts, top_k=top_k, **times)
+    found = of_layer(gates, decision.counts, left_out_T=decision.left_out_T, **times)
+    return dict(zip(stats.LAYER_STATS, found.tolist(), strict=True))
+
+
+def of_layer(
+    gates: Tensor, counts: AssignmentCounts, *, left_out_T: Tensor | None = None, **times: float
+) -> Tensor:
+    measures = stats.layer_measures(stats.gate_entropy(gates, left_out_T=left_out_T), **times)
+    assert measures.shape == (len(stats.MEASURES),)
+    vector = stats.layer_stats(counts.histogram_34E.unsqueeze(0), measures.unsqueeze(0))
     assert vector.dtype == torch.float32
-    return dict(zip(stats.LAYER_STATS, vector.tolist(), strict=True))
+    assert vector.shape == (1, len(stats.LAYER_STATS))
+    return vector[0]
 
 
 def test_names_are_those_of_the_branch_and_two_more() -> None:
@@ -142,10 +151,57 @@ def test_padding_is_in_no_number() -> None:
         )
 
     everywhere = torch.ones_like(padding)
-    found = stats.layer_stats(gates, counts(everywhere, padding), top_k=2, padding_T=padding)
-    torch.testing.assert_close(found, stats.layer_stats(gates[~padding], counts(~padding, None), top_k=2))
-    everything = stats.layer_stats(gates, counts(everywhere, None), top_k=2)
+    found = of_layer(gates, counts(everywhere, padding), left_out_T=padding)
+    torch.testing.assert_close(found, of_layer(gates[~padding], counts(~padding, None)))
+    everything = of_layer(gates, counts(everywhere, None))
     assert not torch.allclose(found, everything)
     none = torch.zeros_like(requested)
     nothing = count_assignments(ids, none, none, num_experts=4, padding_T=everywhere)
-    assert torch.isfinite(stats.layer_stats(gates, nothing, top_k=2, padding_T=everywhere)).all()
+    assert torch.isfinite(of_layer(gates, nothing, left_out_T=everywhere)).all()
+
+
+def test_an_empty_batch_and_one_of_padding_alone_give_zero() -> None:
+    """But for the experts that nobody chooses, which are all of them."""
+    for num_tokens in (0, 3):
+        ids = torch.zeros(num_tokens, 2, dtype=torch.int64)
+        none = torch.zeros_like(ids, dtype=torch.bool)
+        padding = torch.ones(num_tokens, dtype=torch.bool)
+        decision = RoutingDecision.counted(
+            expert_ids_TK=ids,
+            requested_TK=none,
+            kept_TK=none,
+            num_experts=4,
+            capacity=0,
+            padding_T=padding,
+        )
+        assert decision.left_out_T is padding
+        found = named(torch.full((num_tokens, 4), 0.25), decision)
+        assert found.pop("unused_expert1_count") == 4
+        assert found.pop("unused_expert2_count") == (4 if num_tokens else 0)
+        assert set(found.values()) == {0.0}
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_layers_together_have_the_numbers_of_each_by_itself(top_k: int) -> None:
+    generator = torch.Generator().manual_seed(top_k)
+    histograms, measures, alone, loads = [], [], [], []
+    for layer in range(4):
+        gates = torch.rand(30, 7, generator=generator).softmax(-1)
+        padding = torch.rand(30, generator=generator) < (0.3 if layer < 3 else 2.0)
+        ids = torch.rand(30, 7, generator=generator).argsort(-1)[:, :top_k]
+        requested = (torch.rand(30, top_k, generator=generator) < 0.8) & ~padding.unsqueeze(-1)
+        kept = requested & (torch.rand(30, top_k, generator=generator) < 0.6)
+        counts = count_assignments(ids, requested, kept, num_experts=7, padding_T=padding)
+        of_entropy = stats.gate_entropy(gates, left_out_T=padding)
+        histograms.append(counts.histogram_34E)
+        measures.append(
+            stats.layer_measures(of_entropy, all_to_all_cpu_time_ms=layer, bias_E=torch.arange(7.0) * layer)
+        )
+        alone.append(stats.layer_stats(histograms[-1].unsqueeze(0), measures[-1].unsqueeze(0))[0])
+        loads.append(torch.stack([counts.requested_E, counts.kept_E]).float())
+        times = dict(zip(stats.LAYER_STATS, alone[-1].tolist(), strict=True))
+        assert (times["all_to_all_cpu_time_ms"], times["expert_bias_spread"]) == (layer, 6 * layer)
+    together = stats.layer_stats(torch.stack(histograms), torch.stack(measures))
+    assert torch.equal(together, torch.stack(alone))
+    assert not torch.equal(together[0], together[1])
+    assert torch.equal(stats.layer_loads(torch.stack(histograms)), torch.stack(loads))

@@ -66,7 +66,7 @@ def difference(a: Result, b: Result) -> float:
 class TestKernels:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-    @pytest.mark.parametrize("kernel", list(Kernel))
+    @pytest.mark.parametrize("kernel", [kernel for kernel in Kernel if kernel is not Kernel.FP8])
     def test_output_and_every_gradient(
         self, kernel: Kernel, counts: tuple[int, ...], dtype: torch.dtype
     ) -> None:
@@ -94,7 +94,7 @@ class TestKernels:
         assert torch.autograd.gradcheck(network, leaves, fast_mode=True)
 
     @pytest.mark.parametrize("frozen", [0, 1, 2])
-    @pytest.mark.parametrize("kernel", list(Kernel))
+    @pytest.mark.parametrize("kernel", [kernel for kernel in Kernel if kernel is not Kernel.FP8])
     def test_frozen_inputs(self, kernel: Kernel, frozen: int) -> None:
         counts = COUNTS["zero"]
         leaves = leaves_of(counts, torch.float32)
@@ -135,7 +135,7 @@ def make(num_local: int = 3, first: int = 0, *, std: float | None = 0.02) -> Exp
         hidden_dim=96,
         activation=swiglu,
         seed=5,
-        marks={"expert": True},
+        marks={name: {"expert": True} for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")},
         init_std=std,
     )
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fairseq_moe.fused.sinkhorn import sinkhorn_plan
 from fairseq_moe.modules import RouterMode, TokenInfo
 from fairseq_moe.modules.routing.capacity import DropPolicy
 from fairseq_moe.modules.routing.contract import RouterOutput
 from fairseq_moe.modules.routing.scores import GroupScore, ScoreFunction, ScoreRule
-from fairseq_moe.modules.routing.sinkhorn import sinkhorn_plan
 from fairseq_moe.modules.routing.topk import CapacityConfig, Choice, TopKConfig, TopKRule
 from tests.helpers import slow_routing as slow
 

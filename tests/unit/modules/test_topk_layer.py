@@ -13,6 +13,7 @@ from fairseq_moe.modules.dispatch.allgather import AllGatherDispatcher
 from fairseq_moe.modules.dispatch.dispatcher import plan_kept
 from fairseq_moe.modules.dispatch.padded import plan_padded
 from fairseq_moe.parallel.experts import ExpertLayout
+from tests.helpers.layer_stats import load_of
 from tests.helpers.megatron import FACTOR, SIGMOID, config
 
 D, F = 8, 12
@@ -23,7 +24,7 @@ def build(**given: Any) -> MoELayer:
     layout = ExpertLayout(num_experts=8, world_size=1)
     return build_moe_layer(
         config(**given),
-        ParallelMesh(layout=layout, rank=0, dense=None, sparse=None),
+        ParallelMesh(layout=layout, rank=0),
         model_dim=D,
         hidden_dim=config(**given).expert_dim or F,
         activation=torch.relu,
@@ -78,7 +79,7 @@ def test_widths() -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 8])
 def test_top_k(top_k: int) -> None:
     _, aux = run(build(moe_router_topk=top_k, moe_router_pre_softmax=True))
-    assert aux.load_2E.sum(1).tolist() == [16.0 * top_k] * 2
+    assert load_of(aux).sum(1).tolist() == [16.0 * top_k] * 2
 
 
 # Arguments and what they do to the loads before and after the capacity cut.
@@ -91,14 +92,14 @@ _LOADS: list[tuple[dict[str, Any], Any]] = [
     ({"moe_router_force_load_balancing": "round_robin"}, lambda wanted, kept: kept.eq(4).all()),
     (
         {"moe_router_load_balancing_type": "sinkhorn"},
-        lambda wanted, kept: wanted.std() < run(build())[1].load_2E[0].std(),
+        lambda wanted, kept: wanted.std() < load_of(run(build())[1])[0].std(),
     ),
 ]
 
 
 @pytest.mark.parametrize(("given", "holds"), _LOADS, ids=[str(given) for given, _ in _LOADS])
 def test_loads(given: dict[str, Any], holds: Any) -> None:
-    wanted, kept = run(build(**given))[1].load_2E
+    wanted, kept = load_of(run(build(**given))[1])
     assert wanted.sum() == 32
     assert holds(wanted, kept)
 
@@ -151,7 +152,7 @@ def test_biases_exist_where_they_were_asked_for() -> None:
     layer = build(moe_router_load_balancing_type="quantile_balancing")
     run(layer)
     layer.router.update_bias()
-    assert run(layer)[1].load_2E[0].std() < run(build())[1].load_2E[0].std()
+    assert load_of(run(layer)[1])[0].std() < load_of(run(build())[1])[0].std()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from fairseq.optim.fp16_optimizer import FP16Optimizer, MemoryEfficientFP16Optim
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from fairseq_moe.fused.half_adam import round_at_random
 from fairseq_moe.optim import HalfAdam, half_adam
 
 MAGNITUDES = [1e-15, 1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12]
@@ -242,7 +243,7 @@ class TestState:
 class TestRounding:
     def test_is_right_on_average(self) -> None:
         values = torch.full((100_000,), 1 + 0.3 * 2.0**-10)
-        rounded = half_adam._rounded(values, torch.Generator().manual_seed(0)).double()
+        rounded = round_at_random(values, torch.Generator().manual_seed(0)).double()
         assert set(rounded.tolist()) == {1.0, 1 + 2.0**-10}
         assert (float(rounded.mean()) - 1) * 2**10 == pytest.approx(0.3, abs=0.01)
 
@@ -251,8 +252,8 @@ class TestRounding:
             torch.int16
         )  # the normal numbers below 2**15
         values = bits.view(torch.float16)
-        assert torch.equal(half_adam._rounded(values.float(), torch.Generator()), values)
-        assert half_adam._rounded(torch.zeros(3), torch.Generator()).tolist() == [0, 0, 0]
+        assert torch.equal(round_at_random(values.float(), torch.Generator()), values)
+        assert round_at_random(torch.zeros(3), torch.Generator()).tolist() == [0, 0, 0]
 
     @pytest.mark.parametrize("largest", [0.0, 1e-38, 1e-20, 0.9999, 1.0, 1.9999, 65504.0, 1e30])
     def test_scale(self, largest: float) -> None:

@@ -1,0 +1,32 @@
+"""The heartbeat without ranks: what its thread does when the run is over."""
+
+import threading
+
+from fairseq_moe.distributed.watchdog import Watchdog
+
+
+class _SlowStore:
+    """Answers late, as a store in another process may."""
+
+    def __init__(self) -> None:
+        self.is_asked = threading.Event()
+        self.has_answered = False
+
+    def set(self, key: str, value: str) -> None:
+        self.is_asked.set()
+        threading.Event().wait(0.3)
+        self.has_answered = True
+
+    def check(self, keys: list[str]) -> bool:
+        return False
+
+
+def test_stop_waits_for_a_beat_that_is_on_its_way() -> None:
+    # Else the interpreter may end while the thread is in the store's C++ code, and the rank dies of SIGABRT.
+    store = _SlowStore()
+    watchdog = Watchdog(store, rank=0, world_size=2, store_owner="rank 0")
+    watchdog.start()
+    assert store.is_asked.wait(30)
+    watchdog.stop()
+    assert store.has_answered
+    assert all(thread.name != "heartbeat" for thread in threading.enumerate())
