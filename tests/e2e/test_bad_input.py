@@ -1,6 +1,7 @@
 """What cannot be honoured ends with one sentence per problem and exit code 2, before data is read."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,25 @@ def test_rank_0_speaks_for_spawned_ranks(text_data: Path, tmp_path: Path) -> Non
     result = run_process(console_script("fairseq-train"), *argv, cwd=tmp_path)
     (sentence,) = _sentences(result)
     assert "missing.pt does not exist" in sentence
+
+
+_ENDS_BADLY = """
+import atexit, os, threading, time
+from fairseq_moe.errors import MoEError
+from fairseq_moe.stock.start import ending
+
+atexit.register(os.abort)  # as a destructor of a process group may, while another rank is connected
+ending.world_size = lambda: 2
+threading.Thread(target=lambda: (time.sleep(1), print("saved"))).start()
+with ending.one_sentence_errors():
+    raise MoEError("this is the sentence.")
+"""
+
+
+def test_no_destructor_changes_the_exit_code_of_a_rank(tmp_path: Path) -> None:
+    result = run_process(sys.executable, "-c", _ENDS_BADLY, cwd=tmp_path)
+    assert _sentences(result) == ["this is the sentence."]
+    assert result.output.endswith("saved\n")  # as by a background save
 
 
 def test_evaluation_on_a_number_of_ranks_that_does_not_fit(text_data: Path, moe_checkpoint: Path) -> None:

@@ -121,7 +121,7 @@ def run_cli(
         env: variables to set on top of the environment.
         timeout: deadline of the whole call, in seconds.
         function: the entry point.
-        may_die: a process that is killed, or ends at once by itself, is a result too.
+        may_die: a process that is killed is a result too.
 
     Raises:
         RankError: a process was killed (see ``may_die``) or was not done at the deadline. A command that fails with an
@@ -136,7 +136,7 @@ def run_cli(
                 variables |= _torchrun_variables(rank, world_size, port)
             body_args = (module, function, [str(arg) for arg in argv], str(cwd or os.getcwd()), variables)
             children.append(_Child(_command_body, body_args, folder, rank, timeout))
-        codes = _join(children, timeout, may_die=may_die)
+        codes = _join(children, timeout, is_result=lambda code: may_die or code > 0)
         return CommandResult(
             exit_codes=codes,
             outputs=[child.log() for child in children],
@@ -163,16 +163,21 @@ class _Child:
     def log(self) -> str:
         return self._log_file.read_text(errors="replace") if self._log_file.exists() else ""
 
-    def receive(self, *, may_die: bool) -> tuple[bool, Any]:
-        """Receive (True, result) or (False, why there is none); the exit code is the result of one that may die."""
+    def receive(self, is_result: Callable[[int], bool]) -> tuple[bool, Any]:
+        """Receive (True, result) or (False, why there is none).
+
+        Args:
+            is_result: tells whether the exit code of a process that has ended without a message is its result.
+        """
         self.ended_sec = time.monotonic()
         try:
             message: tuple[bool, Any] = pickle.loads(self.connection.recv_bytes())
         except EOFError:
             self.process.join(_GRACE_SEC)
-            if may_die:
-                return True, self.process.exitcode
-            return False, f"died with exit code {self.process.exitcode}"
+            code = self.process.exitcode
+            if code is not None and is_result(code):
+                return True, code
+            return False, f"died with exit code {code}"
         return message
 
     def end(self) -> None:
@@ -186,7 +191,9 @@ class _Child:
         self.connection.close()
 
 
-def _join(children: list[_Child], timeout: float, *, may_die: bool = False) -> list[Any]:
+def _join(
+    children: list[_Child], timeout: float, *, is_result: Callable[[int], bool] = lambda code: False
+) -> list[Any]:
     results: dict[int, Any] = {}
     failures: list[str] = []
     waiting: dict[Any, _Child] = {child.connection: child for child in children}
@@ -200,7 +207,7 @@ def _join(children: list[_Child], timeout: float, *, may_die: bool = False) -> l
                 break
             for connection in ready:
                 child = waiting.pop(connection)
-                ok, value = child.receive(may_die=may_die)
+                ok, value = child.receive(is_result)
                 if ok:
                     results[child.index] = value
                     continue

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from fairseq_moe.distributed import (
     is_collective_failure,
     rank,
     set_collective_timeout,
+    world_size,
 )
 from fairseq_moe.errors import ConfigError, MoEError
 from fairseq_moe.flags.moe import MoEConfig
@@ -94,6 +96,9 @@ def _exit_with(error: MoEError) -> NoReturn:
         sentences = error.problems if isinstance(error, ConfigError) else [str(error)]
         for sentence in sentences:
             print(f"fairseq_moe: error: {sentence}", file=sys.stderr, flush=True)
+    if world_size() > 1:
+        _wait_for_writers()
+        _exit_at_once(USER_ERROR_EXIT_CODE)
     sys.exit(USER_ERROR_EXIT_CODE)
 
 
@@ -127,7 +132,22 @@ def _end(watchdog: Watchdog, error: Exception) -> NoReturn:
         _say(f"this rank failed {watchdog.where}: {reason}", error)
         watchdog.accuse_self(reason)
         code = 1
-    os._exit(code)  # a destructor might wait for another rank
+    _exit_at_once(code)
+
+
+def _wait_for_writers() -> None:
+    """Wait for threads that must end by themselves, such as a background save's, as an interpreter that ends does."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    # An interpreter that ends as usual destroys its process groups. Their destructors may wait for ranks that are
+    # elsewhere, and have ended the process by SIGABRT while another rank was still connected.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _say(sentence: str, error: Exception | None = None) -> None:
