@@ -155,8 +155,8 @@ class Watchdog:
             time.sleep(_BEAT_SEC)
         now = self._beats()
         waiting = {r: beat for r, beat in now.items() if not beat.has_failed}
-        silent = [r for r in waiting if r not in first or waiting[r].count == first[r].count]
-        silent += [r for r in range(self._world_size) if r not in now]
+        has_stopped = {r for r in waiting if r in first and waiting[r].count == first[r].count}
+        silent = [r for r in range(self._world_size) if r in has_stopped or r not in now]
         if silent:
             return self._blame(silent, now, "lost", f"no sign of life for {_SILENT_SEC:g} s")
         if waiting:

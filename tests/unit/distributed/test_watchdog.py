@@ -1,7 +1,12 @@
 """The heartbeat without ranks: what its thread does when the run is over."""
 
+import json
 import threading
 
+import pytest
+from torch.distributed import HashStore
+
+from fairseq_moe.distributed import watchdog as module
 from fairseq_moe.distributed.watchdog import Watchdog
 
 
@@ -30,3 +35,15 @@ def test_stop_waits_for_a_beat_that_is_on_its_way() -> None:
     watchdog.stop()
     assert store.has_answered
     assert all(thread.name != "heartbeat" for thread in threading.enumerate())
+
+
+def test_a_rank_whose_first_beat_comes_late_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rank 2 ends before it has beaten once, as a rank may in a first update that takes less than one beat.
+    monkeypatch.setattr(module, "_BEAT_SEC", 0.05)
+    monkeypatch.setattr(module, "_SILENT_SEC", 0.4)
+    store = HashStore()
+    watchdog = Watchdog(store, rank=0, world_size=3, store_owner="rank 0")
+    beat = json.dumps({"count": 1, "update": 1, "has_failed": False})
+    threading.Timer(0.2, lambda: store.set("beat/1", beat)).start()
+    verdict = watchdog.explain(RuntimeError("gloo: connection closed"))
+    assert (verdict.rank, verdict.sentence[:11]) == (2, "rank 2 lost")
