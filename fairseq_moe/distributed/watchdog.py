@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,8 +24,10 @@ __all__ = ["PEER_LOST_EXIT_CODE", "Verdict", "Watchdog", "is_collective_failure"
 PEER_LOST_EXIT_CODE = 3
 
 _BEAT_SEC = 0.5
-_SILENT_SEC = 4.0  # a rank that has not beaten for so long is gone or stopped
-_STORE_SEC = 6.0  # a store that has not answered for so long is gone or stopped
+# Polls are as far apart as beats. They are counted, for while this process does not run, others may not run either.
+_SILENT_POLLS = 8  # a rank that has not beaten for so many is gone or stopped
+_ALIVE_POLLS = 2  # one that has beaten within these is neither; in between, it is too early to say
+_STORE_POLLS = 12  # a store that has not answered for so many is gone or stopped
 _END_BY_ITSELF_SEC = 5.0  # what a rank gets to meet the failure by itself once the verdict is there
 _VERDICT = "verdict"
 
@@ -38,11 +40,13 @@ class Verdict:
         rank: who is to blame.
         sentence: for all logs.
         has_cause: whether that rank has said why, so that where the others stand is of no interest.
+        silent: ranks that will read nothing any more.
     """
 
     rank: int
     sentence: str
     has_cause: bool = False
+    silent: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,8 @@ class Watchdog:
         self._world_size = world_size
         self._store_owner = store_owner
         self._count = 0
+        self._num_answers = 0  # of the store
+        self._beating = threading.Lock()  # else an older beat could come after a newer one
         self._has_failed = False
         self._verdict: Verdict | None = None
         self._stopped = threading.Event()
@@ -107,7 +113,7 @@ class Watchdog:
         SIGABRT.
         """
         self._stopped.set()
-        self._heart.join(_STORE_SEC)
+        self._heart.join(_STORE_POLLS * _BEAT_SEC)
 
     def accuse_self(self, reason: str) -> Verdict:
         """Tell the others why this rank ends, unless they know of something earlier.
@@ -118,9 +124,7 @@ class Watchdog:
         self._has_failed = True
         sentence = f"rank {self._rank} failed {self.where}: {reason}"
         own = Verdict(rank=self._rank, sentence=sentence, has_cause=True)
-        verdict = _within(_STORE_SEC, lambda: self._post(own)) or own
-        self._let_others_read()
-        return verdict
+        return self._ask(lambda: self._post(own)) or own
 
     def explain(self, error: BaseException) -> Verdict:
         """Find out why a collective has failed; the same verdict on every rank that asks.
@@ -129,39 +133,46 @@ class Watchdog:
             error: what the collective raised here.
         """
         self._has_failed = True
-        if self._verdict is not None:
-            return self._verdict
-        found = _within(_SILENT_SEC + _STORE_SEC, lambda: self._post(self._investigate(error)))
-        if found is None:
-            return self._store_is_gone()
-        self._let_others_read()
-        return found
+        found = self._ask(lambda: self._post(self._investigate(error)))
+        return found or self._verdict or self._store_is_gone()
+
+    def let_others_read(self) -> None:
+        """Wait, before this process ends and the store with it, until all ranks that live know the verdict."""
+        verdict = self._verdict
+        if verdict is None or self._rank != 0 or self._store_owner != "rank 0":
+            return
+        others = [f"read/{r}" for r in range(self._world_size) if r not in verdict.silent]
+        for _ in range(_STORE_POLLS):
+            if self._store.check(others):
+                return
+            time.sleep(_BEAT_SEC)
 
     def _store_is_gone(self) -> Verdict:
         sentence = f"{self._store_owner} lost {self.where}: the store that it kept does not answer"
         return Verdict(rank=0, sentence=sentence)
 
-    def _let_others_read(self) -> None:
-        if self._rank == 0 and self._store_owner == "rank 0":
-            time.sleep(4 * _BEAT_SEC)  # the store ends with this process
-
     def _investigate(self, error: BaseException) -> Verdict:
         self._beat()
-        first, started = self._beats(), time.monotonic()
-        while time.monotonic() - started < _SILENT_SEC:
+        quiet = _QuietPolls(self._world_size)
+        for number in range(2 * _SILENT_POLLS):
             verdict = self._read_verdict()
             if verdict is not None:
                 return verdict
+            beats = self._beats()
+            quiet.see(beats)
+            if number >= _SILENT_POLLS and quiet.is_clear():
+                break
             time.sleep(_BEAT_SEC)
-        now = self._beats()
-        waiting = {r: beat for r, beat in now.items() if not beat.has_failed}
-        has_stopped = {r for r in waiting if r in first and waiting[r].count == first[r].count}
-        silent = [r for r in range(self._world_size) if r in has_stopped or r not in now]
-        if silent:
-            return self._blame(silent, now, "lost", f"no sign of life for {_SILENT_SEC:g} s")
-        if waiting:
+        if quiet.silent():
             return self._blame(
-                list(waiting), now, "stuck", "alive, but not where the other ranks have waited for it"
+                quiet.silent(), beats, "lost", f"no sign of life for {_SILENT_POLLS * _BEAT_SEC:g} s"
+            )
+        if quiet.num_polls:
+            return self._blame(
+                list(quiet.num_polls),
+                beats,
+                "stuck",
+                "alive, but not where the other ranks have waited for it",
             )
         first_line = str(error).strip().split("\n")[0]
         return Verdict(
@@ -174,26 +185,29 @@ class Watchdog:
         update = max(self.update, beats[ranks[0]].update if ranks[0] in beats else 0)
         where = f"at update {update}" if update else "before the first update"
         who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-        return Verdict(rank=ranks[0], sentence=f"{who} {how} {where} ({sign})")
+        silent = ranks if how == "lost" else []
+        return Verdict(rank=ranks[0], sentence=f"{who} {how} {where} ({sign})", silent=silent)
 
     def _run(self) -> None:
         verdict = None
         try:
-            while verdict is None and not self._stopped.wait(_BEAT_SEC):
-                self._beat()
+            while verdict is None:
+                self._beat()  # at once: a rank that ends soon has then been seen
                 verdict = self._read_verdict()
+                if verdict is None and self._stopped.wait(_BEAT_SEC):
+                    return
         except (RuntimeError, OSError):
-            verdict = self._store_is_gone()
-        self._verdict = verdict
-        if verdict is not None and not self._stopped.wait(_END_BY_ITSELF_SEC) and not self._has_failed:
+            verdict = self._verdict = self._verdict or self._store_is_gone()
+        if not self._stopped.wait(_END_BY_ITSELF_SEC) and not self._has_failed:
             print(f"fairseq_moe: error: {verdict.sentence}; stacks of rank {self._rank}:", file=sys.stderr)
             faulthandler.dump_traceback(file=sys.stderr)
             os._exit(PEER_LOST_EXIT_CODE)
 
     def _beat(self) -> None:
-        self._count += 1
-        beat = _Beat(count=self._count, update=self.update, has_failed=self._has_failed)
-        self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
+        with self._beating:
+            self._count += 1
+            beat = _Beat(count=self._count, update=self.update, has_failed=self._has_failed)
+            self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
 
     def _beats(self) -> dict[int, _Beat]:
         keys = [f"beat/{r}" for r in range(self._world_size)]
@@ -204,29 +218,70 @@ class Watchdog:
         return {r: _Beat(**json.loads(value)) for r, value in zip(here, values, strict=True)}
 
     def _read_verdict(self) -> Verdict | None:
-        if not self._store.check([_VERDICT]):
-            return None
-        return Verdict(**json.loads(self._store.get(_VERDICT)))
+        is_there = self._store.check([_VERDICT])
+        self._num_answers += 1
+        return self._note(self._store.get(_VERDICT)) if is_there else None
 
     def _post(self, verdict: Verdict) -> Verdict:
         """Write ``verdict`` unless there is one, and return the one that counts."""
-        return Verdict(**json.loads(self._store.compare_set(_VERDICT, "", json.dumps(asdict(verdict)))))
+        return self._note(self._store.compare_set(_VERDICT, "", json.dumps(asdict(verdict))))
+
+    def _note(self, text: bytes) -> Verdict:
+        """Keep the verdict before rank 0, which may then end with the store, is told that it is known here."""
+        self._verdict = verdict = Verdict(**json.loads(text))
+        self._store.set(f"read/{self._rank}", "")
+        return verdict
+
+    def _ask(self, question: Callable[[], Verdict]) -> Verdict | None:
+        """Wait for an answer; None when the store fails, or has not answered anything for too long."""
+        answers: list[Verdict] = []
+
+        def run() -> None:
+            try:
+                answers.append(question())
+            except (RuntimeError, OSError):
+                return
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        num_answers, num_waits = self._num_answers, 0
+        while thread.is_alive() and num_waits < _STORE_POLLS:
+            thread.join(_BEAT_SEC)
+            num_waits = num_waits + 1 if num_answers == self._num_answers else 0
+            num_answers = self._num_answers
+        return answers[0] if answers else None
 
 
-def _within(seconds: float, ask: Callable[[], Verdict]) -> Verdict | None:
-    """Wait for the answer of ``ask``; None when it fails or takes longer."""
-    answers: list[Verdict] = []
+class _QuietPolls:
+    """Count, for each rank that has not failed itself, at how many polls in a row it had not beaten anew.
 
-    def run() -> None:
-        try:
-            answers.append(ask())
-        except (RuntimeError, OSError):
-            return
+    Two of them would not do: the last beat of a rank that is gone may arrive after the first.
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answers[0] if answers else None
+    Args:
+        world_size: number of ranks.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.num_polls = dict.fromkeys(range(world_size), -1)
+        self._counts = dict.fromkeys(range(world_size), 0)  # of one that has not beaten yet
+
+    def see(self, beats: dict[int, _Beat]) -> None:
+        """Take up what one poll has found; a rank that has failed is of no further interest."""
+        for r, beat in beats.items():
+            if beat.has_failed:
+                self.num_polls.pop(r, None)
+            elif beat.count != self._counts[r]:
+                self._counts[r], self.num_polls[r] = beat.count, -1
+        for r in self.num_polls:
+            self.num_polls[r] += 1
+
+    def silent(self) -> list[int]:
+        """List the ranks that are gone or stopped."""
+        return [r for r, number in self.num_polls.items() if number >= _SILENT_POLLS]
+
+    def is_clear(self) -> bool:
+        """Tell whether every rank has either beaten just now or been silent for long enough."""
+        return all(number < _ALIVE_POLLS or number >= _SILENT_POLLS for number in self.num_polls.values())
 
 
 def is_collective_failure(error: BaseException) -> bool:

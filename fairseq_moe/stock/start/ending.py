@@ -132,6 +132,7 @@ def _end(watchdog: Watchdog, error: Exception) -> NoReturn:
         _say(f"this rank failed {watchdog.where}: {reason}", error)
         watchdog.accuse_self(reason)
         code = 1
+    watchdog.let_others_read()
     _exit_at_once(code)
 
 
