@@ -16,6 +16,7 @@ from tests.reliability.starts import PID_FOLDER
 
 _FLAGS = ("--max-update", "50", "--no-epoch-checkpoints", "--disable-validation")
 _TIMEOUT_SEC = 5
+_P4 = ("--pipeline-model-parallel-size", 4, "--decoder-layers", 4, "--update-freq", 4)
 
 
 def _run(data: Path, save_dir: Path, fault: str, *flags: Any, world_size: int = 4) -> CommandResult:
@@ -54,14 +55,45 @@ def test_rank_0_that_takes_the_store_with_it_is_named(text_data: Path, tmp_path:
 
 
 def test_a_middle_stage_that_is_killed_is_named(text_data: Path, tmp_path: Path) -> None:
-    flags = ("--pipeline-model-parallel-size", 4, "--decoder-layers", 4, "--update-freq", 4)
-    result = _run(text_data, tmp_path, "train.forward@1@7=kill", *flags)
+    result = _run(text_data, tmp_path, "train.forward@1@7=kill", *_P4)
     assert result.exit_codes == [3, -9, 3, 3], result.outputs[0][-1500:]
     assert _seconds_after(result, 1) < 15
     for rank in (0, 2, 3):
         assert _errors(result.outputs[rank]) == [
             "fairseq_moe: error: rank 1 lost at update 2 (no sign of life for 4 s)"
         ]
+
+
+@pytest.mark.slow_reliability
+def test_a_middle_stage_out_of_memory_is_told_by_all(text_data: Path, tmp_path: Path) -> None:
+    """Only the two next stages lose a connection to it."""
+    result = _run(text_data, tmp_path, "train.forward@2@7=oom", *_P4)
+    assert result.exit_codes == [3, 3, 1, 3], result.outputs[0][-1500:]
+    assert max(result.ended_sec) - min(result.ended_sec) < 15
+    cause = "failed at update 2: OutOfMemoryError: out of memory (injected at train.forward)"
+    for rank, output in enumerate(result.outputs):
+        (error,) = _errors(output)
+        assert error.startswith(f"fairseq_moe: error: {'this rank' if rank == 2 else 'rank 2'} {cause}")
+
+
+@pytest.mark.slow_reliability
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_middle_stage_that_is_stopped_is_named(stage: int, text_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "pids").mkdir()
+    flags = (*_FLAGS, *_P4, "--collective-timeout-sec", _TIMEOUT_SEC)
+    result = run_cli(
+        "tests.reliability.starts",
+        train_argv(text_data, tmp_path / "save", *flags),
+        world_size=4,
+        env={VARIABLE: f"train.forward@{stage}@7=stop", PID_FOLDER: str(tmp_path / "pids")},
+        function="train_then_be_killed",
+        may_die=True,
+    )
+    assert result.exit_codes == [-9 if rank == stage else 3 for rank in range(4)], result.outputs[0][-1500:]
+    for rank in {0, 1, 2, 3} - {stage}:
+        (error,) = _errors(result.outputs[rank])
+        expected = f"fairseq_moe: error: rank {stage} lost at update 2 (no sign of life for 4 s)"
+        assert error.removesuffix(f"; stacks of rank {rank}:") == expected  # of one that was not done waiting
 
 
 @pytest.mark.slow_reliability
