@@ -36,11 +36,13 @@ _FLAGS = (
 )
 
 
-def _run(data: Path, save_dir: Path, *flags: Any, **signals: Any) -> CommandResult:
+def _run(data: Path, save_dir: Path, *flags: Any, world_size: int = 2, **signals: Any) -> CommandResult:
     argv = train_argv(data, save_dir, *_FLAGS, *flags)
     env = signal_at(**signals) if signals else {}
-    result = run_cli("tests.reliability.starts", argv, world_size=2, function="train", env=env, timeout=60)
-    assert result.exit_codes == [0, 0], result.output[-3000:]
+    result = run_cli(
+        "tests.reliability.starts", argv, world_size=world_size, function="train", env=env, timeout=60
+    )
+    assert result.exit_codes == [0] * world_size, result.output[-3000:]
     return result
 
 
@@ -94,6 +96,17 @@ def test_parts_of_states_are_saved_at_sigterm_too(flags: list[str], text_data: P
     assert _saved(stopped)[-1] == ("checkpoint_last.pt", 3)
     assert _digests(_run(text_data, tmp_path / "halves", *flags)) == whole
     assert len(set(whole)) == 2
+
+
+@pytest.mark.slow_reliability
+def test_a_signal_to_a_middle_stage_stops_all_of_them(text_data: Path, tmp_path: Path) -> None:
+    flags = ("--pipeline-model-parallel-size", 4, "--decoder-layers", 4, "--update-freq", 2)
+    whole = _digests(_run(text_data, tmp_path / "whole", *flags, world_size=4))
+    signal_of_one_stage = {"target": _TRAIN_STEP, "nth": 3, "ranks": [2], "name": "SIGTERM"}
+    stopped = _run(text_data, tmp_path / "halves", *flags, world_size=4, **signal_of_one_stage)
+    assert _saved(stopped)[-1] == ("checkpoint_last.pt", 3)
+    assert _digests(_run(text_data, tmp_path / "halves", *flags, world_size=4)) == whole
+    assert len(set(whole)) == 4
 
 
 @pytest.mark.parametrize(
