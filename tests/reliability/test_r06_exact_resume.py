@@ -17,7 +17,15 @@ MEGATRON = [
 ]  # fmt: skip
 BRANCH = ["--moe-second-expert-policy", "sampling", "--attention-dropout", 0.1]
 CASES = {"jitter": MEGATRON, "sampling": BRANCH}
-LAYOUTS = BACKENDS | AXES | PIPELINES | {"C2 zero1": [*AXES["C2"], *BACKENDS["zero1"]]}
+LAYOUTS = (
+    BACKENDS
+    | AXES
+    | PIPELINES
+    | {
+        "C2 zero1": [*AXES["C2"], *BACKENDS["zero1"]],
+        "P2 T2": [*PIPELINES["P2"], *AXES["T2"], "--update-freq", 4],
+    }
+)
 
 
 def run(
@@ -51,7 +59,12 @@ def run(
         ),
         *(
             pytest.param(4, case, layout, marks=pytest.mark.slow_reliability)
-            for case, layout in (("sampling", "T2"), ("jitter", "C2 zero1"), ("sampling", "P2"))
+            for case, layout in (
+                ("sampling", "T2"),
+                ("jitter", "C2 zero1"),
+                ("sampling", "P2"),
+                ("jitter", "P2 T2"),
+            )
         ),
     ],
 )
