@@ -64,12 +64,14 @@ class StepGuard:
         self._spikes = LossSpikes(config.skip_loss_spikes_factor)
         self._spike: str | None = None
         self._loss_is_bad: Tensor | None = None
+        self._hidden_is_bad: dict[int, Tensor] = {}  # by the number of layers before them
         self._loss_and_size: list[tuple[Tensor, Any]] = []
         self._before_sum: list[tuple[Tensor, Tensor]] = []
 
     def begin_update(self) -> None:
         """Forget the last update's losses and gradients."""
         self._loss_is_bad = None
+        self._hidden_is_bad = {}
         self._loss_and_size = []
         self._before_sum = []
         if self._words is not None:
@@ -88,6 +90,12 @@ class StepGuard:
         self._loss_is_bad = is_bad if self._loss_is_bad is None else self._loss_is_bad | is_bad
         if self._spikes.factor is not None:
             self._loss_and_size.append((loss.detach(), sample_size))
+
+    def see_hidden(self, x: Tensor, num_layers: int) -> None:
+        """Note hidden values that go to the next stage, after so many layers; nothing waits for the device."""
+        is_bad = ~torch.isfinite(x.detach()).all()
+        before = self._hidden_is_bad.get(num_layers)
+        self._hidden_is_bad[num_layers] = is_bad if before is None else before | is_bad
 
     def see_before_sum(self, parameters: list[Tensor]) -> None:
         """Note the norms of this rank's own gradients, before a sum over ranks hides which rank's was bad."""
@@ -189,9 +197,12 @@ class StepGuard:
             )
         raise OverflowError("all ranks skip this update")
 
-    def _finding(self, parameters: Mapping[str, Tensor]) -> tuple[int, str]:
+    def _finding(self, parameters: Mapping[str, Tensor]) -> tuple[float, str]:
         """Find what is bad on this rank: how far that is from the cause (the nearest is told), and a phrase."""
         here = f"on rank {rank()}"
+        for num_layers, is_bad in sorted(self._hidden_is_bad.items()):
+            if bool(is_bad):  # the loss comes after all layers
+                return -1 / num_layers, f"the output of layer {num_layers - 1} {here} is not finite"
         names = {id(p): name for name, p in parameters.items()}
         after = [p for p in parameters.values() if p.grad is not None and not _is_finite(p.grad)]
         if self._loss_is_bad is not None and bool(self._loss_is_bad):

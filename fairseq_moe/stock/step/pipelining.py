@@ -7,7 +7,7 @@ loss, size and logs, the same on every stage. Reduction, clipping, scaling, the 
 The last stage computes the loss of one model: what experts of earlier stages say travels with the hidden values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,12 @@ def composite(samples: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def train_in_stages(
-    samples: list[Any], model: Any, decoder: MoEDecoder, criterion: Any, optimizer: Any
+    samples: list[Any],
+    model: Any,
+    decoder: MoEDecoder,
+    criterion: Any,
+    optimizer: Any,
+    see_hidden: Callable[[Tensor, int], None],
 ) -> Result:
     """Compute forward and backward passes of all micro-batches; returns their sums, on every stage.
 
@@ -44,12 +49,13 @@ def train_in_stages(
         decoder: of it.
         criterion: on the last stage.
         optimizer: scales the loss in half precision.
+        see_hidden: is shown what goes to the next stage, and after how many layers.
     """
     layout, mesh = decoder.stage.layout, decoder.stage.mesh
     assert mesh is not None
     missing = with_dummies(layout.pipe, layout.virtual, len(samples)) - len(samples)
     samples = samples + [as_dummy(samples[0])] * missing
-    work = _Update(samples, model, decoder, criterion, optimizer)
+    work = _Update(samples, model, decoder, criterion, optimizer, see_hidden)
     run_steps(lowered(layout.pipe, layout.virtual, len(samples))[mesh.pipe_index], work, mesh)
     return work.total()
 
@@ -58,7 +64,7 @@ def evaluate_in_stages(sample: Any, model: Any, decoder: MoEDecoder, criterion: 
     """Compute the forward pass of one batch; returns its loss, size and logs on every stage."""
     layout, mesh = decoder.stage.layout, decoder.stage.mesh
     assert mesh is not None
-    work = _Update([sample], model, decoder, criterion, None)
+    work = _Update([sample], model, decoder, criterion, None, lambda x, num_layers: None)
     run_steps(lowered_forward(layout.pipe, layout.virtual, 1)[mesh.pipe_index], work, mesh)
     return work.total()
 
@@ -80,10 +86,16 @@ class _Update:
     """Compute the passes of this rank's chunks, and keep what their backward passes need."""
 
     def __init__(
-        self, samples: list[Any], model: Any, decoder: MoEDecoder, criterion: Any, optimizer: Any
+        self,
+        samples: list[Any],
+        model: Any,
+        decoder: MoEDecoder,
+        criterion: Any,
+        optimizer: Any,
+        see_hidden: Callable[[Tensor, int], None],
     ) -> None:
         self._samples, self._model, self._decoder = samples, model, decoder
-        self._criterion, self._optimizer = criterion, optimizer
+        self._criterion, self._optimizer, self._see_hidden = criterion, optimizer, see_hidden
         if hasattr(criterion, "load_watch"):  # rank 0 looks at the load, and computes no loss
             criterion.load_watch = decoder.load_watch
         self._inputs: dict[tuple[int, int], list[Tensor]] = {}
@@ -119,7 +131,9 @@ class _Update:
             at = StageInput(virtual=chunk, x_BSD=received[0], side=received[1])
             self._inputs[place] = received
         output = self._model(**sample["net_input"], stage_input=at)
-        if self._decoder.stage.chunks[chunk].stop < self._decoder.num_layers:
+        num_layers = self._decoder.stage.chunks[chunk].stop
+        if num_layers < self._decoder.num_layers:
+            self._see_hidden(output[0], num_layers)
             self._outputs[place] = list(output)
             return [tensor.detach() for tensor in output]
         loss, sample_size, logged = self._criterion(_Finished(self._model, output), sample)

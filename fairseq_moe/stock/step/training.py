@@ -169,7 +169,9 @@ def _train_in_stages(
         run.guard.see_micro_batch(sample)
     model.train()
     model.set_num_updates(update_num)
-    loss, sample_size, logged = train_in_stages(samples, model, run.decoder, criterion, optimizer)
+    loss, sample_size, logged = train_in_stages(
+        samples, model, run.decoder, criterion, optimizer, run.guard.see_hidden
+    )
     run.guard.see_loss(loss, sample_size)
     return loss, sample_size, logged
 
