@@ -1,4 +1,4 @@
-"""Every converted family under tensor and under context ranks: one update, saved, and given back to Hugging Face.
+"""Every converted family under tensor, context and pipeline ranks: one update, saved, and given back to Hugging Face.
 
 Run with ``pytest tests/distributed/test_axes_families.py``. One start of two ranks trains all of them, and one process
 does the same update; what comes back is computed by transformers, too.
@@ -25,6 +25,7 @@ Models = Callable[..., Path]
 LAYOUTS: dict[str, tuple[Any, ...]] = {
     "T2": ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
     "C2": ("--context-parallel-size", 2),
+    "P2": ("--pipeline-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 1),
 }
 # A large epsilon: otherwise Adam turns the rounding of vanishing gradients into whole steps.
 TRAINING = ("--ddp-backend", "legacy_ddp", "--lr", 0.01, "--adam-eps", 1e-3)

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,11 +102,11 @@ def test_any_layout_continues(
     result = train_as(text_data, tmp_path, reader, "--restore-file", start, "--disable-validation")
     names = ("num_updates", "loss", "gnorm", "lr")
     found = numbers(json_lines(result, "train_inner"), names)
-    expected = numbers(logged(written[writer])[0][2:], names)
+    expected = numbers(logged(written["alone"])[0][2:], names)
     assert [update for update, *_ in found] == [3, 4]
     for own, wanted in zip(found, expected, strict=True):  # other words would have another loss
         assert own == pytest.approx(wanted, abs=2e-3)
-    assert_near(tmp_path / LAST, written[writer] / LAST)
+    assert_near(tmp_path / LAST, written["alone"] / LAST)
 
 
 def validated(data: Path, checkpoint: Path, world_size: int) -> list[float]:
@@ -195,51 +196,79 @@ def write_ids(rank: int, folder: str) -> None:
         builder.finalize(f"{folder}/{split}.idx")
 
 
+def rewrite(rank: int, model: Path, source: Path, folder: Path) -> None:
+    """Read a checkpoint of a converted model, and write it again; for one process."""
+    from fairseq import checkpoint_utils
+
+    from tests.helpers.converted import build_converted, converted_config
+
+    cfg = converted_config(model, 1, ["--ddp-backend", "legacy_ddp", "--adam-eps", 1e-3])
+    trainer = build_converted(cfg, rank, {"restore_file": str(source), "save_dir": str(folder)})
+    position = trainer.load_checkpoint(str(source))["train_iterator"]
+    assert trainer.get_num_updates() == 2
+    iterator = SimpleNamespace(epoch=1, end_of_epoch=lambda: False, state_dict=lambda: position)
+    checkpoint_utils.save_checkpoint(trainer.cfg.checkpoint, trainer, iterator, None)
+
+
+# Three layers of a published model, the first rank's of a pipeline being one, or four.
+OF_CONVERTED: dict[str, tuple[int, tuple[Any, ...]]] = {
+    "T2": (3, T2),
+    "C2": (3, C2),
+    "P2": (3, (*P2, "--decoder-first-pipeline-num-layers", 1)),
+    "P2 V2": (4, (*P2, "--num-virtual-stages-per-pipeline-rank", 2)),
+}
+
+
+def train_converted(data: Path, model: Path, folder: Path, world_size: int, flags: tuple[Any, ...]) -> Path:
+    """Do two updates; returns the checkpoint."""
+    argv = [data, *PLUGIN, *BASE, *flags_of(model), *flags, "--save-dir", folder, "--max-update", 2]
+    argv += ["--restore-file", model / "checkpoint.pt", "--reset-optimizer", "--reset-dataloader"]
+    argv += ["--reset-meters", "--reset-lr-scheduler", "--ddp-backend", "legacy_ddp", "--disable-validation"]
+    argv += ["--task", "language_modeling", "--tokens-per-sample", 30, "--sample-break-mode", "eos"]
+    argv += ["--criterion", "moe_cross_entropy", "--optimizer", "adam", "--adam-eps", 1e-3]
+    argv += ["--lr", 0.01, "--batch-size", 2]
+    result = run_cli("fairseq_cli.train", argv, world_size=world_size)
+    assert result.exit_code == 0, result.output[-3000:]
+    return folder / LAST
+
+
+def given_back(checkpoint: Path, *flags: str) -> Path:
+    """Convert a checkpoint to Hugging Face's files, and look whether they compute the same."""
+    folder = checkpoint.parent / "back"
+    assert convert(["to-hf", str(checkpoint), "--to", str(folder), *flags]) == 0
+    assert "verified" in verify(folder, checkpoint)
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", AXES)
+@pytest.mark.parametrize("layout", OF_CONVERTED)
 def test_a_converted_model_is_trained_and_given_back(
     layout: str, hf_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Through commands alone; every family by the trainer: tests/distributed/test_axes_families.py."""
-    source, model, data = hf_model("mixtral"), tmp_path / "model", tmp_path / "data"
+    num_layers, flags = OF_CONVERTED[layout]
+    source = hf_model("mixtral", config_num_hidden_layers=num_layers)
+    model, data = tmp_path / "model", tmp_path / "data"
     assert convert(["from-hf", str(source), "--to", str(model)]) == 0
     data.mkdir()
     shutil.copy(model / "dict.txt", data / "dict.txt")
     run_ranks(write_ids, 1, str(data))
-    found = {}
-    for name in (layout, "alone"):
-        world_size, own = LAYOUTS[name]
-        uneven = ("--decoder-first-pipeline-num-layers", 1) if name == "P2" else ()  # of three layers
-        flags = [
-            *PLUGIN,
-            *BASE,
-            *flags_of(model),
-            *own,
-            *uneven,
-            "--save-dir",
-            tmp_path / name,
-            "--max-update",
-            2,
-        ]
-        flags += ["--restore-file", model / "checkpoint.pt", "--reset-optimizer", "--reset-dataloader"]
-        flags += [
-            "--reset-meters",
-            "--reset-lr-scheduler",
-            "--ddp-backend",
-            "legacy_ddp",
-            "--disable-validation",
-        ]
-        flags += ["--task", "language_modeling", "--tokens-per-sample", 30, "--sample-break-mode", "eos"]
-        flags += ["--criterion", "moe_cross_entropy", "--optimizer", "adam", "--adam-eps", 1e-3]
-        flags += ["--lr", 0.01, "--batch-size", 2]
-        result = run_cli("fairseq_cli.train", [data, *flags], world_size=world_size)
-        assert result.exit_code == 0, result.output[-3000:]
-        checkpoint = tmp_path / name / LAST
-        assert convert(["to-hf", str(checkpoint), "--to", str(tmp_path / f"{name} back")]) == 0
-        assert "verified" in verify(tmp_path / f"{name} back", checkpoint)
-        found[name] = load_file(tmp_path / f"{name} back" / "model.safetensors")
-    before = load_file(source / "model.safetensors")
-    assert found[layout].keys() == before.keys()
-    for key, tensor in found["alone"].items():
+    own = train_converted(data, model, tmp_path / "own", 2, flags)
+    alone = train_converted(data, model, tmp_path / "alone", *LAYOUTS["alone"])
+    run_ranks(rewrite, 1, model, own, tmp_path / "rewritten")  # the same numbers, in one process's files
+    rewritten = given_back(tmp_path / "rewritten" / LAST, "--companions", str(model / "hf"))
+    back, alone_back = given_back(own), given_back(alone)
+    for file in ("model.safetensors", "config.json"):
+        assert (back / file).read_bytes() == (rewritten / file).read_bytes()
+    before, found, expected = (
+        load_file(folder / "model.safetensors") for folder in (source, back, alone_back)
+    )
+    assert found.keys() == before.keys() == expected.keys()
+    for key, tensor in expected.items():
         assert not torch.equal(tensor, before[key]), key
-        torch.testing.assert_close(found[layout][key], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5)
+    assert convert(["from-hf", str(back), "--to", str(tmp_path / "again")]) == 0
+    checkpoints = (own, tmp_path / "again" / "checkpoint.pt", alone, model / "checkpoint.pt")
+    scores = [perplexity(eval_lm(data, path)) for path in checkpoints]
+    assert scores[0] == scores[1] == pytest.approx(scores[2], rel=1e-4)
+    assert scores[0] != scores[3]
