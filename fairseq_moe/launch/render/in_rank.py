@@ -29,7 +29,7 @@ def in_rank(job: Job) -> str | None:
 
 
 def profile_without_gpus(job: Job) -> list[str]:
-    """Write lines that ask torch for the profile instead of nsys, for ranks on CPUs; none where nothing is to be said."""
+    """Write lines that ask torch for the profile instead of nsys, on CPUs; none where none are needed."""
     if job.profile.profiler != "nsys" or has_gpus(job):
         return []
     sentence = "profile: nsys watches GPUs, and there are none; torch profiles instead"

@@ -76,7 +76,7 @@ def _container(job: Job) -> Iterator[str]:
         yield f"the container is {container.kind}, but no image is named; give one."
     for path in (*(path for mount in container.mounts for path in mount), str(job.run_dir)):
         if re.search("[,:]", path):
-            yield f"{path!r} is to be mounted, and a comma or colon in a path reads as the end of it; link it elsewhere."
+            yield f"{path!r} is to be mounted, and a comma or colon in a path reads as its end; link it elsewhere."
         elif not path.startswith("/"):
             yield f"{path!r} is to be mounted, expected a path from the root."
 

@@ -1,4 +1,4 @@
-"""Hold the script of every mode and container to the byte; ``python -m tests.unit.launch.test_golden_scripts`` writes them."""
+"""Hold each script to the byte; ``python -m tests.unit.launch.test_golden_scripts`` writes them anew."""
 
 import ast
 import subprocess
@@ -29,7 +29,7 @@ def test_bash_accepts_the_script_and_what_ranks_run(name: str) -> None:
     _check(text)
     inner = text.partition("bash -c '")[2].partition("' rank")[0]
     assert bool(inner) is (
-        name.endswith("-nsys") and "local" not in name or name.startswith(("sbatch-p", "sbatch-a"))
+        (name.endswith("-nsys") and "local" not in name) or name.startswith(("sbatch-p", "sbatch-a"))
     )
     _check(inner)
 

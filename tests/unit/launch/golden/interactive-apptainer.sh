@@ -19,7 +19,7 @@ for name in NODE_RANK MASTER_ADDR MASTER_PORT; do
   [[ -n "${!name:-}" ]] || missing+=" $name"
 done
 if [[ -n "$missing" ]]; then
-  echo "not set:$missing. On each node set NODE_RANK (0 on the first), and MASTER_ADDR and MASTER_PORT of the first." >&2
+  echo "not set:$missing. On each node set NODE_RANK (0 on the first), MASTER_ADDR and MASTER_PORT of the first." >&2
   exit 2
 fi
 rendezvous=(--node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
