@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fairseq_moe.launch.job import Cluster, Job
+from fairseq_moe.launch.measured import write_measured
 from fairseq_moe.launch.render import render
 from fairseq_moe.launch.submit import submit
 from tests.e2e.commands import train, train_argv
@@ -45,16 +46,20 @@ def _submitted(job: Job, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
         for name, value in scheduler.environ.items():
             patch.setenv(name, value)
         assert submit(job) == 0
+    write_program(
+        stubs / "python", 'echo "python $*"\n'
+    )  # an interpreter takes seconds, and what it does is tested elsewhere
     (script,) = scheduler.submitted
     assert script == render(job).encode()
     return scheduler, script
 
 
-def _stopped(scheduler: Scheduler, script: bytes) -> Start:
-    return scheduler.start(script, ranks=2, term_when=lambda text: 4 in _losses(text), environ=_PAUSE)
+def _stopped(scheduler: Scheduler, script: bytes, ranks: int) -> Start:
+    return scheduler.start(script, ranks=ranks, term_when=lambda text: 4 in _losses(text), environ=_PAUSE)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # each start is two new interpreters
 def test_term_saves_and_the_job_goes_on_when_it_is_queued_again(
     text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,28 +67,28 @@ def test_term_saves_and_the_job_goes_on_when_it_is_queued_again(
     job = _job(text_data, tmp_path)
     scheduler, script = _submitted(job, tmp_path, monkeypatch)
 
-    first = _stopped(scheduler, script)
+    first = _stopped(scheduler, script, 2)
     assert (first.exit_code, first.requeued) == (0, True), first.output[-3000:]
     assert "training stops after update 5: SIGTERM" in first.output
-    assert not (job.run_dir / "measured.json").exists()
 
     second = scheduler.start(script, ranks=2, restarts=1)
     assert (second.exit_code, second.requeued) == (0, False), second.output[-3000:]
     before, after = _losses(first.output), _losses(second.output)
     assert (list(before), list(after)) == ([1, 2, 3, 4, 5], [6, 7, 8])
     assert before | after == _losses(whole.outputs[0])
-    assert json.loads((job.run_dir / "measured.json").read_text())["updates"] == 8
+    assert f"python -m fairseq_moe.launch.measured {job.run_dir}\n" in second.output
+    assert json.loads(write_measured(job.run_dir).read_text())["updates"] == 8
 
 
 @pytest.mark.slow
 def test_after_a_failed_save_the_job_has_failed_and_is_not_queued_again(
     text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = _job(text_data, tmp_path)
+    job = replace(_job(text_data, tmp_path), ranks_per_node=1)
     scheduler, script = _submitted(job, tmp_path, monkeypatch)
     (job.run_dir / "checkpoints").mkdir()
     (job.run_dir / "checkpoints" / "shards").touch()  # where a directory should be
-    start = _stopped(scheduler, script)
+    start = _stopped(scheduler, script, 1)
     assert "the save at update 5 failed" in start.output
     assert "no checkpoint was written after it; the job has failed" in start.output
     assert (start.exit_code, start.requeued) == (1, False)

@@ -132,7 +132,7 @@ class Scheduler:
         restarts: int = 0,
         term_when: Callable[[str], bool] | None = None,
         environ: Mapping[str, str] | None = None,
-        timeout_sec: float = 100.0,
+        timeout_sec: float = 140.0,
     ) -> Start:
         """Run a job as SLURM does: a copy of its script, in the variables of an allocation.
 
