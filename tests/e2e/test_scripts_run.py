@@ -59,7 +59,7 @@ def _stopped(scheduler: Scheduler, script: bytes, ranks: int) -> Start:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # each start is two new interpreters
+@pytest.mark.timeout(600)  # each start is two new interpreters
 def test_term_saves_and_the_job_goes_on_when_it_is_queued_again(
     text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
