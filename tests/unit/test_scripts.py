@@ -4,20 +4,19 @@ The commands of the two GPU scripts are those of the README of fairseq's moe bra
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from tests.helpers.scheduler import Scheduler, Start, write_program
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -122,58 +121,33 @@ def test_the_slurm_script_asks_for_64_gpus_and_binds_no_cpus_by_mask() -> None:
     assert "mask_cpu" not in text
 
 
-_SRUN = """#!/bin/bash
-touch started
-[[ "${SRUN_WAITS:-}" ]] || exit "$SRUN_CODE"
-trap 'echo srun got TERM; exit "$SRUN_CODE"' TERM
+_TRAINER = """\
+echo started
+[[ "${WAITS:-}" ]] || exit "$CODE"
+trap 'echo the rank got TERM; exit "$CODE"' TERM
+echo waits
 for _ in {1..200}; do sleep 0.1; done
 """
 
 
-def _slurm_job(folder: Path, *, state: str, term: bool, code: int) -> tuple[int, str]:
-    """Run the SLURM script with stubs for SLURM's commands; its exit code, and what it and they have printed.
+def _slurm_job(folder: Path, *, state: str, term: bool, code: int) -> Start:
+    """Run the SLURM script with stubs for SLURM's commands and for training.
 
     Args:
         folder: an empty directory.
         state: what squeue says of the job.
-        term: whether TERM comes while srun is running.
-        code: srun's exit code.
+        term: whether TERM comes while ranks are running.
+        code: the exit code of the rank.
     """
-    stubs = {
-        "srun": _SRUN,
-        "squeue": f"#!/bin/sh\necho {state}\n",
-        "scontrol": "#!/bin/sh\necho scontrol $*\n",
-    }
-    for name, text in stubs.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    (folder / "scripts").symlink_to(SCRIPTS)
-    job = subprocess.Popen(
-        ["bash", str(SCRIPTS / "train_multi_node.slurm")],
-        env={
-            **os.environ,
-            "PATH": f"{folder}:{os.environ['PATH']}",
-            "SLURM_SUBMIT_DIR": str(folder),
-            "SLURM_JOB_ID": "17",
-            "SRUN_CODE": str(code),
-            "SRUN_WAITS": "1" if term else "",
-        },
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+    scheduler = Scheduler(
+        folder / "slurm", {"JOB_STATE": state, "CODE": str(code), "WAITS": "1" if term else ""}
     )
-    try:
-        if term:
-            deadline = time.monotonic() + 20
-            while not (folder / "started").exists() and time.monotonic() < deadline:
-                time.sleep(0.05)
-            time.sleep(0.2)  # both traps are set
-            job.terminate()
-        output, _ = job.communicate(timeout=20)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-    return job.returncode, output
+    write_program(folder / "slurm" / "fairseq-train", _TRAINER)
+    (folder / "scripts").symlink_to(SCRIPTS)
+    return scheduler.start(
+        (SCRIPTS / "train_multi_node.slurm").read_bytes(), ranks=1,
+        environ={"SLURM_SUBMIT_DIR": str(folder)}, term_when=(lambda output: "waits" in output) if term else None,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -189,10 +163,9 @@ def _slurm_job(folder: Path, *, state: str, term: bool, code: int) -> tuple[int,
 def test_the_slurm_script_queues_again_what_was_stopped_and_saved(
     term: bool, state: str, code: int, requeued: bool, tmp_path: Path
 ) -> None:
-    exit_code, output = _slurm_job(tmp_path, state=state, term=term, code=code)
-    assert exit_code == code
-    assert ("srun got TERM" in output) is term
-    assert ("scontrol requeue 17" in output) is requeued
+    start = _slurm_job(tmp_path, state=state, term=term, code=code)
+    assert (start.exit_code, start.requeued) == (code, requeued), start.output
+    assert ("the rank got TERM" in start.output) is term
 
 
 def test_the_slurm_script_asks_for_a_signal_in_time() -> None:

@@ -1,0 +1,18 @@
+#!/bin/bash
+set -eo pipefail
+module load cuda
+set -u
+
+export OMP_NUM_THREADS=1
+export NCCL_DEBUG=WARN
+export NOTE='it'"'"'s "quoted" $HOME'
+
+command=(
+  fairseq-train '/data/my text'
+  --user-dir fairseq_moe
+  --adam-betas '(0.9, 0.98)'
+  --cpu
+  --distributed-world-size 2
+)
+
+exec "${command[@]}"
