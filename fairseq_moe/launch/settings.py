@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 __all__ = ["MAPS", "SETTINGS", "Setting", "key_problem", "read_value"]
 
-Kind = Literal["number", "text", "path", "switch", "words", "paths"]
+Kind = Literal["number", "numbers", "text", "path", "switch", "words", "paths"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,10 @@ def _switch(text: str, default: bool | None = None) -> Setting:
 
 def _words(text: str, *default: str) -> Setting:
     return Setting(kind="words", text=text, default=default)
+
+
+def _numbers(text: str, *default: int) -> Setting:
+    return Setting(kind="numbers", text=text, default=default)
 
 
 def _paths(text: str) -> Setting:
@@ -120,9 +124,10 @@ SETTINGS: dict[str, Setting] = {
         "online, offline or disabled (default: online with a key)", None, "online", "offline", "disabled"
     ),
     "profile": _text("0, 1 (nsys if it is found, else torch), nsys or torch", "0", "0", "1", "nsys", "torch"),
-    "profile_steps": _words("first and last update that is profiled", "10", "11"),
-    "profile_ranks": _words("ranks that are profiled", "0"),
+    "profile_steps": _numbers("first and last update that is profiled", 10, 11),
+    "profile_ranks": _numbers("ranks that are profiled", 0),
     # the cluster
+    "device": _text("kind of GPU that the plan is for (on CPUs: cpu)", "h100"),
     "account": _text("of SLURM"),
     "partition": _text("of SLURM"),
     "gpus_per_node": _number("0: train on CPUs", 8, least=0),
@@ -253,6 +258,13 @@ def _read_words(key: str, given: Any, environ: Mapping[str, str]) -> tuple[str, 
     return tuple(text.replace(",", " ").split())
 
 
+def _read_numbers(key: str, given: Any, environ: Mapping[str, str]) -> tuple[int, ...]:
+    found = _read_words(key, [given] if isinstance(given, int) else given, environ)
+    if not found or not all(word.isdecimal() for word in found):
+        raise ValueError(f"{key} is {given!r}, expected whole numbers, as in 1,2.")
+    return tuple(int(word) for word in found)
+
+
 def _split(key: str, text: str) -> Iterable[str]:
     import shlex
 
@@ -277,6 +289,7 @@ def _flag_value(key: str, given: Any) -> bool | str | tuple[str, ...]:
 
 _READERS = {
     "number": _read_number,
+    "numbers": _read_numbers,
     "text": _read_text,
     "path": _filled,
     "switch": _read_switch,
