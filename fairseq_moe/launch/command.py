@@ -154,17 +154,8 @@ def _model_flags(layered: Layered) -> Iterator[_Derived]:
         if layered[key] > 1:
             suffix = "parallel-size" if key == "cp" else "model-parallel-size"
             yield _flag(f"{name}-{suffix}", layered[key], key)
-    if layered["layers_per_vp"] is not None and layered.ranks["layers_per_vp"] >= layered.ranks["vpp"]:
-        yield _flag("num-layers-per-virtual-pipeline-stage", layered["layers_per_vp"], "layers_per_vp")
-    elif layered["vpp"] > 1:
-        yield _flag("num-virtual-stages-per-pipeline-rank", layered["vpp"], "vpp")
-    sizes = {
-        "pp_first": "decoder-first-pipeline-num-layers",
-        "pp_last": "decoder-last-pipeline-num-layers",
-        "ep": "expert-model-parallel-size",
-        "etp": "expert-tensor-parallel-size",
-    }
-    for key, name in sizes.items():
+    yield from _stage_flags(layered)
+    for key, name in (("ep", "expert-model-parallel-size"), ("etp", "expert-tensor-parallel-size")):
         if layered[key] is not None:
             yield _flag(name, layered[key], key)
     if layered["dispatcher"] is not None:
@@ -172,6 +163,21 @@ def _model_flags(layered: Layered) -> Iterator[_Derived]:
         yield _flag("moe-token-dispatcher-type", kind, "dispatcher")
     if layered["grouped_gemm"]:
         yield _flag("moe-grouped-gemm", True, "grouped_gemm")
+
+
+def _stage_flags(layered: Layered) -> Iterator[_Derived]:
+    """Say which layers a stage has; a layer that takes the pipeline away takes what lower ones say of stages along."""
+
+    def counts(key: str) -> bool:
+        return layered[key] is not None and (layered["pp"] > 1 or layered.ranks[key] >= layered.ranks["pp"])
+
+    if counts("layers_per_vp") and layered.ranks["layers_per_vp"] >= layered.ranks["vpp"]:
+        yield _flag("num-layers-per-virtual-pipeline-stage", layered["layers_per_vp"], "layers_per_vp")
+    elif layered["vpp"] > 1 and counts("vpp"):
+        yield _flag("num-virtual-stages-per-pipeline-rank", layered["vpp"], "vpp")
+    for key in ("first", "last"):
+        if counts(f"pp_{key}"):
+            yield _flag(f"decoder-{key}-pipeline-num-layers", layered[f"pp_{key}"], f"pp_{key}")
 
 
 def _batch_flags(layered: Layered, sizes: Sizes) -> Iterator[_Derived]:

@@ -51,7 +51,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: one sentence.
     """
-    import yaml
+    import yaml  # type: ignore[import-untyped]
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,9 @@ def _parsed(argv: Sequence[str]) -> Any:
     except SystemExit:
         last = printed.getvalue().strip().splitlines()[-1:] or ["its flags cannot be parsed"]
         return f"fairseq-train would say: {re.sub(r'^.*?error: ', '', last[0])}."
-    return convert_namespace_to_omegaconf(args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # hydra's, about how fairseq calls it
+        return convert_namespace_to_omegaconf(args)
 
 
 def _problems(cfg: Any, num_ranks: int) -> list[str]:

@@ -73,7 +73,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], tuple[str
     Raises:
         ConfigError: a word is neither, or a key is given twice.
     """
-    own, raw = list(arguments), ()
+    own, raw = list(arguments), tuple[str, ...]()
     if "--" in own:
         cut = own.index("--")
         own, raw = own[:cut], tuple(own[cut + 1 :])

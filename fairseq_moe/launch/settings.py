@@ -6,7 +6,7 @@ are written with a dot: ``flags.lr``, ``env.NCCL_DEBUG``, ``datasets.wiki``.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -287,7 +287,7 @@ def _flag_value(key: str, given: Any) -> bool | str | tuple[str, ...]:
     return _plain(key, given)
 
 
-_READERS = {
+_READERS: dict[Kind, Callable[[str, Any, Mapping[str, str]], Any]] = {
     "number": _read_number,
     "numbers": _read_numbers,
     "text": _read_text,

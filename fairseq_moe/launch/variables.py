@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["ALLTOALL", "VARIABLES", "Read", "Variable", "aliases", "values_of"]
+__all__ = ["ALLTOALL", "VARIABLES", "Read", "Variable", "aliases", "values_of", "variables_table"]
 
 # Dispatchers that are alltoall here: they name kernels of vendors for the same exchange.
 ALLTOALL = ("alltoall_seq", "flex", "deepep", "hybridep")
@@ -21,7 +21,7 @@ class Variable:
         does: ``sets`` a key; ``kept``: the job script reads it where it runs; ``ignored``; ``refused``.
         text: the key, or one sentence's reason.
         values: of those that it takes otherwise, the ones that are refused, with the reason.
-        harmless: of a refused variable, the values that ask for nothing.
+        harmless: values that ask for nothing.
     """
 
     does: Literal["sets", "kept", "ignored", "refused"]
@@ -30,8 +30,8 @@ class Variable:
     harmless: tuple[str, ...] = ()
 
 
-def _sets(key: str, **values: str) -> Variable:
-    return Variable(does="sets", text=key, values=values)
+def _sets(key: str, *harmless: str, **values: str) -> Variable:
+    return Variable(does="sets", text=key, values=values, harmless=harmless)
 
 
 def _kept(reason: str) -> Variable:
@@ -71,9 +71,9 @@ VARIABLES: dict[str, Variable] = {
     "ETP": _sets("etp"),
     "CP": _sets("cp"),
     "VPP": _sets("vpp"),
-    "PP_FIRST": _sets("pp_first"),
-    "PP_LAST": _sets("pp_last"),
-    "LAYERS_PER_VP": _sets("layers_per_vp"),
+    "PP_FIRST": _sets("pp_first", "false"),
+    "PP_LAST": _sets("pp_last", "false"),
+    "LAYERS_PER_VP": _sets("layers_per_vp", "false"),
     # run
     "MBS": _sets("mbs"),
     "GBS": _sets("gbs"),
@@ -154,11 +154,11 @@ def values_of(environ: Mapping[str, str]) -> Read:
     read = Read(values={}, sources={}, problems=[], notes=[])
     for name, row in VARIABLES.items():
         value = environ.get(name, "")
-        if not value:
+        if not value or value in row.harmless:
             continue
         if row.does == "ignored":
             read.notes.append(f"{name} is ignored: {row.text}.")
-        elif row.does == "refused" and value not in row.harmless:
+        elif row.does == "refused":
             read.problems.append(f"{name}={value} cannot be honoured: {row.text}.")
         elif value in row.values:
             read.problems.append(f"{name}={value} cannot be honoured: {row.values[value]}.")
@@ -179,3 +179,13 @@ def _set(read: Read, name: str, key: str, value: str) -> None:
 def _meaning(key: str, value: str) -> str:
     """Take dispatchers that are the same here as one."""
     return "alltoall" if key == "dispatcher" and value in ALLTOALL else value
+
+
+def variables_table() -> str:
+    """Write the table of docs/from-megatron.md."""
+    lines = ["| variable | here |", "| --- | --- |"]
+    for name, row in VARIABLES.items():
+        text = f"`{row.text}`" if row.does == "sets" else f"{row.does}: {row.text}"
+        more = "".join(f"; `{value}` is refused: {reason}" for value, reason in row.values.items())
+        lines.append(f"| `{name}` | {text}{more} |")
+    return "\n".join(lines)

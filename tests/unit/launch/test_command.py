@@ -133,6 +133,15 @@ def test_training_params_come_first() -> None:
     assert words.index("--lr") < len(words) - 1 - words[::-1].index("--lr")
 
 
+def test_stages_of_a_recipe_go_with_its_pipeline() -> None:
+    assert "--decoder-first-pipeline-num-layers" in flags("deepseek_v3")
+    without = flags("deepseek_v3 pp=1").keys() | flags("mixtral_8x7b pp=1").keys()
+    assert [name for name in without if "pipeline" in name] == []
+    assert (
+        flags("deepseek_v3 pp=1 pp_first=3")["--decoder-first-pipeline-num-layers"] == "3"
+    )  # and is refused
+
+
 def test_words_survive_a_shell() -> None:
     odd = "a 'b' \"c\" $HOME `d` \\ ;&|*\n"
     words = command(collect(["laptop", f"comment={odd}", "--", "--x", odd], {}))

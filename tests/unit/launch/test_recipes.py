@@ -55,8 +55,6 @@ def resolved(rank: int) -> dict[str, Any]:
             "update_freq": list(cfg.optimization.update_freq),
             "batch_size": cfg.dataset.batch_size,
             "notes": resolution.notes,
-            "arch": cfg.model.arch,
-            "layers": cfg.model.decoder_layers,
             "length": cfg.task.tokens_per_sample,
         }
     return found

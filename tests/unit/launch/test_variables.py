@@ -55,8 +55,8 @@ ROWS: dict[str, tuple[str, object]] = {
     "WANDB_PROJECT": ("p", ("wandb_project", "p")),
     "WANDB_MODE": ("offline", ("wandb_mode", "offline")),
     "PROFILE": ("torch", ("profile", "torch")),
-    "PROFILE_STEPS": ("23 25", ("profile_steps", ("23", "25"))),
-    "PROFILE_RANKS": ("0,1", ("profile_ranks", ("0", "1"))),
+    "PROFILE_STEPS": ("23 25", ("profile_steps", (23, 25))),
+    "PROFILE_RANKS": ("0,1", ("profile_ranks", (0, 1))),
     "ACCOUNT": ("a", ("account", "a")),
     "PARTITION": ("p", ("partition", "p")),
     "SEGMENT": ("16", ("segment", 16)),
@@ -105,6 +105,11 @@ def test_a_variable_does_what_its_row_says(name: str, tmp_path: Path) -> None:
 
 def test_an_empty_variable_is_not_there() -> None:
     environ = dict.fromkeys(VARIABLES, "")
+    assert collect([], environ) == collect([], {})
+
+
+def test_modelzoos_false_asks_for_nothing() -> None:
+    environ = dict.fromkeys(("PP_FIRST", "PP_LAST", "LAYERS_PER_VP"), "false")
     assert collect([], environ) == collect([], {})
 
 
