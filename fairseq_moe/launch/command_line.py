@@ -2,14 +2,13 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from fairseq_moe.errors import ConfigError, MoEError
 from fairseq_moe.launch.files import find_file, names
-from fairseq_moe.launch.layers import Layered
 from fairseq_moe.launch.resolve import Resolution, resolve_all
 from fairseq_moe.launch.settings import MAPS, SETTINGS
 from fairseq_moe.launch.written import command_text, origins_table, resolved_yaml
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.show_origin:
             print(origins_table(resolution.layered), end="")
             return 0
-        return _dry_run(resolution) if resolution.layered["dry_run"] else _start(resolution)
+        return _dry_run(resolution) if resolution.layered["dry_run"] == "1" else _start(resolution)
     except ConfigError as error:
         for problem in error.problems:
             print(f"{_PROGRAM}: {problem}", file=sys.stderr)
@@ -87,13 +86,13 @@ def _opening(kind: str, name: str) -> str:
 
 
 def _dry_run(resolution: Resolution) -> int:
-    from fairseq_moe.launch.render import render
+    from fairseq_moe.launch.render import render  # type: ignore[import-untyped, import-not-found]
 
-    job, layered = resolution.job, resolution.layered
+    job, texts = resolution.job, _texts(resolution)
     parts = {
-        "settings": resolved_yaml(layered),
-        "origins": origins_table(layered),
-        "plan": _plan_table(resolution),
+        "settings": texts["resolved.yaml"],
+        "origins": texts["origins.txt"],
+        "plan": texts.get("plan.txt", ""),
         "job script": render(job),
         "command": command_text(job.command),
     }
@@ -102,29 +101,28 @@ def _dry_run(resolution: Resolution) -> int:
     return 0
 
 
-def _plan_table(resolution: Resolution) -> str:
+def _start(resolution: Resolution) -> int:
+    from fairseq_moe.launch.submit import submit  # type: ignore[import-untyped, import-not-found]
+
+    return int(submit(resolution.job, _texts(resolution)))
+
+
+def _texts(resolution: Resolution) -> dict[str, str]:
+    """Write what the run directory says of settings and plan, by file."""
+    layered = resolution.layered
+    return {
+        "resolved.yaml": resolved_yaml(layered),
+        "origins.txt": origins_table(layered),
+        **_plan_texts(resolution),
+    }
+
+
+def _plan_texts(resolution: Resolution) -> dict[str, str]:
     if importlib.util.find_spec("fairseq_moe.planner") is None:
-        return ""
-    plan: Any = _plan(resolution)
-    return str(plan.table())
-
-
-def _plan(resolution: Resolution) -> Any:
-    from fairseq_moe.planner import device_named, plan
+        return {}
+    from fairseq_moe.planner import device_named, plan  # type: ignore[import-untyped, import-not-found]
 
     job = resolution.job
-    return plan(
-        job.command[1:], num_ranks=job.num_ranks, device=device_named(device_name(resolution.layered))
-    )
-
-
-def device_name(layered: Layered) -> str:
-    """Name the device that a plan is for."""
-    on_cpu = layered["mode"] == "local" or layered["gpus_per_node"] == 0
-    return "cpu" if on_cpu else str(layered["device"])
-
-
-def _start(resolution: Resolution) -> int:
-    from fairseq_moe.launch.submit import submit
-
-    return int(submit(resolution.job))
+    device = "cpu" if job.cluster.gpus_per_node == 0 else resolution.layered["device"]
+    found = plan(job.command[1:], num_ranks=job.num_ranks, device=device_named(device))
+    return {"plan.txt": found.table(), "plan.json": json.dumps(found.as_json(), indent=1) + "\n"}

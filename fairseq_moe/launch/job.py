@@ -112,5 +112,5 @@ class Job:
 
     @property
     def num_ranks(self) -> int:
-        """Number of processes."""
+        """Count the processes on all nodes."""
         return self.num_nodes * self.ranks_per_node

@@ -53,7 +53,7 @@ class Layered:
     notes: tuple[str, ...] = ()
 
     def __getitem__(self, key: str) -> Any:
-        """Read a setting."""
+        """Read the value of a setting."""
         return self.values[key]
 
     def map(self, name: str) -> dict[str, Any]:

@@ -120,6 +120,9 @@ def _container(layered: Layered) -> Container:
 def _script_problems(job: Job) -> list[str]:
     if importlib.util.find_spec("fairseq_moe.launch.render") is None:
         return []
-    from fairseq_moe.launch.render.problems import render_problems
+    from fairseq_moe.launch.render.problems import (  # type: ignore[import-untyped, import-not-found]
+        render_problems,
+    )
 
-    return render_problems(job)
+    found: list[str] = render_problems(job)
+    return found

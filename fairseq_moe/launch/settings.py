@@ -17,7 +17,7 @@ Kind = Literal["number", "numbers", "text", "path", "switch", "words", "paths"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Describe one key.
+    """Describe one key of settings.
 
     Args:
         kind: of its value; a path, and each of several, may hold ``${VARIABLE}``.
@@ -115,9 +115,7 @@ SETTINGS: dict[str, Setting] = {
     "output_path": _path("directory of run directories", "runs"),
     "run_name": _text("name of the run and its directory (default: made of model, axes and batch)"),
     "comment": _text("end of the run's name"),
-    "dry_run": _number(
-        "1: print everything and submit nothing; 2: also build the model and count", 0, least=0
-    ),
+    "dry_run": _text("1: print everything and start nothing", "0", "0", "1"),
     # what is watched
     "wandb_project": _text("project in Weights & Biases; used where WANDB_API_KEY is set", "fairseq-moe"),
     "wandb_mode": _text(

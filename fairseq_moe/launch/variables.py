@@ -15,7 +15,7 @@ ALLTOALL = ("alltoall_seq", "flex", "deepep", "hybridep")
 
 @dataclass(frozen=True, kw_only=True)
 class Variable:
-    """Describe one variable.
+    """Describe one variable of ModelZoo.
 
     Args:
         does: ``sets`` a key; ``kept``: the job script reads it where it runs; ``ignored``; ``refused``.
@@ -146,7 +146,7 @@ def aliases() -> dict[str, str]:
 
 
 def values_of(environ: Mapping[str, str]) -> Read:
-    """Read ModelZoo's variables.
+    """Read ModelZoo's variables as keys.
 
     Args:
         environ: the environment, of which nothing but the variables of the table is looked at.

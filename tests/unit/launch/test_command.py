@@ -1,17 +1,21 @@
 """Settings become the words of a command: which flags, which count, what each rank's environment has."""
 
+import os
 import shlex
+import subprocess
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fairseq_moe.launch.command import environment_of, run_name, training_command
+from fairseq_moe.launch.command import environment_of, profile_of, run_name, training_command
 from fairseq_moe.launch.job import Profile
 from fairseq_moe.launch.layers import Layered, collect
 from fairseq_moe.launch.sizes import sizes_of
 from fairseq_moe.launch.written import command_text
-from tests.unit.test_scripts import MULTI_NODE, SHARED_FLAGS, SINGLE_NODE, pairs
+from tests.helpers.ranks import REPOSITORY
 
 
 def settings(line: str, **environ: str) -> Layered:
@@ -23,7 +27,7 @@ def flags(line: str, **environ: str) -> dict[str, Any]:
     """The flags of the command that a command line gives: a value, several, or True."""
     words = command(settings(line, **environ))
     found: dict[str, Any] = {}
-    for name, *values in sorted(pairs(list(words))):
+    for name, *values in sorted(pairs(words)):
         found[name] = True if not values else values[0] if len(values) == 1 else values
     return found
 
@@ -87,7 +91,7 @@ def test_text_takes_the_place_of_the_synthetic_task() -> None:
     assert (synthetic["--task"], synthetic["--disable-validation"]) == ("dummy_lm", True)
     words = command(settings("vocab_size=8 data_path='/a b' tokenizer_model=/t.json"))
     assert words[:2] == ("fairseq-train", "/a b")
-    of_text = dict(pair for pair in pairs(list(words[2:])) if len(pair) == 2)
+    of_text = dict(pair for pair in pairs(words) if len(pair) == 2)
     assert of_text["--task"] == "language_modeling"
     assert of_text["--hf-tokenizer-json"] == "/t.json"
     assert not {"--dict-size", "--disable-validation"} & of_text.keys()
@@ -182,8 +186,6 @@ def test_weights_and_biases_are_off_without_a_key() -> None:
 
 
 def test_a_cpu_is_watched_by_torch() -> None:
-    from fairseq_moe.launch.command import profile_of
-
     found = {
         line: profile_of(settings(line), sizes_of(settings(line)))
         for line in ("profile=1", "mode=local profile=1")
@@ -192,12 +194,30 @@ def test_a_cpu_is_watched_by_torch() -> None:
     assert found["mode=local profile=1"] == Profile(profiler="torch")
 
 
+def pairs(words: Sequence[str]) -> set[tuple[str, ...]]:
+    """Flags with their values, in no order."""
+    starts = [index for index, word in enumerate(words) if word.startswith("--")]
+    return {tuple(words[start:end]) for start, end in pairwise([*starts, len(words)])}
+
+
 @pytest.mark.parametrize(
-    ("recipe", "own"), [("branch_single_node", SINGLE_NODE), ("branch_multi_node", MULTI_NODE)]
+    ("recipe", "script"),
+    [("branch_single_node", "train_single_node.sh"), ("branch_multi_node", "train_multi_node.slurm")],
 )
-def test_the_branchs_commands_are_recipes(recipe: str, own: str) -> None:
-    words = [word for word in command(settings(recipe))[1:]]
-    found = pairs(words)
-    ours = {name for name, *_ in found} - {name for name, *_ in pairs(shlex.split(SHARED_FLAGS + own))}
-    assert ours == {"--user-dir", "--required-batch-size-multiple", "--save-dir"}
-    assert {pair for pair in found if pair[0] not in ours} == pairs(shlex.split(SHARED_FLAGS + own))
+def test_the_branchs_commands_are_recipes(recipe: str, script: str) -> None:
+    """The scripts' commands are those of the branch's README, flag by flag (tests/unit/test_scripts.py)."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    printed = subprocess.run(
+        ["bash", str(REPOSITORY / "scripts" / script)],
+        env={**environment, "DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    ).stdout
+    words = shlex.split(printed)
+    expected = pairs(words[words.index("fairseq-train") :])
+    found = pairs(command(settings(recipe)))
+    added = {"--required-batch-size-multiple", "--save-dir"}
+    assert {pair[0] for pair in found - expected} == added
+    assert expected - found == set()

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -37,8 +38,13 @@ def printed(rank: int) -> dict[str, Printed]:
     from fairseq_moe.launch.command_line import main
 
     if find_spec("fairseq_moe.launch.render") is None:
-        sys.modules["fairseq_moe.launch.render"] = stub = ModuleType("render")
-        stub.render = lambda job: " ".join(job.command)  # type: ignore[attr-defined]
+        for name, values in (
+            ("render", {"render": lambda job: " ".join(job.command)}),
+            ("render.problems", {"render_problems": lambda job: []}),
+        ):
+            stub = ModuleType(name)
+            vars(stub).update(values, __spec__=ModuleSpec(name, None), __path__=[])
+            sys.modules[f"fairseq_moe.launch.{name}"] = stub
     before = dict(os.environ)
     found = {}
     for name, (arguments, environ) in CASES.items():

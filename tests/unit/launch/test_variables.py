@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[str, object]] = {
     "COMMENT": ("c", ("comment", "c")),
     "REQUEUE": ("1", ("requeue", True)),
     "SUBMIT_CHAIN": ("3", ("chain", 3)),
-    "DRY_RUN": ("1", ("dry_run", 1)),
+    "DRY_RUN": ("1", ("dry_run", "1")),
     "MOE_TOKEN_DISPATCHER": ("allgather", ("dispatcher", "allgather")),
     "DISPATCHER": ("deepep", ("dispatcher", "deepep")),
     "MOE_GROUPED_GEMM": ("true", ("grouped_gemm", True)),
