@@ -1,7 +1,7 @@
 """Declare Megatron's arguments that choose nothing here: old names, and what always holds.
 
 One entry per argument, or value. ``alias``: another one is set, with a warning. ``no_op``: what it asks for always
-holds or does not apply here; accepted with a warning. ``refused``: the run ends with the reason.
+holds or does not apply here; accepted with a warning.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ class MegatronArg:
     Args:
         name: field name; the flag is ``--`` + name with dashes.
         kind: the type of its value.
-        does: ``alias``, ``no_op`` or ``refused``.
+        does: ``alias`` or ``no_op``.
         text: the argument, or value, that an alias stands for; or the reason.
         value: the entry is about this value only; None: about all.
     """
@@ -49,12 +49,14 @@ class MegatronArg:
         """Tell in the command's help what the argument does."""
         if self.does == "alias":
             return f"old name of {flag_name(self.text)}"
-        return f"{'does nothing' if self.does == 'no_op' else self.does}: {self.text}"
+        return f"does nothing: {self.text}"
 
 
 def _arg(name: str, kind: type, does: str, text: str, *, value: Any = None) -> MegatronArg:
     return MegatronArg(name=name, kind=kind, does=does, text=text, value=value)
 
+
+_SAME_EXCHANGE = "the exchange is that of --moe-token-dispatcher-type alltoall, without a vendor's kernels"
 
 MEGATRON_ARGS = (
     _arg("moe_token_capacity_factor", float, "alias", "moe_expert_capacity_factor"),
@@ -66,6 +68,8 @@ MEGATRON_ARGS = (
     ),
     _arg("moe_grouped_gemm", bool, "no_op", "the expert kernel is chosen by device, dtype and sizes"),
     _arg("moe_permute_fusion", bool, "no_op", "rows are moved by index; there is no unfused path to replace"),
+    _arg("moe_enable_deepep", bool, "no_op", _SAME_EXCHANGE),
+    _arg("moe_flex_dispatcher_backend", str, "no_op", _SAME_EXCHANGE),
     _arg("use_dist_ckpt", bool, "no_op", "checkpoints are written by all ranks in parallel anyway"),
     _arg("auto_detect_ckpt_format", bool, "no_op", "formats are always detected"),
 )
@@ -85,16 +89,11 @@ MegatronArgs = make_dataclass(
     kw_only=True,
 )
 
-# Single values of arguments that otherwise are what they are in Megatron.
-MEGATRON_VALUES = (
-    _arg("moe_token_dispatcher_type", str, "alias", "alltoall", value="alltoall_seq"),
-    _arg(
-        "moe_token_dispatcher_type",
-        str,
-        "refused",
-        "it needs vendor kernels that this package does not use; choose alltoall or allgather",
-        value="flex",
-    ),
+# Single values of arguments that otherwise are what they are in Megatron: kernels of vendors for the same exchange, and
+# an old name of it.
+MEGATRON_VALUES = tuple(
+    _arg("moe_token_dispatcher_type", str, "alias", "alltoall", value=value)
+    for value in ("alltoall_seq", "flex", "deepep", "hybridep")
 )
 
 
@@ -110,13 +109,11 @@ def _given(args: Any) -> Iterator[tuple[MegatronArg, Any]]:
 
 
 def argument_problems(args: Any) -> list[str]:
-    """List one sentence per refused argument, and per alias that contradicts what it stands for."""
+    """List one sentence per alias that contradicts what it stands for."""
     found = []
     get = getter(args)
     for entry, value in _given(args):
-        if entry.does == "refused":
-            found.append(f"{entry.flag} ({value}) cannot be honoured: {entry.text}.")
-        elif entry.does == "alias" and entry.value is None and get(entry.text) not in (None, value):
+        if entry.does == "alias" and entry.value is None and get(entry.text) not in (None, value):
             target = flag_name(entry.text)
             found.append(
                 f"{entry.flag} {value} contradicts {target} {get(entry.text)}; leave out {entry.flag}."
@@ -133,7 +130,7 @@ def argument_warnings(args: Any) -> list[str]:
         elif entry.does == "alias" and entry.value is None:
             found.append(f"{entry.flag} is an old name; use {flag_name(entry.text)}.")
         elif entry.does == "alias":
-            found.append(f"{entry.flag} {value} is an old name; use {entry.text}.")
+            found.append(f"{entry.flag} {value} stands for {entry.text} here; use that.")
     get = getter(args)
     return found if get("num_experts") is None else [*found, *_remarks(get)]
 

@@ -96,7 +96,7 @@ _RANGES: dict[str, Range] = {
 
 def _common_problems(config: MegatronConfig) -> list[str]:
     kind = config.moe_token_dispatcher_type
-    found = [] if kind == "flex" else one_of(config, {"moe_token_dispatcher_type": DISPATCHERS})
+    found = one_of(config, {"moe_token_dispatcher_type": DISPATCHERS})
     if kind == "allgather" and config.moe_pad_expert_input_to_capacity:
         found.append(
             "--moe-pad-expert-input-to-capacity fixes the shapes of an all-to-all; leave out "

@@ -1,4 +1,4 @@
-"""The tables in docs/flags.md, docs/seams.md and docs/reliability.md are those that the code prints.
+"""The tables in docs/flags.md, seams.md, reliability.md and from-megatron.md are those that the code prints.
 
 After a change: ``python -m tests.unit.test_docs`` writes them anew.
 """
@@ -15,11 +15,13 @@ PLACES = {
     "flags": "docs/flags.md",
     "stock-flags": "docs/flags.md",
     "resume": "docs/reliability.md",
+    "modelzoo-variables": "docs/from-megatron.md",
 }
 
 
 def tables(rank: int = 0) -> dict[str, str]:
     """The tables by name; imports fairseq, so tests run it in a fork."""
+    from fairseq_moe.launch.variables import variables_table
     from fairseq_moe.stock.tables import own_flags_tables, resume_table, seams_table, stock_flags_table
 
     return {
@@ -27,6 +29,7 @@ def tables(rank: int = 0) -> dict[str, str]:
         "flags": own_flags_tables(),
         "stock-flags": stock_flags_table(),
         "resume": resume_table(),
+        "modelzoo-variables": variables_table(),
     }
 
 

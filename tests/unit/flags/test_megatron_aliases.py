@@ -68,6 +68,10 @@ _COMMAND_LINES: list[tuple[list[str], dict[str, Any]]] = [
     ([*_EXPERTS, "--moe-token-capacity-factor", "1.25"], {"megatron.moe_expert_capacity_factor": 1.25}),
     ([*_EXPERTS, "--moe-token-dispatcher-type", "alltoall_seq"], {"megatron.dispatcher": "alltoall"}),
     (
+        [*_EXPERTS, "--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "hybridep"],
+        {"megatron.dispatcher": "alltoall"},
+    ),
+    (
         [*_EXPERTS, "--moe-router-force-load-balancing"],
         {"megatron.moe_router_force_load_balancing": "random"},
     ),
@@ -292,7 +296,11 @@ def test_every_argument_of_the_guides_is_known() -> None:
         ),
         (
             {"moe_aux_loss_coeff": "0.1", "moe_token_dispatcher_type": "alltoall_seq"},
-            "--moe-token-dispatcher-type alltoall_seq is an old name; use alltoall.",
+            "--moe-token-dispatcher-type alltoall_seq stands for alltoall here; use that.",
+        ),
+        (
+            {"moe_aux_loss_coeff": "0.1", "moe_enable_deepep": True},
+            "--moe-enable-deepep is accepted and does nothing: the exchange is that of",
         ),
     ],
 )

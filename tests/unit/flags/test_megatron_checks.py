@@ -83,10 +83,6 @@ _REFUSED: list[tuple[dict[str, Any], str]] = [
         "leave out --moe-token-dispatcher-type allgather",
     ),
     ({"moe_token_dispatcher_type": "pigeon"}, "'pigeon', expected one of alltoall, allgather"),
-    (
-        {"moe_token_dispatcher_type": "flex"},
-        "--moe-token-dispatcher-type (flex) cannot be honoured: it needs",
-    ),
     ({"moe_token_dispatcher_type": "allgather", "dummy_a2a": True}, "--dummy-a2a leaves out the exchange"),
     ({"moe_input_jitter_eps": 1.0}, "--moe-input-jitter-eps is 1.0, expected 0 <= eps < 1"),
     ({"moe_input_jitter_eps": float("nan")}, "--moe-input-jitter-eps is nan"),

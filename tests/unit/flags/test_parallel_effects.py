@@ -50,11 +50,6 @@ def test_the_test_of_its_effect_gives_the_argument(name: str) -> None:
     assert flag_name(name) in text or name in text
 
 
-def test_nothing_is_refused_but_what_needs_other_kernels() -> None:
-    refused = [(row.name, row.value) for row in (*MEGATRON_ARGS, *MEGATRON_VALUES) if row.does == "refused"]
-    assert refused == [("moe_token_dispatcher_type", "flex")]
-
-
 def test_no_text_says_that_an_axis_is_missing() -> None:
     texts = [
         str(field.metadata["help"])

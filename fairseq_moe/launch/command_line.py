@@ -1,0 +1,128 @@
+"""Parse and run the command line of ``fairseq-moe-launch``."""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from fairseq_moe.errors import ConfigError, MoEError
+from fairseq_moe.launch.files import find_file, names
+from fairseq_moe.launch.resolve import Resolution, resolve_all
+from fairseq_moe.launch.settings import MAPS, SETTINGS
+from fairseq_moe.launch.written import command_text, origins_table, resolved_yaml
+
+__all__ = ["main"]
+
+_PROGRAM = "fairseq-moe-launch"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start a job, or print what would be started.
+
+    Args:
+        arguments: command line without the program's name; None: the process's own.
+
+    Returns:
+        Exit code: 0, or 2 after problems, which are a sentence each on stderr.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    cut = words.index("--") if "--" in words else len(words)
+    args = _parser().parse_args(words[:cut])
+    if args.list:
+        print(_listing(), end="")
+        return 0
+    try:
+        resolution = resolve_all([*args.words, *words[cut:]], os.environ)
+        for note in resolution.notes:
+            print(f"{_PROGRAM}: {note}", file=sys.stderr)
+        if args.show_origin:
+            print(origins_table(resolution.layered), end="")
+            return 0
+        return _dry_run(resolution) if resolution.layered["dry_run"] == "1" else _start(resolution)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"{_PROGRAM}: {problem}", file=sys.stderr)
+    except MoEError as error:
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM,
+        usage=f"{_PROGRAM} [--list] [--show-origin] RECIPE [key=value ...] [-- flags of fairseq-train]",
+        description="Start a training job from a recipe. Later layers override earlier ones: recipe, cluster file, run "
+        "file, environment (ModelZoo's variables), command line; flags after -- come last of all. DRY_RUN=1 prints "
+        "settings, plan, script and command and starts nothing.",
+    )
+    parser.add_argument("words", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
+    parser.add_argument("--list", action="store_true", help="print recipes, clusters and keys")
+    parser.add_argument(
+        "--show-origin", action="store_true", help="print each setting with the layer that gave it"
+    )
+    return parser
+
+
+def _listing() -> str:
+    lines = []
+    for kind in ("recipe", "cluster"):
+        lines += [f"{kind}s:", *(f"  {name:24}{_opening(kind, name)}" for name in names(kind)), ""]
+    lines.append("keys:")
+    for key, setting in SETTINGS.items():
+        default = setting.default
+        if isinstance(default, tuple):
+            default = " ".join(map(str, default))
+        lines.append(f"  {key:24}{setting.text}" + (f" [{default}]" if default not in (None, "") else ""))
+    lines += [f"  {key + '.NAME':24}{text}" for key, text in MAPS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _opening(kind: str, name: str) -> str:
+    """Read the first line of a file's comment."""
+    first = find_file(kind, name).read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("# ")
+
+
+def _dry_run(resolution: Resolution) -> int:
+    from fairseq_moe.launch.render import render  # type: ignore[import-untyped, import-not-found]
+
+    job, texts = resolution.job, _texts(resolution)
+    parts = {
+        "settings": texts["resolved.yaml"],
+        "origins": texts["origins.txt"],
+        "plan": texts.get("plan.txt", ""),
+        "job script": render(job),
+        "command": command_text(job.command),
+    }
+    for title, text in parts.items():
+        print(f"# {title}\n{text}")
+    return 0
+
+
+def _start(resolution: Resolution) -> int:
+    from fairseq_moe.launch.submit import submit  # type: ignore[import-untyped, import-not-found]
+
+    return int(submit(resolution.job, _texts(resolution)))
+
+
+def _texts(resolution: Resolution) -> dict[str, str]:
+    """Write what the run directory says of settings and plan, by file."""
+    layered = resolution.layered
+    return {
+        "resolved.yaml": resolved_yaml(layered),
+        "origins.txt": origins_table(layered),
+        **_plan_texts(resolution),
+    }
+
+
+def _plan_texts(resolution: Resolution) -> dict[str, str]:
+    if importlib.util.find_spec("fairseq_moe.planner") is None:
+        return {}
+    from fairseq_moe.planner import device_named, plan  # type: ignore[import-untyped, import-not-found]
+
+    job = resolution.job
+    device = "cpu" if job.cluster.gpus_per_node == 0 else resolution.layered["device"]
+    found = plan(job.command[1:], num_ranks=job.num_ranks, device=device_named(device))
+    return {"plan.txt": found.table(), "plan.json": json.dumps(found.as_json(), indent=1) + "\n"}

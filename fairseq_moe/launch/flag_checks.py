@@ -1,0 +1,100 @@
+"""Parse a training command as the ranks will, and say what they would say about it, before anything is submitted."""
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Told", "check_flags"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """Hold what ranks would say of a command.
+
+    Args:
+        problems: why they would not start, a sentence each.
+        notes: what does nothing, or other than it seems to.
+    """
+
+    problems: list[str]
+    notes: list[str]
+
+
+def check_flags(argv: Sequence[str], *, num_ranks: int) -> Told:
+    """Parse and check flags of fairseq-train, for ranks that may have other devices than this machine.
+
+    Args:
+        argv: without the program's name.
+        num_ranks: that will take part.
+    """
+    from fairseq_moe.flags.megatron_aliases import argument_warnings
+    from fairseq_moe.flags.parallel_checks import parallel_notes
+    from fairseq_moe.flags.pipeline_checks import pipeline_notes
+
+    cfg = _parsed(argv)
+    if isinstance(cfg, str):
+        return Told(problems=[cfg], notes=[])
+    problems = _problems(cfg, num_ranks)
+    if problems:
+        return Told(problems=problems, notes=[])
+    notes = [*argument_warnings(cfg.model), *parallel_notes(cfg.model), *pipeline_notes(cfg)]
+    return Told(problems=[], notes=notes)
+
+
+def _parsed(argv: Sequence[str]) -> Any:
+    """Parse as fairseq-train does: its configuration, or the sentence with which its parser ends."""
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            args = options.parse_args_and_arch(options.get_training_parser(), list(argv))
+    except SystemExit:
+        last = printed.getvalue().strip().splitlines()[-1:] or ["its flags cannot be parsed"]
+        return f"fairseq-train would say: {re.sub(r'^.*?error: ', '', last[0])}."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # hydra's, about how fairseq calls it
+        return convert_namespace_to_omegaconf(args)
+
+
+def _problems(cfg: Any, num_ranks: int) -> list[str]:
+    from omegaconf import open_dict
+
+    from fairseq_moe.criterions.best_metric import best_metric_problems
+    from fairseq_moe.flags.moe_checks import moe_problems
+    from fairseq_moe.stock.start.other_models import other_model_problems
+    from fairseq_moe.stock.start.task_steps import task_step_problems
+
+    found: list[str] = []
+    if getattr(cfg.model, "moe_fp8", None) == "native" and not cfg.common.cpu:
+        # Which GPU this machine has says nothing about the ranks', which look at their own when they start.
+        found += _fp8_widths(cfg)
+        with open_dict(cfg):
+            cfg.model.moe_fp8 = "emulate"
+    cfg.distributed_training.distributed_world_size = num_ranks
+    others: list[str] = other_model_problems(cfg)
+    return others or [
+        *found,
+        *moe_problems(cfg, world_size=num_ranks),
+        *best_metric_problems(cfg),
+        *task_step_problems(cfg),
+    ]
+
+
+def _fp8_widths(cfg: Any) -> list[str]:
+    from fairseq_moe.flags.moe import MoEConfig
+    from fairseq_moe.modules.kernels.fp8 import width_problem
+
+    moe = MoEConfig.from_args(cfg.model)
+    width = moe.expert_dim or cfg.model.decoder_ffn_embed_dim
+    problem = width_problem(cfg.model.decoder_embed_dim, width // max(moe.axes.expert_tensor, 1))
+    return (
+        []
+        if problem is None
+        else [f"--moe-fp8 native cannot be honoured: {problem}; take another precision."]
+    )

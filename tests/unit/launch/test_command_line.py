@@ -1,0 +1,144 @@
+"""fairseq-moe-launch lists, says where values come from, prints dry runs, and refuses in sentences with exit code 2."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fairseq_moe.launch.command import training_command
+from fairseq_moe.launch.files import names
+from fairseq_moe.launch.layers import Layered, collect
+from fairseq_moe.launch.settings import SETTINGS
+from fairseq_moe.launch.sizes import sizes_of
+from fairseq_moe.launch.written import origins_table, resolved_yaml
+from tests.helpers.ranks import run_ranks
+
+Printed = tuple[int, str, str]
+CASES: dict[str, tuple[list[str], dict[str, str]]] = {
+    "list": (["--list"], {}),
+    "origins": (
+        ["laptop", "mbs=2", "--show-origin", "--", "--seed", "3"],
+        {"GBS": "4", "MEGATRON_PATH": "/m"},
+    ),
+    "dry run": (["laptop", "env.A=b c"], {"DRY_RUN": "1", "WANDB_API_KEY": "s3cret"}),
+    "refused": (["laptop", "gsb=1", "tp=x"], {}),
+    "checked": (["laptop", "ep=3", "gbs=7"], {"DRY_RUN": "1"}),
+}
+
+
+def printed(rank: int) -> dict[str, Printed]:
+    """Exit code, output and errors of each case."""
+    from fairseq_moe.launch.command_line import main
+
+    if find_spec("fairseq_moe.launch.render") is None:
+        for name, values in (
+            ("render", {"render": lambda job: " ".join(job.command)}),
+            ("render.problems", {"render_problems": lambda job: []}),
+        ):
+            stub = ModuleType(name)
+            vars(stub).update(values, __spec__=ModuleSpec(name, None), __path__=[])
+            sys.modules[f"fairseq_moe.launch.{name}"] = stub
+    before = dict(os.environ)
+    found = {}
+    for name, (arguments, environ) in CASES.items():
+        os.environ.clear()
+        os.environ.update({key: before[key] for key in ("PATH", "HOME") if key in before} | environ)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(arguments)
+        found[name] = (code, out.getvalue(), err.getvalue())
+    return found
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Printed]:
+    found: dict[str, Printed] = run_ranks(printed, 1, timeout=200.0)[0]
+    return found
+
+
+pytestmark = pytest.mark.timeout(250)
+
+
+def test_list_has_every_recipe_and_key(results: dict[str, Printed]) -> None:
+    code, out, err = results["list"]
+    words = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
+    assert (code, err) == (0, "")
+    assert words == {
+        *names("recipe"),
+        *names("cluster"),
+        *SETTINGS,
+        "flags.NAME",
+        "env.NAME",
+        "datasets.NAME",
+    }
+
+
+def test_origins_name_layer_and_variable(results: dict[str, Printed]) -> None:
+    code, out, err = results["origins"]
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    assert code == 0
+    assert rows["mbs"] == ["2", "command", "line"]
+    assert rows["gbs"] == ["4", "environment", "GBS"]
+    assert rows["seq_len"] == ["128", "recipe", "laptop.yaml"]
+    assert rows["--"] == ["--seed", "3", "command", "line"]
+    assert "pp" not in rows
+    assert (
+        err
+        == "fairseq-moe-launch: MEGATRON_PATH is ignored: there is no Megatron checkout here; this package trains.\n"
+    )
+
+
+def test_a_dry_run_prints_all_and_no_key(results: dict[str, Printed]) -> None:
+    code, out, err = results["dry run"]
+    assert (code, err) == (0, "")
+    titles = [
+        line
+        for line in out.splitlines()
+        if line in ("# settings", "# origins", "# plan", "# job script", "# command")
+    ]
+    assert titles == ["# settings", "# origins", "# plan", "# job script", "# command"]
+    assert out.count("fairseq-train") >= 2
+    assert "--wandb-project" in out
+    assert "s3cret" not in out
+
+
+def test_problems_are_a_sentence_each_and_code_2(results: dict[str, Printed]) -> None:
+    code, out, err = results["refused"]
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "fairseq-moe-launch: command line: there is no key 'gsb'; did you mean gbs?",
+        "fairseq-moe-launch: command line: tp is 'x', expected a whole number.",
+    ]
+    code, out, err = results["checked"]
+    assert (code, out) == (2, "")
+    assert "gbs is 7" in err
+    assert "--expert-model-parallel-size" in err
+
+
+def _command(layered: Layered) -> Sequence[str]:
+    return training_command(layered, sizes_of(layered), run_dir=Path("/r"), has_key=False)
+
+
+@pytest.mark.parametrize("recipe", names("recipe"))
+def test_resolved_settings_are_a_recipe_of_the_same_command(recipe: str, tmp_path: Path) -> None:
+    words = ["env.A=b: 'c'", "run_time=1:20:00", "flags.x=false", "profile=torch", "setup=a\nb"]
+    layered = collect([recipe, *words], {"TP": "2"})
+    path = tmp_path / "resolved.yaml"
+    path.write_text(resolved_yaml(layered))
+    again = collect([f"recipe={path}"], {})
+    apart = ("recipe",)
+    assert {key: value for key, value in again.values.items() if key not in apart} == {
+        key: value for key, value in layered.values.items() if key not in apart
+    }
+    assert sorted(_command(again)) == sorted(_command(layered))
+
+
+def test_origins_of_nothing_are_nothing() -> None:
+    assert origins_table(collect([], {})) == ""
