@@ -6,12 +6,15 @@ there. A trainer of a dense model, and a model that is only evaluated, have none
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fairseq_moe.checkpoint import ShardContent
-from fairseq_moe.distributed import ParallelMesh
+from fairseq_moe.distributed import ParallelMesh, is_collective_failure
 from fairseq_moe.flags.sharding import Sharding
 from fairseq_moe.models.decoder import MoEDecoder
 
@@ -19,8 +22,9 @@ if TYPE_CHECKING:  # the folders whose objects are kept here import this file
     from fairseq_moe.stock.checkpoint.background import BackgroundSave
     from fairseq_moe.stock.checkpoint.named_state import NamedState
     from fairseq_moe.stock.step.guard import StepGuard
+    from fairseq_moe.stock.step.profiling import StepProfiler
 
-__all__ = ["MoERun", "begin_run", "end_of_run", "note_mesh", "run_of", "split_mesh"]
+__all__ = ["MoERun", "begin_run", "end_of_run", "note_mesh", "profiles_finished", "run_of", "split_mesh"]
 
 _ATTRIBUTE = "moe_run"
 _MESH = "moe_mesh"  # on a trainer, which asks for its data ranks while it is made, before there is a run
@@ -34,6 +38,7 @@ class MoERun:
         decoder: the decoder with the experts.
         guard: what the ranks agree on at each update, and the flags about failures.
         state: the trainer's tensors and optimizer state by parameter name.
+        profiler: of this rank's updates; None: they are not profiled.
         sharding: what torch's ``fully_shard`` shards; None: nothing.
         at_end: called on all ranks when training has ended.
         run_id: names the run in its checkpoints; that of the checkpoint that was loaded, None before the first.
@@ -46,6 +51,7 @@ class MoERun:
     guard: "StepGuard"
     state: "NamedState"
     at_end: "Callable[[MoERun], None]"
+    profiler: "StepProfiler | None" = None
     sharding: Sharding | None = None
     run_id: str | None = None
     num_failed_saves: int = 0
@@ -100,3 +106,25 @@ def end_of_run() -> None:
         run = reference()
         if run is not None:
             run.at_end(run)
+
+
+@contextmanager
+def profiles_finished() -> Iterator[None]:
+    """Write the profiles of updates that are still being profiled when training inside ends, however it ends.
+
+    Not after a rank was lost: on a GPU that would wait for exchanges that never come.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not (is_collective_failure(error) and torch.cuda.is_initialized()):
+            _finish_profiles()
+        raise
+    _finish_profiles()
+
+
+def _finish_profiles() -> None:
+    for reference in _RUNS:
+        run = reference()
+        if run is not None and run.profiler is not None:
+            run.profiler.finish()
