@@ -6,15 +6,12 @@ there. A trainer of a dense model, and a model that is only evaluated, have none
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fairseq_moe.checkpoint import ShardContent
-from fairseq_moe.distributed import ParallelMesh, is_collective_failure
+from fairseq_moe.distributed import ParallelMesh
 from fairseq_moe.flags.sharding import Sharding
 from fairseq_moe.models.decoder import MoEDecoder
 
@@ -24,7 +21,7 @@ if TYPE_CHECKING:  # the folders whose objects are kept here import this file
     from fairseq_moe.stock.step.guard import StepGuard
     from fairseq_moe.stock.step.profiling import StepProfiler
 
-__all__ = ["MoERun", "begin_run", "end_of_run", "note_mesh", "profiles_finished", "run_of", "split_mesh"]
+__all__ = ["MoERun", "begin_run", "end_of_run", "finish_profiles", "note_mesh", "run_of", "split_mesh"]
 
 _ATTRIBUTE = "moe_run"
 _MESH = "moe_mesh"  # on a trainer, which asks for its data ranks while it is made, before there is a run
@@ -108,22 +105,8 @@ def end_of_run() -> None:
             run.at_end(run)
 
 
-@contextmanager
-def profiles_finished() -> Iterator[None]:
-    """Write the profiles of updates that are still being profiled when training inside ends, however it ends.
-
-    Not after a rank was lost: on a GPU that would wait for exchanges that never come.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not (is_collective_failure(error) and torch.cuda.is_initialized()):
-            _finish_profiles()
-        raise
-    _finish_profiles()
-
-
-def _finish_profiles() -> None:
+def finish_profiles() -> None:
+    """Write the profile of every run of this process whose updates are still being profiled."""
     for reference in _RUNS:
         run = reference()
         if run is not None and run.profiler is not None:

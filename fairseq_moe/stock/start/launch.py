@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import spawn
 from fairseq_moe.criterions.best_metric import best_metric_problems
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.flags.moe_checks import moe_problems
-from fairseq_moe.stock.run import end_of_run, profiles_finished
+from fairseq_moe.stock.run import end_of_run
 from fairseq_moe.stock.seam import seam
 from fairseq_moe.stock.start.ending import failures_told, has_experts, one_sentence_errors
 from fairseq_moe.stock.start.given import given_names, restore_given
@@ -60,7 +60,7 @@ def call_main(stock: Callable[..., Any], cfg: Any, main: Callable[..., Any], **k
         if problems:
             raise ConfigError(problems)
         if dist_cfg.distributed_init_method is None or dist_cfg.distributed_no_spawn:
-            with failures_told(), profiles_finished():
+            with failures_told():
                 stock(cfg, main, **kwargs)
                 end_of_run()
         else:
@@ -100,7 +100,7 @@ def run_rank(
     use_stock_log_format()
     restore_given(given)
     try:
-        with one_sentence_errors(), failures_told(), profiles_finished():
+        with one_sentence_errors(), failures_told():
             distributed_utils.distributed_main(index, main, cfg, kwargs)
             end_of_run()
     except Exception:

@@ -121,14 +121,14 @@ class TorchTool:
     def stop(self, updates: range) -> None:
         """Write the trace and log the table; a trace that cannot be written ends no run."""
         profile, self._profile = self._profile, None
-        profile.stop()
-        key = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"
-        table = profile.key_averages().table(sort_by=key, row_limit=_NUM_ROWS)
         span = f"updates {updates[0]} to {updates[-1]} on rank {rank()}"
-        logger.info("most expensive operations of %s:\n%s", span, table)
         # The ending is the one that viewers of torch's traces look for.
         path = self._folder / f"rank-{rank()}.updates-{updates[0]}-{updates[-1]}.pt.trace.json"
+        key = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"
         try:
+            profile.stop()
+            table = profile.key_averages().table(sort_by=key, row_limit=_NUM_ROWS)
+            logger.info("most expensive operations of %s:\n%s", span, table)
             self._folder.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
@@ -174,6 +174,7 @@ def profiler_of_run(cfg: Any, *, on_gpu: bool) -> StepProfiler | None:
         raise ConfigError([nsys_problem()])
     if rank() not in config.ranks:
         return None
+    logger.setLevel(logging.INFO)  # stock silences all ranks but the first
     folder = Path(cfg.checkpoint.save_dir) / PROFILE_FOLDER
     tool: Tool = TorchTool(folder, on_gpu=on_gpu) if config.use_pytorch_profiler else NsysTool()
     return StepProfiler(config.updates, tool)

@@ -32,7 +32,10 @@ def test_without_flags_nothing_is_refused() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"profile_step_start": 0, "profile_step_end": 1}, "--profile-step-start is 0, expected the number of an update"),
+        (
+            {"profile_step_start": 0, "profile_step_end": 1},
+            "--profile-step-start is 0, expected the number of an update",
+        ),
         ({"profile_step_start": 4, "profile_step_end": 3}, "expected an end that is not before"),
         ({"profile_step_start": 4}, "--profile-step-start 4 needs --profile-step-end; add it."),
         ({"profile_step_end": 4}, "--profile-step-end 4 needs --profile-step-start; add it."),

@@ -3,7 +3,6 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-
 from tests.helpers.ranks import run_ranks
 
 
