@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fairseq_moe.errors import MoEError
 
-__all__ = ["LOAD_KEY", "RECORD_NAME", "LoadRecord", "append_record", "read_records"]
+__all__ = ["LOAD_KEY", "RECORD_NAME", "LoadRecord", "append_record", "read_records", "readable_records"]
 
 # Logging key of the summed (layers, 2, E) loads; the underscore hides it from progress bars.
 LOAD_KEY = "_moe_expert_load"
@@ -95,6 +95,21 @@ def read_records(path: str | Path) -> Iterator[LoadRecord]:
     *lines, _unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         yield _parse(line, where=f"{path} line {number}")
+
+
+def readable_records(path: Path) -> tuple[list[LoadRecord], int]:
+    """Read the records of a file that may be damaged.
+
+    Returns:
+        those that can be read, in order, and the number of lines that cannot, an unfinished last one among them.
+    """
+    found, num_damaged = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            found.append(_parse(line, where=str(path)))
+        except MoEError:
+            num_damaged += 1
+    return found, num_damaged
 
 
 def _parse(line: str, *, where: str) -> LoadRecord:

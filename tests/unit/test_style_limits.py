@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"criterions", "models", "optim", "tasks"},
     {"convert", "stock"},
     {"checkpoint_tools"},
+    {"report"},
     {"inspect"},
 ]
 # The package itself registers everything, so it stands outside.

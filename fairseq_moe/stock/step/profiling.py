@@ -24,7 +24,7 @@ class Tool(Protocol):
     """Records what this process does between ``start`` and ``stop``."""
 
     def start(self) -> None:
-        """Begin to record."""
+        """Begin to record what is done."""
 
     def marked(self, name: str) -> AbstractContextManager[Any]:
         """Make a context that marks what happens inside by a name."""
