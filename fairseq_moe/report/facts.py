@@ -99,7 +99,7 @@ def _number(value: float) -> str:
 
 def facts_of(files: RunFiles) -> Facts:
     """Read all files of a run; what cannot be read is a sentence among the problems."""
-    facts = Facts(log=read_log(files.logs))
+    facts = Facts(log=read_log(files.logs, numbers=files.numbers))
     for path, count in facts.log.num_damaged.items():
         facts.problems.append(_left_out(path.name, count))
     if files.load is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from fairseq_moe.expert_load.record import LoadRecord
 from fairseq_moe.expert_load.summary import layer_loads
@@ -38,6 +38,7 @@ _STYLE: dict[str, Any] = {
 }
 _WIDTH_IN, _HEIGHT_IN = 5.2, 2.7
 _MAX_COLUMNS = 300
+_PLAIN_NUMBER = "{x:,g}"
 _TOP_OF_SCALE = 2.0
 
 
@@ -85,8 +86,13 @@ def draw_lines(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         if is_logarithmic:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         elif from_0:
-            axes.set_ylim(bottom=0)
+            is_flat = not any(value for each in (*series, *marks) for value in each.values)
+            axes.set_ylim(bottom=0, top=1 if is_flat else None)
+        axes.xaxis.set_major_formatter(_PLAIN_NUMBER)
+        axes.yaxis.set_major_formatter(_PLAIN_NUMBER)
         if len(series) + len(marks) > 1:
             axes.legend()
         return _svg(figure, number, alternative)
@@ -109,7 +115,7 @@ def draw_heat_maps(
     step = -(-len(records) // _MAX_COLUMNS)
     groups = [records[start : start + step] for start in range(0, len(records), step)]
     with _style():
-        height = 0.6 + len(layers) * 1.25
+        height = 1.1 + len(layers) * 1.05
         figure = Figure(figsize=(_WIDTH_IN, height), layout="constrained")
         panels = figure.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
         for axes, layer in zip(panels, layers, strict=True):
@@ -130,8 +136,9 @@ def draw_heat_maps(
             axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             axes.grid(visible=False)
+            axes.xaxis.set_major_formatter(_PLAIN_NUMBER)
         panels[-1].set_xlabel("updates")
-        bar = figure.colorbar(image, ax=list(panels), extend="max", fraction=0.05)
+        bar = figure.colorbar(image, ax=list(panels), extend="max", location="bottom", aspect=40)
         bar.set_label("load / mean load")
         bar.outline.set_edgecolor(_INK)
         return _svg(figure, number, alternative)

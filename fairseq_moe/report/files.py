@@ -21,6 +21,7 @@ _NOT_LOGS = (
     "origins.txt",
     "dict.txt",
 )
+_LAUNCHERS_LOG = "train.jsonl"
 _MAX_TEXT_BYTES = 200_000
 
 
@@ -31,6 +32,7 @@ class RunFiles:
     Args:
         run_dir: where the page goes.
         logs: with fairseq's JSON lines, or the output of ranks; the oldest first.
+        numbers: those of them whose numbers count.
         load: ``moe_load.jsonl``.
         plan: ``plan.json``.
         measured: ``measured.json``.
@@ -40,6 +42,7 @@ class RunFiles:
 
     run_dir: Path
     logs: list[Path] = field(default_factory=list)
+    numbers: list[Path] = field(default_factory=list)
     load: Path | None = None
     plan: Path | None = None
     measured: Path | None = None
@@ -74,10 +77,15 @@ def find_files(run_dir: Path, logs: Sequence[Path] = ()) -> RunFiles:
         for path in folder.iterdir()
         if path.is_file() and path.suffix in _LOG_ENDINGS and path.name not in _NOT_LOGS
     ]
+    found.sort(key=lambda path: (_changed_at_sec(path), path.name))
+    of_launcher = [
+        path for path in found if path.name == _LAUNCHERS_LOG
+    ]  # it has all that the ranks' output has
     folders = [run_dir / "profile", run_dir / "checkpoints" / "profile"]
     return RunFiles(
         run_dir=run_dir,
-        logs=sorted(found, key=lambda path: (_changed_at_sec(path), path.name)),
+        logs=found,
+        numbers=of_launcher or found,
         load=_first(run_dir / "checkpoints" / RECORD_NAME, run_dir / RECORD_NAME),
         plan=_first(run_dir / "plan.json"),
         measured=_first(run_dir / "measured.json"),

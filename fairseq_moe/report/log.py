@@ -8,7 +8,7 @@ line that looks like one and cannot be read is counted: a killed job leaves such
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,33 +66,64 @@ class Log:
         return {name: points for name, points in self.splits.items() if name != "train"}
 
 
-def read_log(paths: Iterable[Path]) -> Log:
-    """Read logs of one run, the oldest first; files that hold the same lines count once."""
-    log = Log()
+def read_log(paths: Sequence[Path], *, numbers: Collection[Path]) -> Log:
+    """Read logs of one run, the oldest first; files that hold the same lines count once.
+
+    Args:
+        paths: of all files.
+        numbers: those whose numbers count; of the others only what is said in words.
+    """
+    log, read = Log(), []
     for path in paths:
-        _read_file(path, log)
+        found = _read_file(path)
+        read.append(found)
+        log.has_output |= found.has_output
+        if found.skipped:  # what an earlier file says of the same updates is the same, or was taken back
+            log.skipped = [each for each in log.skipped if each < found.skipped[0]] + found.skipped
+        if path in numbers:
+            log.train = _joined(log.train, found.train)
+            for split, points in found.splits.items():
+                log.splits[split] = _joined(log.splits.get(split, []), points)
+            if found.num_damaged:
+                log.num_damaged[path] = found.num_damaged
+    last = max((found.update for found in read), default=0)
+    log.has_ended = any(found.has_ended for found in read if found.update == last)
     return log
 
 
-def _read_file(path: Path, log: Log) -> None:
-    update, skipped, damaged = 0, [], 0
+@dataclass(kw_only=True)
+class _File:
+    """Hold what one file says; ``update`` is the last that it tells of."""
+
+    train: list[Point] = field(default_factory=list)
+    splits: dict[str, list[Point]] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
+    update: int = 0
+    has_output: bool = False
+    has_ended: bool = False
+    num_damaged: int = 0
+
+
+def _read_file(path: Path) -> _File:
+    file = _File()
     for line in _lines(path):
         found = _OBJECT.search(line)
         if found is not None:
             record = _parsed(found[1])
             if record is None:
-                damaged += 1
+                file.num_damaged += 1
                 continue
-            update = _note(record, log) or update
-        log.has_output |= _OUTPUT.search(line) is not None
+            _note(record, file)
+        file.has_output |= _OUTPUT.search(line) is not None
         if _SKIPPED in line:
-            skipped.append(update)
-        if _ENDED in line:
-            log.has_ended = True
-    if damaged:
-        log.num_damaged[path] = damaged
-    if skipped:  # what an earlier file says of the same updates is the same, or was taken back
-        log.skipped = [each for each in log.skipped if each < skipped[0]] + skipped
+            file.skipped.append(file.update)
+        file.has_ended |= _ENDED in line
+    return file
+
+
+def _joined(before: list[Point], after: list[Point]) -> list[Point]:
+    """Put points behind those of earlier updates; the others were taken back, or are the same."""
+    return [point for point in before if point.update < after[0].update] + after if after else before
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -111,25 +142,25 @@ def _parsed(text: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _note(record: dict[str, Any], log: Log) -> int | None:
-    """Add a record to the log; returns the number of updates done, None where it says none."""
+def _note(record: dict[str, Any], file: _File) -> None:
+    """Add a record to what a file says; one without a number of updates is about something else."""
     name = next((key for key in record if key == _UPDATES or key.endswith(f"_{_UPDATES}")), None)
     done = None if name is None else _number(record[name])
     if name is None or done is None or not math.isfinite(done):
-        return None
+        return
     split = name.removesuffix(_UPDATES)
     values = {
         key.removeprefix(split): number
         for key, value in record.items()
         if key.startswith(split) and (number := _number(value)) is not None
     }
-    points = log.splits.setdefault(split[:-1], []) if split else log.train
+    points = file.splits.setdefault(split[:-1], []) if split else file.train
     while points and points[-1].update >= done:
         points.pop()
     points.append(Point(update=int(done), values=values))
     if not split:
-        log.has_ended = False  # a run that was continued
-    return int(done)
+        file.has_ended = False  # a run that was continued
+    file.update = int(done)
 
 
 def _number(value: Any) -> float | None:

@@ -26,9 +26,8 @@ h2 { font-size: 1.1rem; margin: 0 0 0.5rem; }
 .cards dt { color: var(--soft); font-size: 0.875rem; }
 .cards dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .cards dd small { display: block; }
-main { display: grid; gap: 1rem; }
-@media (min-width: 60rem) { main { grid-template-columns: 1fr 1fr; align-items: start; } }
-section { min-width: 0; }
+main { columns: 26rem 2; column-gap: 1rem; margin-top: 1rem; }
+section { break-inside: avoid; margin-bottom: 1rem; }
 figure { margin: 0; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: system-ui, sans-serif !important; }
@@ -104,7 +103,7 @@ def _notes(page: Page) -> Iterator[str]:
     if sentences:
         yield '<div class="notes">'
         yield from (f"<p>{_escaped(sentence)}</p>" for sentence in sentences)
-        yield "</div><br>"
+        yield "</div>"
 
 
 def _section(section: Section) -> Iterator[str]:

@@ -85,7 +85,7 @@ def _drawn(
         and all(value > 0 for each in (*series, *marks) for value in each.values),
         from_0=from_0,
     )
-    return Section(title=title, svg=svg, sentences=[*told, *_reservations(series)])
+    return Section(title=title, svg=svg, sentences=[*told, *_reservations((*series, *marks))])
 
 
 def _in_words(series: Series, form: str) -> str:
@@ -99,6 +99,7 @@ def _in_words(series: Series, form: str) -> str:
 
 
 def _reservations(series: Sequence[Series]) -> Iterator[str]:
+    """Say what the figure leaves out; marks are never so many that they are thinned out."""
     longest = max((len(each.values) for each in series), default=0)
     if longest > MAX_DRAWN:
         yield f"Each point of a line is the mean of {-(-longest // MAX_DRAWN)} values."
@@ -271,7 +272,7 @@ def _skipped(facts: Facts, number: int) -> Section:
     so_far = Series(
         label="skipped so far", updates=list(skipped), values=[float(i + 1) for i in range(len(skipped))]
     )
-    section = _drawn(title, number, [so_far], unit="updates", form=",.0f", from_0=True)
+    section = _drawn(title, number, [], marks=[so_far], unit="updates", form=",.0f", from_0=True)
     last = ", ".join(f"{update:,}" for update in skipped[-_MAX_LISTED:])
     section.sentences.append(
         f"After updates {last}{' (the last ones)' if len(skipped) > _MAX_LISTED else ''}."
