@@ -97,19 +97,14 @@ def read_records(path: str | Path) -> Iterator[LoadRecord]:
         yield _parse(line, where=f"{path} line {number}")
 
 
-def readable_records(path: Path) -> tuple[list[LoadRecord], int]:
-    """Read the records of a file that may be damaged.
-
-    Returns:
-        those that can be read, in order, and the number of lines that cannot, an unfinished last one among them.
-    """
-    found, num_damaged = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            found.append(_parse(line, where=str(path)))
-        except MoEError:
-            num_damaged += 1
-    return found, num_damaged
+def readable_records(path: Path) -> Iterator[LoadRecord | None]:
+    """Read the records of a file that may be damaged, in order; None for each line that cannot be read."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield _parse(line, where=str(path))
+            except MoEError:
+                yield None
 
 
 def _parse(line: str, *, where: str) -> LoadRecord:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from fairseq_moe.expert_load.record import RECORD_NAME, LoadRecord, readable_records
-from fairseq_moe.expert_load.summary import history, layer_loads
+from fairseq_moe.expert_load.record import RECORD_NAME, LoadRecord
+from fairseq_moe.expert_load.summary import layer_loads
 from fairseq_moe.report.files import RunFiles, read_json
+from fairseq_moe.report.loads import read_loads
 from fairseq_moe.report.log import Log, read_log
 from fairseq_moe.report.planned import Planned, Row, comparison, measured_rows
 from fairseq_moe.report.series import Series, of
@@ -103,10 +104,9 @@ def facts_of(files: RunFiles) -> Facts:
     for path, count in facts.log.num_damaged.items():
         facts.problems.append(_left_out(path.name, count))
     if files.load is not None:
-        records, num_damaged = readable_records(files.load)
+        facts.loads, facts.load_notes, num_damaged = read_loads(files.load)
         if num_damaged:
             facts.problems.append(_left_out(files.load.name, num_damaged))
-        _choose_loads(records, facts)
     if files.plan is not None:
         plan = read_json(files.plan)
         facts.has_plan = plan is not None
@@ -124,23 +124,6 @@ def facts_of(files: RunFiles) -> Facts:
 def _left_out(name: str, count: int) -> str:
     lines = "1 line cannot be read and is" if count == 1 else f"{count:,} lines cannot be read and are"
     return f"{name}: {lines} left out."
-
-
-def _choose_loads(records: list[LoadRecord], facts: Facts) -> None:
-    """Take those of training if there are any, with the layers and experts of the last one."""
-    split = "train" if any(record.split == "train" for record in records) else "valid"
-    chosen = history(records, split=split)
-    if not chosen:
-        return
-    last = chosen[-1]
-    facts.loads = [
-        each for each in chosen if each.layers == last.layers and len(each.wanted[0]) == len(last.wanted[0])
-    ]
-    if split == "valid":
-        facts.load_notes.append("The loads are those of validation; none of training were written.")
-    others = len(chosen) - len(facts.loads)
-    if others:
-        facts.load_notes.append(f"{others:,} records of other layers or numbers of experts are left out.")
 
 
 def cards_of(facts: Facts) -> list[Card]:
