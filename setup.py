@@ -79,6 +79,7 @@ setup(
             "fairseq-moe-convert = fairseq_moe.convert.cli:main",
             "fairseq-moe-inspect = fairseq_moe.inspect:main",
             "fairseq-moe-launch = fairseq_moe.launch.command_line:main",
+            "fairseq-moe-report = fairseq_moe.report.command:main",
         ]
     },
 )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fairseq_moe.errors import MoEError
 
-__all__ = ["LOAD_KEY", "RECORD_NAME", "LoadRecord", "append_record", "read_records"]
+__all__ = ["LOAD_KEY", "RECORD_NAME", "LoadRecord", "append_record", "read_records", "readable_records"]
 
 # Logging key of the summed (layers, 2, E) loads; the underscore hides it from progress bars.
 LOAD_KEY = "_moe_expert_load"
@@ -95,6 +95,16 @@ def read_records(path: str | Path) -> Iterator[LoadRecord]:
     *lines, _unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         yield _parse(line, where=f"{path} line {number}")
+
+
+def readable_records(path: Path) -> Iterator[LoadRecord | None]:
+    """Read the records of a file that may be damaged, in order; None for each line that cannot be read."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield _parse(line, where=str(path))
+            except MoEError:
+                yield None
 
 
 def _parse(line: str, *, where: str) -> LoadRecord:

@@ -13,6 +13,7 @@ from fairseq_moe.flags.megatron_aliases import argument_problems
 from fairseq_moe.flags.megatron_checks import megatron_problems, unused_arguments
 from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.flags.parallel_checks import parallel_problems, spread_problems
+from fairseq_moe.flags.profiling import profile_problems
 from fairseq_moe.flags.records import Range, changed_fields, flag_name, getter, one_of, ranges
 from fairseq_moe.flags.reliability import ReliabilityConfig
 from fairseq_moe.flags.sharding import sharding_problems
@@ -79,6 +80,7 @@ def moe_problems(cfg: Any, *, world_size: int) -> list[str]:
     found += sharding_problems(cfg, has_experts=moe.enabled)
     found += _fp8_problems(moe, cfg)
     found += parallel_problems(cfg, moe)
+    found += profile_problems(cfg, has_experts=moe.enabled, world_size=world_size)
     if moe.enabled:
         found += ReliabilityConfig.from_args(model).problems()
         found += stock_flag_problems(cfg)

@@ -39,6 +39,7 @@ class Group(enum.Enum):
     SPEED = "Memory and speed"
     PARALLEL = "Parallel axes and sharded states"
     FAILURES = "Failures"
+    PROFILING = "Profiling"
     MEGATRON = "Accepted from Megatron"
 
 

@@ -17,6 +17,7 @@ from fairseq_moe.flags.megatron import LOAD_BALANCING_TYPES, MegatronConfig
 from fairseq_moe.flags.megatron_aliases import MegatronArgs
 from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.flags.parallel import ParallelConfig
+from fairseq_moe.flags.profiling import ProfileConfig
 from fairseq_moe.flags.records import declared_fields, flag_name, words
 from fairseq_moe.flags.reliability import ReliabilityConfig
 from fairseq_moe.flags.sharding import ShardingConfig
@@ -31,6 +32,7 @@ MODEL_RECORDS: tuple[type[Any], ...] = (
     ParallelConfig,
     ShardingConfig,
     ReliabilityConfig,
+    ProfileConfig,
     MegatronArgs,
 )
 
@@ -79,10 +81,12 @@ def add_list_arguments(parser: Any) -> None:
     Args:
         parser: an ``argparse`` parser or group.
     """
-    declared = {entry.name: entry for entry in declared_fields(MegatronConfig)}
+    records = (MegatronConfig, ProfileConfig)
+    declared = {entry.name: entry for record in records for entry in declared_fields(record)}
     for name, check in (
         ("moe_router_load_balancing_type", _is_balancing_type),
         ("moe_aux_loss_coeff", _is_number),
+        ("profile_ranks", str.isdecimal),
     ):
         text = declared[name].metadata["help"]
         parser.add_argument(flag_name(name), nargs="+", action=_Words, type=_checked(check), help=text)

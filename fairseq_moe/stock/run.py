@@ -19,8 +19,9 @@ if TYPE_CHECKING:  # the folders whose objects are kept here import this file
     from fairseq_moe.stock.checkpoint.background import BackgroundSave
     from fairseq_moe.stock.checkpoint.named_state import NamedState
     from fairseq_moe.stock.step.guard import StepGuard
+    from fairseq_moe.stock.step.profiling import StepProfiler
 
-__all__ = ["MoERun", "begin_run", "end_of_run", "note_mesh", "run_of", "split_mesh"]
+__all__ = ["MoERun", "begin_run", "end_of_run", "finish_profiles", "note_mesh", "run_of", "split_mesh"]
 
 _ATTRIBUTE = "moe_run"
 _MESH = "moe_mesh"  # on a trainer, which asks for its data ranks while it is made, before there is a run
@@ -34,6 +35,7 @@ class MoERun:
         decoder: the decoder with the experts.
         guard: what the ranks agree on at each update, and the flags about failures.
         state: the trainer's tensors and optimizer state by parameter name.
+        profiler: of this rank's updates; None: they are not profiled.
         sharding: what torch's ``fully_shard`` shards; None: nothing.
         at_end: called on all ranks when training has ended.
         run_id: names the run in its checkpoints; that of the checkpoint that was loaded, None before the first.
@@ -46,6 +48,7 @@ class MoERun:
     guard: "StepGuard"
     state: "NamedState"
     at_end: "Callable[[MoERun], None]"
+    profiler: "StepProfiler | None" = None
     sharding: Sharding | None = None
     run_id: str | None = None
     num_failed_saves: int = 0
@@ -100,3 +103,11 @@ def end_of_run() -> None:
         run = reference()
         if run is not None:
             run.at_end(run)
+
+
+def finish_profiles() -> None:
+    """Write the profile of every run of this process whose updates are still being profiled."""
+    for reference in _RUNS:
+        run = reference()
+        if run is not None and run.profiler is not None:
+            run.profiler.finish()

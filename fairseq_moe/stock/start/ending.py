@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
+import torch
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from fairseq_moe.distributed import (
@@ -23,6 +24,7 @@ from fairseq_moe.distributed import (
 from fairseq_moe.errors import ConfigError, MoEError
 from fairseq_moe.flags.moe import MoEConfig
 from fairseq_moe.flags.reliability import ReliabilityConfig
+from fairseq_moe.stock.run import finish_profiles
 from fairseq_moe.stock.seam import seam
 
 __all__ = [
@@ -84,6 +86,8 @@ def one_sentence_errors() -> Iterator[None]:
         if error.exit_code == USER_ERROR_EXIT_CODE:
             sys.exit(USER_ERROR_EXIT_CODE)  # the rank has said why
         raise
+    finally:
+        finish_profiles()
 
 
 def _exit_with(error: MoEError) -> NoReturn:
@@ -98,6 +102,7 @@ def _exit_with(error: MoEError) -> NoReturn:
             print(f"fairseq_moe: error: {sentence}", file=sys.stderr, flush=True)
     if world_size() > 1:
         _wait_for_writers()
+        finish_profiles()
         _exit_at_once(USER_ERROR_EXIT_CODE)
     sys.exit(USER_ERROR_EXIT_CODE)
 
@@ -132,6 +137,9 @@ def _end(watchdog: Watchdog, error: Exception) -> NoReturn:
         _say(f"this rank failed {watchdog.where}: {reason}", error)
         watchdog.accuse_self(reason)
         code = 1
+    # A GPU would wait for the lost rank.
+    if not (is_collective_failure(error) and torch.cuda.is_initialized()):
+        finish_profiles()  # not before the others know why
     watchdog.let_others_read()
     _exit_at_once(code)
 

@@ -32,6 +32,7 @@ from fairseq_moe.stock.step.pipelining import (
     evaluate_in_stages,
     train_in_stages,
 )
+from fairseq_moe.stock.step.profiling import profiled, profiler_of_run
 from fairseq_moe.stock.step.start_log import log_sizes, warn_once
 
 
@@ -74,6 +75,7 @@ def trainer_init(
             guard=guard,
             state=choose_state(self),
             at_end=finish_background_save,
+            profiler=profiler_of_run(cfg, on_gpu=self.cuda),
             sharding=sharding_of(cfg),
         )
         begin_run(run, self, task)
@@ -234,8 +236,8 @@ def optimizer_step(
     "memory, and saves crash.pt after other errors",
     breaks="the load of each expert of each layer is not to be seen; the other ranks wait for this one in an "
     "exchange, while it waits for them in another",
-    we_do="append the load to moe_load.jsonl in the save directory every --log-interval updates; every error "
-    "of one of several ranks ends it, without a word to the others",
+    we_do="append the load to moe_load.jsonl in the save directory every --log-interval updates, and profile the "
+    "updates that are asked for; every error of one of several ranks ends it, without a word to the others",
     test="tests/reliability/test_r22_lost_rank.py",
 )
 def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise_oom: bool = False) -> Any:
@@ -255,7 +257,7 @@ def trainer_train_step(stock: Callable[..., Any], self: Any, samples: Any, raise
     note_background_save(run)
     if is_piped:
         samples = composite(samples)
-    with _no_crash_checkpoint(self):
+    with _no_crash_checkpoint(self), profiled(run.profiler, self):
         output = stock(self, samples, raise_oom or world_size() > 1)
     if run.guard.all_have_background_save:
         finish_background_save(run)
