@@ -78,6 +78,7 @@ setup(
             "fairseq-moe-checkpoint = fairseq_moe.checkpoint_tools.command:main",
             "fairseq-moe-convert = fairseq_moe.convert.cli:main",
             "fairseq-moe-inspect = fairseq_moe.inspect:main",
+            "fairseq-moe-plan = fairseq_moe.planner.command_line:main",
         ]
     },
 )

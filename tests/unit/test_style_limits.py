@@ -20,7 +20,9 @@ LAYERS: list[set[str]] = [
     {"checkpoint", "distributed", "flags"},
     {"criterions", "models", "optim", "tasks"},
     {"convert", "stock"},
-    {"checkpoint_tools"},
+    {"checkpoint_tools", "planner"},
+    {"report"},
+    {"launch"},
     {"inspect"},
 ]
 # The package itself registers everything, so it stands outside.
