@@ -56,6 +56,7 @@ class ModelShape:
         shared_dim: width of the network that every token passes; 0: none.
         has_shared_gate: whether a learned gate scales its output.
         is_cosine: X-MoE's router.
+        scores_apart: whether each expert is scored by itself (sigmoid), not beside the others.
         has_expert_bias: whether choices are balanced by a bias, a buffer.
         is_gated: SwiGLU networks without biases.
         own_blocks: our blocks, not stock's.
@@ -96,6 +97,7 @@ class ModelShape:
     shared_dim: int
     has_shared_gate: bool
     is_cosine: bool
+    scores_apart: bool
     has_expert_bias: bool
     is_gated: bool
     own_blocks: bool
@@ -194,6 +196,7 @@ def shape_of(args: Any, *, num_words: int, padding_index: int) -> ModelShape:
         shared_dim=moe.megatron.moe_shared_expert_intermediate_size or 0,
         has_shared_gate=moe.megatron.moe_shared_expert_gate,
         is_cosine=moe.megatron.use_xmoe,
+        scores_apart=moe.megatron.score_function != "softmax",
         has_expert_bias=moe.bias_config() is not None,
         is_gated=blocks.gated_ffn,
         own_blocks=blocks.enabled,

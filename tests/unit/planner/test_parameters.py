@@ -16,7 +16,16 @@ from fairseq_moe.planner.parameters import Held, held_by, model_parts, stage_par
 from tests.helpers.axes_layouts import LAYOUTS, MODELS, PIPELINES
 from tests.helpers.ranks import run_ranks
 
-_TRAINING = ("--task", "dummy_lm", "--criterion", "moe_cross_entropy", "--tokens-per-sample", 16, "--batch-size", 2)
+_TRAINING = (
+    "--task",
+    "dummy_lm",
+    "--criterion",
+    "moe_cross_entropy",
+    "--tokens-per-sample",
+    16,
+    "--batch-size",
+    2,
+)
 
 
 def _shapes(found: Any) -> Counter[tuple[int, ...]]:
@@ -164,7 +173,11 @@ def _sharded(rank: int, cases: list[tuple[Any, ...]]) -> list[tuple[list[int], l
 
 SHARDED_LAYOUTS = ("2 ranks", "D2 C2 E2, ZeRO-3", "D2 T2 E2, ZeRO-1", "D2 T2 X2")
 SHARDED = [
-    *((LAYOUTS[name].ranks, *MODELS[model], *LAYOUTS[name].flags) for name in SHARDED_LAYOUTS for model in MODELS),
+    *(
+        (LAYOUTS[name].ranks, *MODELS[model], *LAYOUTS[name].flags)
+        for name in SHARDED_LAYOUTS
+        for model in MODELS
+    ),
     (8, *MODELS["grouped"], "--expert-model-parallel-size", 2),
     (6, *MODELS["stock-like"], "--expert-model-parallel-size", 2),  # parts are uneven
     (8, *_MTP, "--pipeline-model-parallel-size", 2, "--expert-model-parallel-size", 2),
