@@ -7,7 +7,9 @@ those after GELU as well. Rows lie evenly on the ranks.
 """
 
 import functools
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from fairseq_moe.parallel.schedule import actions, peak_activations, with_dummies
 from fairseq_moe.planner.mapping import Mapping
@@ -236,7 +238,8 @@ class Activations:
         """Count what one pass of a micro-batch through a chunk of a stage keeps, scores left out."""
         shape, grid = self.shape, self.mapping.grid
         layers = self.mapping.stages(shape.num_layers).layers_of(pipe, chunk)
-        found = sum(self._by_kind(shape.is_moe[each], shape.dense_dim(each)) for each in layers)
+        kinds = _kinds(shape, layers)
+        found = sum(count * _layer_bytes(self, *kind) for kind, count in kinds)
         is_first = pipe == 0 and chunk == 0
         is_last = pipe == grid.pipe - 1 and chunk == self.mapping.virtual - 1
         found += self._ends(is_first=is_first, is_last=is_last)
@@ -244,9 +247,6 @@ class Activations:
         if has_mask and grid.tensor * grid.context == 1:
             found += self.mapping.length**2 * self.value_bytes  # stock's causal mask, which layers share
         return found
-
-    def _by_kind(self, is_moe: bool, hidden: int) -> int:
-        return _layer_bytes(self, is_moe, hidden)
 
     def stage(self, pipe: int) -> StageActivations:
         """Count what the passes of a stage keep at once, at most."""
@@ -262,20 +262,22 @@ class Activations:
             kept = max(sum(n * size for n, size in zip(alive, chunks, strict=True)) for alive in counts)
         again = 0
         if mapping.recompute:
-            again = max(
-                self._without_recompute(self.shape.is_moe[each], self.shape.dense_dim(each))
-                for each in mapping.layers_of(pipe, self.shape.num_layers)
-            )
+            kinds = _kinds(self.shape, mapping.layers_of(pipe, self.shape.num_layers))
+            again = max(self._without_recompute(*kind) for kind, _ in kinds)
         is_last = pipe == mapping.grid.pipe - 1
         return StageActivations(
             kept=kept, passes=passes, logits=self.logits() if is_last else 0, at_work=again
         )
 
     def _without_recompute(self, is_moe: bool, hidden: int) -> int:
-        from dataclasses import replace
-
         plain = replace(self, mapping=replace(self.mapping, recompute=frozenset()))
         return _layer_bytes(plain, is_moe, hidden) - _layer_bytes(self, is_moe, hidden)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _kinds(shape: ModelShape, layers: Sequence[int]) -> tuple[tuple[tuple[bool, int], int], ...]:
+    """Count the layers of each kind: with experts or without, and of which width."""
+    return tuple(Counter((shape.is_moe[each], shape.dense_dim(each)) for each in layers).items())
 
 
 @functools.lru_cache(maxsize=256)

@@ -4,12 +4,20 @@ Products of matrices only; the causal half of attention; no router, and nothing 
 published TFLOPS and tokens per second of Mixtral, Qwen3, DeepSeek-V3 and Kimi-K2 agree within 0.3 % (NVIDIA's table).
 """
 
+import functools
 from dataclasses import dataclass
 
 from fairseq_moe.planner.mapping import Mapping
 from fairseq_moe.planner.shape import ModelShape
 
-__all__ = ["LayerFlops", "active_parameters", "flops_per_token", "hardware_flops_per_token", "layer_flops"]
+__all__ = [
+    "LayerFlops",
+    "active_parameters",
+    "expert_flops_per_token",
+    "flops_per_token",
+    "hardware_flops_per_token",
+    "layer_flops",
+]
 
 _PASSES = 6  # two operations per multiplication, of one forward and two backward products
 
@@ -81,6 +89,7 @@ def _mtp_layers(shape: ModelShape, length: int) -> list[LayerFlops]:
     return [layer_flops(shape, length, is_moe=shape.has_experts, hidden=shape.ffn_dim)] * shape.mtp_layers
 
 
+@functools.lru_cache(maxsize=256)
 def flops_per_token(shape: ModelShape, length: int) -> int:
     """Count the useful operations of a token: forward and backward."""
     words = _PASSES * shape.num_words * shape.out_dim
@@ -112,3 +121,9 @@ def active_parameters(shape: ModelShape, total: int) -> int:
     matrices = shape.num_expert_matrices * shape.dim * shape.expert_dim
     biases = 0 if shape.is_gated else shape.expert_dim + shape.dim
     return total - sum(shape.is_moe) * (shape.num_experts - shape.top_k) * (matrices + biases)
+
+
+@functools.lru_cache(maxsize=256)
+def expert_flops_per_token(shape: ModelShape, length: int) -> int:
+    """Count the operations of them that are the experts'."""
+    return sum(layer.experts for layer in (*_layers(shape, length), *_mtp_layers(shape, length)))

@@ -6,21 +6,19 @@ from dataclasses import replace
 from fairseq_moe.planner.activations import Activations
 from fairseq_moe.planner.devices import Device
 from fairseq_moe.planner.flops import active_parameters, flops_per_token, hardware_flops_per_token
-from fairseq_moe.planner.mapping import Mapping, States
+from fairseq_moe.planner.mapping import States
 from fairseq_moe.planner.megatron import megatron_stages
+from fairseq_moe.planner.memory import MARGIN_FRAC, exchange_bytes
 from fairseq_moe.planner.parameters import model_parts
 from fairseq_moe.planner.plan import Like, Plan, Sent, StagePlan, StepTime
 from fairseq_moe.planner.reading import Job, read_job
+from fairseq_moe.planner.search import cheapest_changes
 from fairseq_moe.planner.shape import ModelShape
 from fairseq_moe.planner.states import state_bytes
 from fairseq_moe.planner.time import idle_frac, step_time
 from fairseq_moe.planner.traffic import sent_in_update
 
-__all__ = ["MARGIN_FRAC", "plan", "plan_job", "stage_plans"]
-
-# Fragments, workspaces, buffers of NCCL (0.5 to 2 GiB) and unequal loads: our run on one H200 had 33.0 GB of states and
-# 42.9 GB allocated, of which activations are most; --calibrate says what a run of yours had.
-MARGIN_FRAC = 0.10
+__all__ = ["plan", "plan_job", "stage_plans"]
 
 
 def plan(
@@ -49,8 +47,6 @@ def plan(
 
 def plan_job(job: Job, *, device: Device, like: Like = "ours") -> Plan:
     """Plan a run whose flags were read."""
-    from fairseq_moe.planner.search import cheapest_changes
-
     shape, mapping = job.shape, job.mapping
     stages = (
         stage_plans(job, device)
@@ -115,7 +111,7 @@ def _stage_plan(job: Job, activations: Activations, pipe: int) -> StagePlan:
     states = state_bytes(shape, mapping, job.precision, pipe)
     kept = activations.stage(pipe)
     whole = states.steady + states.gathered + kept.kept + kept.at_work + kept.logits
-    exchange = _exchange_bytes(shape, mapping, job.precision.gathered)
+    exchange = exchange_bytes(shape, mapping, job.precision.gathered)
     return StagePlan(
         pipe=pipe,
         rank=states.rank,
@@ -131,17 +127,6 @@ def _stage_plan(job: Job, activations: Activations, pipe: int) -> StagePlan:
         exchange=exchange,
         margin=int((whole + exchange) * MARGIN_FRAC),
     )
-
-
-def _exchange_bytes(shape: ModelShape, mapping: Mapping, value_bytes: int) -> int:
-    """Count rows and messages that are under way and that nothing keeps: one layer's, and those between stages."""
-    grid, width = mapping.grid, shape.dim * value_bytes
-    found = 0
-    if shape.has_experts and grid.expert * grid.expert_tensor > 1:
-        found += 2 * mapping.own_tokens * shape.top_k * grid.expert_tensor * width
-    if grid.pipe > 1:  # docs/pipelines.md: awaited or not used yet
-        found += (4 if mapping.virtual > 1 else 2) * mapping.own_tokens * width
-    return found
 
 
 def _numbers_of(shape: ModelShape) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Read out of the flags how a model is spread: ranks of each axis, precision, micro-batches, what is computed again."""
 
 import enum
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,18 +115,11 @@ class Mapping:
 
     def stages(self, num_layers: int) -> StageLayout:
         """Spread decoder layers over the pipeline."""
-        return StageLayout(
-            num_layers=num_layers,
-            pipe=self.grid.pipe,
-            virtual=self.virtual,
-            first=self.first,
-            last=self.last,
-        )
+        return _stages(num_layers, self.grid.pipe, self.virtual, self.first, self.last)
 
-    def layers_of(self, pipe: int, num_layers: int) -> list[int]:
+    def layers_of(self, pipe: int, num_layers: int) -> tuple[int, ...]:
         """List the layers of a pipeline rank, over all of its chunks."""
-        layout = self.stages(num_layers)
-        return [index for chunk in range(self.virtual) for index in layout.layers_of(pipe, chunk)]
+        return _layers_of(self.stages(num_layers), pipe)
 
     @property
     def name(self) -> str:
@@ -139,6 +133,16 @@ class Mapping:
         if self.states is not States.COPIED:
             said.append(self.states.value)
         return " ".join(said) or "one rank"
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _stages(num_layers: int, pipe: int, virtual: int, first: int | None, last: int | None) -> StageLayout:
+    return StageLayout(num_layers=num_layers, pipe=pipe, virtual=virtual, first=first, last=last)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _layers_of(layout: StageLayout, pipe: int) -> tuple[int, ...]:
+    return tuple(index for chunk in range(layout.virtual) for index in layout.layers_of(pipe, chunk))
 
 
 def mapping_of(cfg: Any, args: Any, *, num_ranks: int) -> Mapping:

@@ -4,9 +4,12 @@ What is cut where is asked of ``parallel.placement``; names and shapes are those
 tests/unit/planner/test_parameters.py builds and counts.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 from fairseq_moe.modules.parts import part_slices
 from fairseq_moe.parallel.placement import (
@@ -19,10 +22,21 @@ from fairseq_moe.parallel.placement import (
     shard_dim,
     vocabulary_placement,
 )
+from fairseq_moe.parallel.ranks import DENSE_AXES, EXPERT_AXES, RankGrid
 from fairseq_moe.planner.mapping import Mapping, States
 from fairseq_moe.planner.shape import ModelShape
 
-__all__ = ["Entry", "Held", "Part", "held_by", "layer_parts", "model_parts", "part_shape", "stage_parts"]
+__all__ = [
+    "Entries",
+    "Entry",
+    "Held",
+    "Part",
+    "held_by",
+    "held_of_kinds",
+    "layer_parts",
+    "model_parts",
+    "stage_parts",
+]
 
 _COSINE_DIM = 16  # of X-MoE's router
 
@@ -54,6 +68,17 @@ class Entry:
         return prod(self.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """List parameters that are built together; equal only to itself, so that what was counted is found quickly."""
+
+    listed: tuple[Entry, ...]
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Iterate over the parameters."""
+        return iter(self.listed)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """Hold what is gathered and sharded at once: a layer, a block that guesses further, or what is around them.
@@ -65,7 +90,7 @@ class Part:
     """
 
     name: str
-    entries: tuple[Entry, ...]
+    entries: Entries
     layer: int = -1
 
 
@@ -90,6 +115,10 @@ class Held:
             expert=self.expert + other.expert,
             frozen=self.frozen + other.frozen,
         )
+
+    def __mul__(self, count: int) -> "Held":
+        """Count so many of the same."""
+        return Held(dense=self.dense * count, expert=self.expert * count, frozen=self.frozen * count)
 
     @property
     def trained(self) -> int:
@@ -183,7 +212,12 @@ def _layer(shape: ModelShape, *, is_moe: bool, hidden: int, is_cut: bool) -> tup
     return (*_attention(shape), *norms, *network)
 
 
-def layer_parts(shape: ModelShape, layers: list[int], *, is_cut: bool) -> Iterator[Part]:
+@functools.lru_cache(maxsize=64)
+def _layer_entries(shape: ModelShape, is_moe: bool, hidden: int, is_cut: bool) -> Entries:
+    return Entries(_layer(shape, is_moe=is_moe, hidden=hidden, is_cut=is_cut))
+
+
+def layer_parts(shape: ModelShape, layers: Iterable[int], *, is_cut: bool) -> Iterator[Part]:
     """List the parts that decoder layers are.
 
     Args:
@@ -191,50 +225,51 @@ def layer_parts(shape: ModelShape, layers: list[int], *, is_cut: bool) -> Iterat
         layers: their numbers.
         is_cut: whether each expert's width is divided over ranks.
     """
-    made: dict[tuple[bool, int], tuple[Entry, ...]] = {}
     for index in layers:
-        kind = (shape.is_moe[index], shape.dense_dim(index))
-        if kind not in made:
-            made[kind] = _layer(shape, is_moe=kind[0], hidden=kind[1], is_cut=is_cut)
-        yield Part(name=f"layer {index}", entries=made[kind], layer=index)
+        entries = _layer_entries(shape, shape.is_moe[index], shape.dense_dim(index), is_cut)
+        yield Part(name=f"layer {index}", entries=entries, layer=index)
 
 
-def _mtp_parts(shape: ModelShape, *, is_cut: bool) -> Iterator[Part]:
+@functools.lru_cache(maxsize=1 << 12)
+def _layer_parts(shape: ModelShape, layers: tuple[int, ...], is_cut: bool) -> tuple[Part, ...]:
+    return tuple(layer_parts(shape, layers, is_cut=is_cut))
+
+
+@functools.lru_cache(maxsize=64)
+def _mtp_entries(shape: ModelShape, is_cut: bool) -> Entries:
     layer = _layer(shape, is_moe=shape.has_experts, hidden=shape.ffn_dim, is_cut=is_cut)
     norms = [entry for name in ("embed_norm", "hidden_norm", "norm") for entry in _norm(name, shape)]
     proj = Entry(name="proj.weight", shape=(shape.dim, 2 * shape.dim))
-    entries = tuple(
-        Entry(
-            name=entry.name,
-            shape=entry.shape,
-            placement=entry.placement,
-            is_trained=entry.is_trained and shape.trains_mtp,
-        )
-        for entry in (*norms, proj, *layer)
-    )
-    yield from (Part(name=f"mtp {index}", entries=entries) for index in range(shape.mtp_layers))
+    listed = (*norms, proj, *layer)
+    return Entries(tuple(replace(each, is_trained=each.is_trained and shape.trains_mtp) for each in listed))
 
 
-def stage_parts(shape: ModelShape, mapping: Mapping, pipe: int) -> list[Part]:
-    """List what a pipeline rank holds, whole: its layers, blocks that guess further, and what is around them."""
-    is_first, is_last = pipe == 0, pipe == mapping.grid.pipe - 1
-    is_cut = mapping.grid.expert_tensor > 1
+@functools.lru_cache(maxsize=64)
+def _around_entries(shape: ModelShape, is_first: bool, is_last: bool) -> Entries:
     words = Entry(
         name="embed_tokens.weight",
         shape=(shape.num_words, shape.in_dim),
         placement=vocabulary_placement(shape.num_words),
     )
-    around: list[Entry] = []
+    found: list[Entry] = []
     if is_first or (is_last and (shape.is_tied or shape.mtp_layers > 0)):
-        around.append(words)
+        found.append(words)
     if is_first:
-        around += _before_layers(shape)
+        found += _before_layers(shape)
     if is_last:
-        around += _after_layers(shape)
-    parts = list(layer_parts(shape, mapping.layers_of(pipe, shape.num_layers), is_cut=is_cut))
-    if is_last:
-        parts += _mtp_parts(shape, is_cut=is_cut)
-    return [*parts, Part(name="around", entries=tuple(around))]
+        found += _after_layers(shape)
+    return Entries(tuple(found))
+
+
+def stage_parts(shape: ModelShape, mapping: Mapping, pipe: int) -> list[Part]:
+    """List what a pipeline rank holds, whole: its layers, blocks that guess further, and, last, what is around them."""
+    is_first, is_last = pipe == 0, pipe == mapping.grid.pipe - 1
+    is_cut = mapping.grid.expert_tensor > 1
+    parts = list(_layer_parts(shape, mapping.layers_of(pipe, shape.num_layers), is_cut))
+    if is_last and shape.mtp_layers:
+        entries = _mtp_entries(shape, is_cut)
+        parts += [Part(name=f"mtp {index}", entries=entries) for index in range(shape.mtp_layers)]
+    return [*parts, Part(name="around", entries=_around_entries(shape, is_first, is_last))]
 
 
 def _before_layers(shape: ModelShape) -> Iterator[Entry]:
@@ -263,43 +298,83 @@ def _after_layers(shape: ModelShape) -> Iterator[Entry]:
 
 def model_parts(shape: ModelShape) -> list[Part]:
     """List all parameters of a model on one rank."""
-    parts = list(layer_parts(shape, list(range(shape.num_layers)), is_cut=False))
-    around = [
-        Entry(name="embed_tokens.weight", shape=(shape.num_words, shape.in_dim)),
-        *_before_layers(shape),
-        *_after_layers(shape),
-    ]
-    return [*parts, *_mtp_parts(shape, is_cut=False), Part(name="around", entries=tuple(around))]
+    parts = list(layer_parts(shape, range(shape.num_layers), is_cut=False))
+    if shape.mtp_layers:
+        entries = _mtp_entries(shape, False)
+        parts += [Part(name=f"mtp {index}", entries=entries) for index in range(shape.mtp_layers)]
+    return [*parts, Part(name="around", entries=_around_entries(shape, True, True))]
 
 
-def part_shape(entry: Entry, mapping: Mapping, rank: int) -> tuple[int, ...]:
-    """Find the shape of what a rank computes with: its experts, heads, widths and words."""
-    found, grid = list(entry.shape), mapping.grid
+class _Place(NamedTuple):
+    """Say where a rank lies along the axes that matter to a parameter, and how many there are along each.
+
+    Args:
+        indices: by axis along which it may be cut.
+        counts: ranks along each of those.
+        shard: number of the rank's shard.
+        shards: of each part.
+    """
+
+    indices: tuple[int, int]
+    counts: tuple[int, int]
+    shard: int
+    shards: int
+
+
+_AXES = {False: ("tensor", ""), True: ("expert", "expert_tensor")}
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _coordinates(grid: RankGrid, rank: int) -> dict[str, int]:
+    return {axis: grid.coordinate(rank, axis) for axis in (*DENSE_AXES, *EXPERT_AXES)}
+
+
+def _places(mapping: Mapping, rank: int, *, sharded: bool) -> dict[bool, _Place]:
+    """Find a rank's place for dense parameters, and for those of experts."""
+    grid = mapping.grid
+    at = _coordinates(grid, rank)
+    return {
+        False: _Place(
+            indices=(at["tensor"], 0),
+            counts=(grid.tensor, 1),
+            shard=at["data"] * grid.context + at["context"] if sharded else 0,
+            shards=mapping.dense_shards if sharded else 1,
+        ),
+        True: _Place(
+            indices=(at["expert"], at["expert_tensor"]),
+            counts=(grid.expert, grid.expert_tensor),
+            shard=at["expert_replica"] if sharded else 0,
+            shards=mapping.expert_shards if sharded else 1,
+        ),
+    }
+
+
+def _own_numel(entry: Entry, place: _Place) -> int:
+    """Count the elements of a rank's shard of its part, cut as ``modules.parts`` and torch's ``fully_shard`` do."""
+    shape = list(entry.shape)
     for cut in entry.placement.cuts:
-        count = grid.size([cut.axis])
-        if count == 1:
-            continue
+        axis = _AXES[entry.is_expert].index(cut.axis)
+        count = place.counts[axis]
         if cut.size is None:
-            found[cut.dim] //= count
+            shape[cut.dim] //= count
         else:
-            (rows,) = part_slices(cut.size, index=grid.coordinate(rank, cut.axis), count=count)
-            found[cut.dim] = rows.stop - rows.start
-    return tuple(found)
-
-
-def _shard_numel(entry: Entry, mapping: Mapping, rank: int) -> int:
-    """Count the elements of a rank's shard of its part, as torch's ``fully_shard`` cuts it."""
-    shape, grid = part_shape(entry, mapping, rank), mapping.grid
-    if entry.is_expert:
-        shards, index = mapping.expert_shards, grid.coordinate(rank, "expert_replica")
-    else:
-        shards = mapping.dense_shards
-        index = grid.coordinate(rank, "data") * grid.context + grid.coordinate(rank, "context")
-    if shards == 1:
+            (rows,) = part_slices(cut.size, index=place.indices[axis], count=count)
+            shape[cut.dim] = rows.stop - rows.start
+    if place.shards == 1:
         return prod(shape)
-    dim = shard_dim(shape, shards)
-    chunk = -(-shape[dim] // shards)
-    return prod(shape) // shape[dim] * min(chunk, max(shape[dim] - index * chunk, 0))
+    dim = shard_dim(shape, place.shards)
+    chunk = -(-shape[dim] // place.shards)
+    return prod(shape) // shape[dim] * min(chunk, max(shape[dim] - place.shard * chunk, 0))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _held_of(entries: Entries, is_expert: bool, place: _Place) -> tuple[int, int]:
+    """Count the trained and the frozen numbers among the experts' parameters, or among all others."""
+    counts = {True: 0, False: 0}
+    for entry in entries:
+        if entry.is_expert == is_expert:
+            counts[entry.is_trained] += _own_numel(entry, place)
+    return counts[True], counts[False]
 
 
 def held_by(parts: list[Part], mapping: Mapping, rank: int, *, sharded: bool) -> Held:
@@ -313,18 +388,21 @@ def held_by(parts: list[Part], mapping: Mapping, rank: int, *, sharded: bool) ->
     """
     if sharded and mapping.states is States.FAIRSCALE:
         return _flat_held(parts, mapping)
-    known: dict[Entry, int] = {}
-    counts = {"dense": 0, "expert": 0, "frozen": 0}
-    for part in parts:
-        for entry in part.entries:
-            if entry not in known:
-                size = (
-                    _shard_numel(entry, mapping, rank) if sharded else prod(part_shape(entry, mapping, rank))
-                )
-                known[entry] = size
-            kind = "frozen" if not entry.is_trained else "expert" if entry.is_expert else "dense"
-            counts[kind] += known[entry]
-    return Held(**counts)
+    found = Held()
+    for held, count in held_of_kinds(parts, mapping, rank, sharded=sharded):
+        found += held * count
+    return found
+
+
+def held_of_kinds(parts: list[Part], mapping: Mapping, rank: int, *, sharded: bool) -> list[tuple[Held, int]]:
+    """Count what a rank holds of each kind of part, in order, and how many there are of the kind."""
+    places = _places(mapping, rank, sharded=sharded)
+    found = []
+    for entries, count in Counter(part.entries for part in parts).items():
+        dense, frozen = _held_of(entries, False, places[False])
+        expert, frozen_expert = _held_of(entries, True, places[True])
+        found.append((Held(dense=dense, expert=expert, frozen=frozen + frozen_expert), count))
+    return found
 
 
 def _flat_held(parts: list[Part], mapping: Mapping) -> Held:

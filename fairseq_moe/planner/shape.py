@@ -121,6 +121,10 @@ class ModelShape:
     activation: str
     uses_fused_attention: bool
 
+    def __hash__(self) -> int:
+        """Hash what tells models apart at little cost; equality compares all."""
+        return hash((self.num_words, self.dim, self.num_experts, self.expert_dim, len(self.is_moe)))
+
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fairseq_moe.planner.mapping import Mapping, Precision, States
-from fairseq_moe.planner.parameters import Held, held_by, stage_parts
+from fairseq_moe.planner.parameters import Held, held_by, held_of_kinds, stage_parts
 from fairseq_moe.planner.shape import ModelShape
 
 __all__ = ["StateBytes", "heaviest_rank", "state_bytes"]
@@ -68,7 +68,10 @@ def state_bytes(
     computed = held_by(parts, mapping, rank, sharded=False)
     gathered = 0
     if mapping.states is not States.COPIED:
-        units = [_gathered_numbers(held_by([part], mapping, rank, sharded=False), mapping) for part in parts]
+        units = [
+            (_gathered_numbers(part, mapping), count)
+            for part, count in held_of_kinds(parts, mapping, rank, sharded=False)
+        ]
         gathered = _gathered_bytes(units, mapping, precision)
     return StateBytes(
         rank=rank,
@@ -91,15 +94,26 @@ def _gathered_numbers(part: Held, mapping: Mapping) -> Held:
     )
 
 
-def _gathered_bytes(units: list[Held], mapping: Mapping, precision: Precision) -> int:
+def _gathered_bytes(units: list[tuple[Held, int]], mapping: Mapping, precision: Precision) -> int:
     """Count what is there at most besides the shards while a rank computes.
 
     ZeRO-1 holds all weights; the others those of what is around the layers, of the layer at work and of the next one.
     Gradients of micro-batches add up whole where an update has several; else a layer's are there until reduced.
+
+    Args:
+        units: numbers of each kind of part and how many there are of it, last of what is around the layers.
+        mapping: of the run.
+        precision: of each number.
     """
-    *layers, around = units
-    everything = sum(layers, around)
-    few = sum(sorted(layers, key=lambda unit: unit.total)[-2:], around)
+    *layers, (around, _) = units
+    everything = few = around
+    for unit, count in layers:
+        everything += unit * count
+    largest = sorted(
+        (unit for unit, count in layers for _ in range(min(count, 2))), key=lambda unit: unit.total
+    )
+    for unit in largest[-2:]:
+        few += unit
     weights = everything if mapping.states is States.ZERO_1 else few
     adds_up = mapping.micro_batches > 1 and mapping.states is not States.FAIRSCALE
     grads = everything if adds_up else few

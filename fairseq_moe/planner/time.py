@@ -2,7 +2,7 @@
 
 from fairseq_moe.parallel.schedule import bubble_frac, with_dummies
 from fairseq_moe.planner.devices import Device
-from fairseq_moe.planner.flops import flops_per_token, layer_flops
+from fairseq_moe.planner.flops import expert_flops_per_token, flops_per_token
 from fairseq_moe.planner.mapping import Mapping
 from fairseq_moe.planner.plan import Sent, StepTime
 from fairseq_moe.planner.rates import dense_fracs, expert_fracs
@@ -49,9 +49,7 @@ def step_time(
     peak = device.peak_flops
     if device.runs_kernels and value_bytes > 2:
         peak //= 16  # without tensor cores, as PyTorch's default has it
-    experts = sum(
-        layer_flops(shape, mapping.length, is_moe=True, hidden=0).experts for is_moe in shape.is_moe if is_moe
-    )
+    experts = expert_flops_per_token(shape, mapping.length)
     rest = flops_per_token(shape, mapping.length) - experts
     again = _again(mapping)
     slow, fast = expert_fracs(shape, mapping.grid.expert_tensor), dense_fracs()

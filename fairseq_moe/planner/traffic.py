@@ -4,23 +4,27 @@ Those are equal to the byte to what tests/distributed/test_bytes_sent.py counts 
 evenly on the ranks, and nothing is dropped; ``load`` says what unequal ones do.
 """
 
+import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fairseq_moe.parallel.schedule import with_dummies
+from fairseq_moe.parallel.stages import StageLayout
 from fairseq_moe.parallel.traffic import ExpertRows, SplitPass, summed_bytes
 from fairseq_moe.planner.devices import Device
 from fairseq_moe.planner.mapping import Mapping, Precision, States
-from fairseq_moe.planner.parameters import held_by, stage_parts
+from fairseq_moe.planner.parameters import Entries, held_by, stage_parts
 from fairseq_moe.planner.plan import Sent
 from fairseq_moe.planner.shape import ModelShape
 
-__all__ = ["expert_rows", "sent_in_update", "spans_nodes"]
+__all__ = ["distinct_stages", "expert_rows", "sent_in_update", "spans_nodes"]
 
 _SIDE_NUMBERS = 9  # of a layer, besides 12 for each expert: what later stages must know of earlier ones'
 _FATES = 12
 _LOSS_NUMBERS = 8  # summed once for all layers: losses, entropy and two times
 _WIDE_BYTES = 4
+_KINDS = ((True, False), (False, False), (False, True))  # of layers: with experts, and alternate ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +145,28 @@ class _Counter:
 
     def _whole_on_tensor(self, pipe: int) -> int:
         """Count dense numbers of which every tensor rank has a copy."""
-        parts = stage_parts(self.shape, self.mapping, pipe)
-        entries = [entry for part in parts for entry in part.entries]
-        return sum(e.numel for e in entries if e.is_trained and not e.is_expert and not e.placement.cuts)
+        return sum(_uncut(part.entries) for part in stage_parts(self.shape, self.mapping, pipe))
+
+
+@functools.lru_cache(maxsize=256)
+def _uncut(entries: Entries) -> int:
+    return sum(e.numel for e in entries if e.is_trained and not e.is_expert and not e.placement.cuts)
+
+
+def distinct_stages(shape: ModelShape, mapping: Mapping) -> tuple[int, ...]:
+    """List stages of which no two have the same layers and ends; the first of each kind, which keeps most."""
+    return _distinct_stages(shape, mapping.stages(shape.num_layers))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _distinct_stages(shape: ModelShape, layout: StageLayout) -> tuple[int, ...]:
+    found: dict[tuple[int, ...], int] = {}
+    for pipe in range(layout.pipe):
+        layers = [index for chunk in range(layout.virtual) for index in layout.layers_of(pipe, chunk)]
+        kinds = Counter((shape.is_moe[each], shape.is_alternate[each]) for each in layers)
+        key = (pipe == 0, pipe == layout.pipe - 1, *(kinds[kind] for kind in _KINDS))
+        found.setdefault(key, pipe)
+    return tuple(found.values())
 
 
 def expert_rows(shape: ModelShape, mapping: Mapping, value_bytes: int) -> ExpertRows:
@@ -185,7 +208,7 @@ def sent_in_update(
 ) -> tuple[Sent, ...]:
     """List what a rank sends in an update along each axis that is larger than 1; of several stages, the most."""
     counter = _Counter(shape=shape, mapping=mapping, precision=precision)
-    stages, passes = range(mapping.grid.pipe), mapping.micro_batches
+    stages, passes = distinct_stages(shape, mapping), mapping.micro_batches
     per_pass = (
         (("tensor",), "tokens of attention and dense networks, words", counter.tensor_bytes),
         (("context",), "keys and values", counter.context_bytes),
