@@ -80,6 +80,7 @@ setup(
             "fairseq-moe-inspect = fairseq_moe.inspect:main",
             "fairseq-moe-launch = fairseq_moe.launch.command_line:main",
             "fairseq-moe-report = fairseq_moe.report.command:main",
+            "fairseq-moe-plan = fairseq_moe.planner.command_line:main",
         ]
     },
 )

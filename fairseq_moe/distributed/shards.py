@@ -7,7 +7,7 @@ Importing this file takes a second, for torch's ``fsdp``: do it where states are
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,22 +19,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from fairseq_moe.distributed.sharding import all_gather_stacked
+from fairseq_moe.parallel.placement import shard_dim
 
-__all__ = ["ParameterShard", "free_gathered", "set_gradient_sync", "shard_dim", "shard_module", "shard_of"]
-
-
-# From this many rows per rank on, uneven parts differ by so little that the first dimension is divided all the same.
-_MANY_ROWS = 16
-
-
-def shard_dim(shape: Sequence[int], num_ranks: int) -> int:
-    """Choose the dimension along which a tensor is divided: the first, unless only a later one divides evenly.
-
-    Torch makes uneven parts along the first dimension alone. With one expert on two ranks the one would get all.
-    """
-    if shape[0] >= _MANY_ROWS * num_ranks:
-        return 0
-    return next((dim for dim, size in enumerate(shape) if size and size % num_ranks == 0), 0)
+__all__ = ["ParameterShard", "free_gathered", "set_gradient_sync", "shard_module", "shard_of"]
 
 
 def shard_module(

@@ -11,7 +11,7 @@ hold the same, and who writes it into a checkpoint. A further kind of parallelis
 elsewhere. No tensor and no process group is touched.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -38,10 +38,13 @@ __all__ = [
     "place",
     "placement_of",
     "shard",
+    "shard_dim",
     "vocabulary_placement",
 ]
 
 _ATTRIBUTE = "placement"
+# From this many rows per rank on, uneven parts differ by so little that the first dimension is divided all the same.
+_MANY_ROWS = 16
 
 
 class Cut(NamedTuple):
@@ -173,6 +176,16 @@ def shard(parameter: Any) -> None:
     """Note that the backend holds shards of a parameter, in place of copies, along the axes that are meant for that."""
     axes = EXPERT_SHARDS if is_expert(parameter) else DENSE_SHARDS
     place([parameter], replace(placement_of(parameter), sharded_over=axes))
+
+
+def shard_dim(shape: Sequence[int], num_ranks: int) -> int:
+    """Choose the dimension along which a tensor is divided: the first, unless only a later one divides evenly.
+
+    Torch makes uneven parts along the first dimension alone. With one expert on two ranks the one would get all.
+    """
+    if shape[0] >= _MANY_ROWS * num_ranks:
+        return 0
+    return next((dim for dim, size in enumerate(shape) if size and size % num_ranks == 0), 0)
 
 
 def placement_of(parameter: Any) -> Placement:
