@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"checkpoint", "distributed", "flags"},
     {"criterions", "models", "optim", "tasks"},
     {"convert", "stock"},
-    {"checkpoint_tools"},
+    {"checkpoint_tools", "evaluation_harness"},
     {"inspect"},
 ]
 # The package itself registers everything, so it stands outside.
