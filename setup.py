@@ -15,9 +15,13 @@ ROOT = Path(__file__).parent
 INSPECT = ["matplotlib>=3.8", "rich>=13"]
 DEMO = [*INSPECT, "sentencepiece>=0.2"]
 HF = ["tokenizers>=0.20", "transformers>=5"]
+# Its model classes change from release to release.
+EVAL = ["lm_eval==0.4.13", "tokenizers>=0.20"]
 # The reference that converted models are compared with: another release may compute something else.
 TEST = [
     *DEMO,
+    *EVAL,
+    "accelerate>=1.15",  # the harness's own model for transformers imports it
     "tensorboard>=2.16",
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -69,6 +73,7 @@ setup(
         "hf": HF,
         "inspect": INSPECT,
         "demo": DEMO,
+        "eval": EVAL,
         "tensorboard": ["tensorboard>=2.16"],
         "test": TEST,
         "dev": DEV,

@@ -37,7 +37,9 @@ from fairseq_moe.checkpoint.files import (
     load_plain,
     make_directory,
     plain_globals,
+    sha256_of,
     unreadable,
+    write_atomically,
     write_large,
 )
 from fairseq_moe.checkpoint.manifest import MANIFEST_KEY, Manifest, ModelShape, ShardEntry
@@ -89,11 +91,13 @@ __all__ = [
     "plain_globals",
     "prune_sets",
     "remove_set",
+    "sha256_of",
     "shard_problem",
     "share_of",
     "split_content",
     "split_key",
     "unreadable",
+    "write_atomically",
     "write_checkpoint",
     "write_large",
     "write_shard",

@@ -64,7 +64,7 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview], *, kind: 
     Args:
         path: its directory is made if need be.
         chunks: the bytes, in order.
-        kind: ``shard``, ``main`` or ``copy``; names the places of ``fairseq_moe.faults``.
+        kind: ``shard``, ``main``, ``copy`` or ``part``; names the places of ``fairseq_moe.faults``.
         num_bytes: length of all chunks together.
 
     Returns:

@@ -3,7 +3,7 @@
 Works on files: no GPU, no network, no process group, no transformers, and memory for one tensor at a time.
 
 Tests: tests/unit/convert, tests/e2e/test_convert.py, tests/numerics/test_convert_logits.py; preprocess:
-tests/unit/data.
+tests/unit/data, tests/unit/convert/test_preprocess_pieces.py, tests/reliability/test_preprocess.py.
 """
 
 from fairseq_moe.convert.from_hf import Conversion, from_hf

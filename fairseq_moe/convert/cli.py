@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.run(args)
     except Stopped as stop:
         print(
-            f"fairseq_moe.convert: stopped by {stop.signal.name}; no incomplete directory is left.",
+            f"fairseq_moe.convert: stopped by {stop.signal.name}; no incomplete directory is left{args.left}.",
             file=sys.stderr,
         )
         return 128 + stop.signal
@@ -97,6 +97,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         prepend_bos=args.prepend_bos,
         append_eos=not args.no_append_eos,
+        num_workers=args.workers,
     )
     for split, count in counts.items():
         print(f"{split}: {count} tokens")
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fairseq-moe-convert",
         description="Convert mixture-of-experts models between Hugging Face directories and checkpoints.",
     )
+    parser.set_defaults(left="")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("from-hf", help="from a Hugging Face directory to our checkpoint")
     command.add_argument("directory", type=Path, help="with config.json and safetensors files")
@@ -210,7 +212,12 @@ def _add_preprocess(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", type=Path, help="directory that from-hf made")
     for split in ("train", "valid", "test"):
         command.add_argument(
-            f"--{split}pref", type=Path, metavar="FILE", help=f"UTF-8 text of the {split} split"
+            f"--{split}pref",
+            type=Path,
+            nargs="+",
+            action="extend",
+            metavar="FILE",
+            help=f"UTF-8 text of the {split} split, in this order",
         )
     command.add_argument("--destdir", type=Path, required=True, metavar="DIR", help="directory to be made")
     command.add_argument(
@@ -220,7 +227,11 @@ def _add_preprocess(command: argparse.ArgumentParser) -> None:
         "--prepend-bos", action="store_true", help="begin lines with the model's beginning token"
     )
     command.add_argument("--no-append-eos", action="store_true", help="do not end lines with the end token")
-    command.set_defaults(run=_preprocess)
+    command.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes that encode (default: one for each core)"
+    )
+    left = ", and the same command goes on from the pieces that are finished"
+    command.set_defaults(run=_preprocess, left=left)
 
 
 def _add_ignored(command: argparse.ArgumentParser) -> None:

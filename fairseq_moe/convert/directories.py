@@ -16,8 +16,12 @@ _WEIGHTS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt
 
 
 @contextmanager
-def appearing(target: Path) -> Iterator[Path]:
+def appearing(target: Path, *, within: Path | None = None) -> Iterator[Path]:
     """Yield a directory to be filled; at the end it becomes ``target``, after an error it is gone.
+
+    Args:
+        target: to be made.
+        within: where it is filled, on the same disk; None: beside ``target``.
 
     Raises:
         CheckpointError: ``target`` exists, or cannot be made.
@@ -25,7 +29,7 @@ def appearing(target: Path) -> Iterator[Path]:
     if target.exists():
         raise CheckpointError(f"{target} exists; nothing is overwritten, so give another place or remove it.")
     # A name that nobody else has: on shared storage other machines have processes of the same number.
-    temporary = target.parent / f".{target.name}.tmp-{secrets.token_hex(8)}"
+    temporary = (within or target.parent) / f".{target.name}.tmp-{secrets.token_hex(8)}"
     try:
         parents = make_directory(target.parent)
         filling = temporary / target.name

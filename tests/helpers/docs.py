@@ -3,17 +3,21 @@
 import shlex
 from pathlib import Path
 
-__all__ = ["documented_command", "documented_training"]
+__all__ = ["documented_command", "documented_line", "documented_training"]
 
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def documented_command(page: str, command: str) -> list[str]:
     """Find the arguments of the one line of a page that runs ``fairseq-moe-convert`` with this command."""
-    start = f"fairseq-moe-convert {command} "
-    lines = (_DOCS / page).read_text(encoding="utf-8").splitlines()
-    (line,) = (line for line in lines if line.startswith(start))
-    return shlex.split(line)[1:]
+    return [command, *documented_line(page, f"fairseq-moe-convert {command}")]
+
+
+def documented_line(page: str, start: str) -> list[str]:
+    """Find the arguments behind ``start`` of the one line of a page that begins so."""
+    lines = (_DOCS / page).read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{start} "))
+    return shlex.split(line.removeprefix(start))
 
 
 def documented_training(page: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""fairseq-train with a signal to itself, or without one of our guards: entry points for ``run_cli``."""
+"""fairseq-train with a signal to itself, or without one of our guards, and others: entry points for ``run_cli``."""
 
 import functools
 import hashlib
@@ -14,6 +14,7 @@ from typing import Any
 __all__ = [
     "PID_FOLDER",
     "SIGNAL_AT",
+    "convert_in_small_pieces",
     "signal_at",
     "train",
     "train_then_be_killed",
@@ -143,3 +144,12 @@ def _digest(trainer: Any) -> str:
         for _, value in sorted(trainer.optimizer.optimizer.state[parameter].items()):
             digest.update(value.numpy().tobytes() if hasattr(value, "numpy") else repr(value).encode())
     return digest.hexdigest()
+
+
+def convert_in_small_pieces() -> None:
+    """Run fairseq-moe-convert, whose preprocess cuts text into pieces of 4 KiB."""
+    from fairseq_moe.convert import cli
+    from fairseq_moe.convert.text import pieces
+
+    pieces._SMALLEST_BYTES = 1 << 12
+    sys.exit(cli.main())

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"checkpoint", "distributed", "flags"},
     {"criterions", "models", "optim", "tasks"},
     {"convert", "stock"},
-    {"checkpoint_tools", "planner"},
+    {"checkpoint_tools", "evaluation_harness", "planner"},
     {"report"},
     {"launch"},
     {"inspect"},

@@ -14,6 +14,7 @@ from fairseq_moe.data.hf_bpe import HFTokenizersBPE, HFTokenizersConfig
 from fairseq_moe.data.identity_dictionary import IdentityDictionary, identity_of, load_identity
 from fairseq_moe.data.tokenizer import encode_lines, load_tokenizer
 from fairseq_moe.errors import CheckpointError, MoEError
+from tests.helpers.byte_tokenizer import write_byte_model
 
 TEXT = ["To be, or not to be: that is the question.", "", "Whether 'tis nobler in the mind to suffer"] * 4
 
@@ -21,23 +22,7 @@ TEXT = ["To be, or not to be: that is the question.", "", "Whether 'tis nobler i
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What from-hf leaves for preprocess: dict.txt and hf/tokenizer.json, of 300 byte-level tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    directory = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
-    (directory / "hf").mkdir()
-    tokenizer.save(str(directory / "hf" / "tokenizer.json"))
-    (directory / "dict.txt").write_text(identity_of(300, {"bos_token_id": 0, "eos_token_id": [1, 5]}).text())
-    return directory
+    return write_byte_model(tmp_path_factory.mktemp("model"), TEXT)
 
 
 def test_words_are_ids_and_padding_is_none_of_them(model: Path) -> None:
@@ -158,4 +143,4 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(model: Path, tmp_pa
     from fairseq_moe.convert.preprocess import preprocess
 
     with pytest.raises(MoEError, match="has token id 299, and the model's ids end at 199"):
-        preprocess(tmp_path, tmp_path / "data", {"train": tmp_path / "dict.txt"})
+        preprocess(tmp_path, tmp_path / "data", {"train": [tmp_path / "dict.txt"]})
