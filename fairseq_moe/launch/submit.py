@@ -88,8 +88,15 @@ def _submit_chain(job: Job, script: Path) -> int:
 def _run(job: Job, script: Path) -> int:
     node = os.environ.get("NODE_RANK", "0") if job.num_nodes > 1 else "0"
     log = job.run_dir / "logs" / (f"{job.mode}.log" if node == "0" else f"{job.mode}-node-{node}.log")
+    # The commands of this installation come first, whether or not its environment has been activated.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     with log.open("ab") as file:
-        process = subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            ["bash", str(script)],
+            env={**os.environ, "PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         with _signals_passed_on(process):
             assert process.stdout is not None
             while piece := os.read(process.stdout.fileno(), _PIECE_BYTES):

@@ -134,6 +134,15 @@ def test_the_exit_code_is_the_runs(program: str, code: int, tmp_path: Path) -> N
     assert submit(_local(tmp_path, program)) == code
 
 
+def test_commands_of_this_installation_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    job = replace(
+        _local(tmp_path, "true\n"), command=("python", "-S", "-c", "import sys; print(sys.executable)")
+    )
+    assert submit(job) == 0
+    assert (job.run_dir / "logs/local.log").read_text() == f"{Path(sys.executable).parent / 'python'}\n"
+
+
 def _told_to_stop(rank: int, folder: str) -> int:
     """Run a job that ends at TERM, and get TERM once it says that it is ready."""
     job = _local(
