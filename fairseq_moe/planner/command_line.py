@@ -2,12 +2,24 @@
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from fairseq_moe.errors import ConfigError, MoEError
-from fairseq_moe.planner.devices import DEVICES, device_named
-from fairseq_moe.planner.making import plan
+from fairseq_moe.expert_load.record import read_records
+from fairseq_moe.expert_load.summary import layer_loads, select
+from fairseq_moe.planner.calibrate import compare, comparison_lines
+from fairseq_moe.planner.devices import DEVICES, Device, device_named
+from fairseq_moe.planner.load import exchanges, load_lines
+from fairseq_moe.planner.making import plan_job
+from fairseq_moe.planner.picture import draw
+from fairseq_moe.planner.plan import Plan
+from fairseq_moe.planner.reading import Job, read_job
+from fairseq_moe.planner.search import flags_of, reasons_of, search
+from fairseq_moe.planner.table import text_table
 
 __all__ = ["main"]
 
@@ -27,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, flags = _parser().parse_known_args(arguments)
     if flags[:1] == ["--"]:
         del flags[0]
+    # Importing fairseq turns all loggers up to DEBUG.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         return _run(options, flags)
     except MoEError as error:
@@ -37,11 +51,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, flags: list[str]) -> int:
     device = device_named(options.device)
-    found = plan(
-        flags, num_ranks=options.ranks, device=device, like=options.like, num_words=options.vocabulary
-    )
-    print(json.dumps(found.as_json(), indent=2) if options.json else found.table())
+    if options.calibrate is not None:
+        print("\n".join(comparison_lines(compare(options.calibrate))))
+        return 0
+    job = read_job(flags, num_ranks=options.ranks, device=device, num_words=options.vocabulary)
+    if options.search:
+        return _print_search(job, device, as_json=options.json)
+    found = plan_job(job, device=device, like=options.like)
+    more = _load_lines(options.load, job, device) if options.load is not None else []
+    print(json.dumps(found.as_json(), indent=2) if options.json else "\n".join([found.table(), *more]))
+    if options.picture is not None:
+        _draw(options.picture, job, found)
     return 0 if found.fits else _DOES_NOT_FIT
+
+
+def _draw(path: Path, job: Job, found: Plan) -> None:
+    mapping = job.mapping
+    try:
+        draw(
+            path, found, pipe=mapping.grid.pipe, virtual=mapping.virtual, micro_batches=mapping.micro_batches
+        )
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise MoEError(
+            "--picture needs matplotlib; install it with: pip install 'fairseq_moe[inspect]'"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise MoEError(
+            f"cannot write the picture {path} ({error}); name a .png, .svg or .pdf file."
+        ) from error
+    print(f"picture: {path}", file=sys.stderr)
+
+
+def _load_lines(path: Path, job: Job, device: Device) -> list[str]:
+    record = select(list(read_records(path)), split=None, update=None, where=str(path))
+    simulated = exchanges(
+        layer_loads(record),
+        job.shape,
+        job.mapping,
+        value_bytes=job.precision.gathered,
+        ranks_per_node=device.ranks_per_node,
+    )
+    return ["", *load_lines(simulated)]
+
+
+def _print_search(job: Job, device: Device, *, as_json: bool) -> int:
+    found = search(job, device)
+    best: list[dict[str, Any]] = [
+        {
+            "mapping": each.mapping.name,
+            "flags": flags_of(each.mapping),
+            "peak_bytes": each.peak_bytes,
+            "step_sec": [each.time.fast_sec, each.time.slow_sec],
+            "reasons": reasons_of(each, device, job.shape),
+        }
+        for each in found.best
+        if each.time is not None
+    ]
+    if as_json:
+        numbers = {"num_mappings": found.num_mappings, "num_fitting": found.num_fitting}
+        print(json.dumps({"schema": 1, **numbers, "best": best}, indent=2))
+        return 0 if best else _DOES_NOT_FIT
+    print(
+        f"{found.num_mappings} mappings of {job.mapping.grid.world_size} x {device.name}, {found.num_fitting} fit."
+    )
+    if best:
+        rows = [
+            (each["mapping"], f"{each['step_sec'][0]:.3g} to {each['step_sec'][1]:.3g}", each["reasons"])
+            for each in best
+        ]
+        print("\n".join(text_table(("mapping", "s per update", "why"), rows)))
+        print(f"The first one's flags: {' '.join(best[0]['flags'])}")
+    return 0 if best else _DOES_NOT_FIT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,4 +147,17 @@ def _parser() -> argparse.ArgumentParser:
         help="words of the dictionary (default: those of the data directory)",
     )
     parser.add_argument("--json", action="store_true", help="print numbers for machines")
+    parser.add_argument(
+        "--search", action="store_true", help="list the best mappings of as many ranks instead"
+    )
+    parser.add_argument("--picture", type=Path, help="also draw memory and schedule into this file")
+    parser.add_argument(
+        "--load",
+        type=Path,
+        metavar="RECORD",
+        help="also simulate the exchange under a recorded load (moe_load.jsonl)",
+    )
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="RUN_DIR", help="compare a finished run with its plan instead"
+    )
     return parser
