@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.list:
         print(_listing(), end="")
         return 0
+    logging.getLogger("hydra").setLevel(logging.WARNING)  # which fairseq uses to read flags
     try:
         resolution = resolve_all([*args.words, *words[cut:]], os.environ)
         for note in resolution.notes:
