@@ -32,7 +32,8 @@ while [[ "$1" == -* ]]; do
   shift
 done
 pids=()
-trap 'echo "srun: forcing job termination"; kill -KILL "${pids[@]}"' TERM
+told=
+trap 'told=1; echo "srun: forcing job termination"; kill -KILL "${pids[@]}"' TERM
 for ((rank = 0; rank < tasks; rank++)); do
   env SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 SLURM_NTASKS=$tasks SLURM_STEP_NUM_TASKS=$tasks \\
     SLURM_STEP_ID=0 SLURM_STEP_NUM_NODES=1 SLURM_STEP_NODELIST='node[1]' "$@" &
@@ -43,7 +44,7 @@ code=0
 for pid in "${pids[@]}"; do
   wait "$pid"
   found=$?
-  while kill -0 "$pid" 2> /dev/null; do wait "$pid"; found=$?; done
+  [[ -z "$told" ]] || { wait "$pid"; found=$?; }  # the signal ended the first wait
   ((found > code)) && code=$found
 done
 exit "$code"
