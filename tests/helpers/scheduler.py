@@ -32,18 +32,19 @@ while [[ "$1" == -* ]]; do
   shift
 done
 pids=()
+told=
+trap 'told=1; echo "srun: forcing job termination"; kill -KILL "${pids[@]}"' TERM
 for ((rank = 0; rank < tasks; rank++)); do
   env SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 SLURM_NTASKS=$tasks SLURM_STEP_NUM_TASKS=$tasks \\
     SLURM_STEP_ID=0 SLURM_STEP_NUM_NODES=1 SLURM_STEP_NODELIST='node[1]' "$@" &
   pids+=($!)
 done
-echo "${pids[*]}" > "$STATE/tasks"
-trap 'echo "srun: forcing job termination"; kill -KILL "${pids[@]}"' TERM
+echo "${pids[*]}" > "$STATE/tasks.new" && mv "$STATE/tasks.new" "$STATE/tasks"
 code=0
 for pid in "${pids[@]}"; do
   wait "$pid"
   found=$?
-  while kill -0 "$pid" 2> /dev/null; do wait "$pid"; found=$?; done
+  [[ -z "$told" ]] || { wait "$pid"; found=$?; }  # the signal ended the first wait
   ((found > code)) && code=$found
 done
 exit "$code"
@@ -146,7 +147,8 @@ class Scheduler:
         """
         spooled = self.folder / "slurm_script"
         spooled.write_bytes(script)
-        (self.state / "requeue").unlink(missing_ok=True)
+        for name in ("requeue", "tasks"):
+            (self.state / name).unlink(missing_ok=True)
         variables = {
             "SLURM_JOB_ID": JOB_ID, "SLURM_NTASKS": str(ranks), "SLURM_JOB_NODELIST": "node[1]",
             **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}),
@@ -175,7 +177,10 @@ class Scheduler:
         deadline = time.monotonic() + timeout_sec
         while shell.poll() is None:
             assert time.monotonic() < deadline, log.read_text()[-3000:]
-            if term_when is not None and term_when(log.read_text()):
+            is_stepping = (
+                self.state / "tasks"
+            ).exists()  # SLURM sends no signal to a step that is not there yet
+            if term_when is not None and is_stepping and term_when(log.read_text()):
                 shell.terminate()
                 term_when = None
             time.sleep(0.05)
