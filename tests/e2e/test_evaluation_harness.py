@@ -111,7 +111,7 @@ def test_scores_and_answers_are_those_of_transformers(
     assert ours["results"]["own_choice"]["acc,none"] == theirs["results"]["own_choice"]["acc,none"]
     answers = _flat(theirs["answers"]["own_answer"])
     assert _flat(ours["answers"]["own_answer"]) == answers
-    assert len({*answers}) > 4 and {len(answer) for answer in answers} > {8}, "answers of some kinds"
+    assert len({*answers}) > 4 and len({*map(len, answers)}) > 2, "answers of some kinds"
     if (
         name == "mixtral"
     ):  # with a template transformers' tokenizer puts a second beginning token into whole texts

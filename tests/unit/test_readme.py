@@ -25,6 +25,11 @@ FOREIGN = {
     "--nproc-per-node",
     "--nproc_per_node",
     "--nnodes",
+    "--batch_size",
+    "--include_path",
+    "--model",
+    "--model_args",
+    "--tasks",
 }
 
 
