@@ -25,6 +25,8 @@ FOREIGN = {
     "--nproc-per-node",
     "--nproc_per_node",
     "--nnodes",
+    "--capture-range",
+    "--capture-range-end",
 }
 
 
