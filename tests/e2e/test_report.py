@@ -9,6 +9,7 @@ from tests.helpers.reports import parsed
 
 def test_save_directory_and_log_file_of_fairseq_make_a_page(text_data: Path, tmp_path: Path) -> None:
     save_dir = tmp_path / "save"
+    save_dir.mkdir()  # stock opens the log before it makes the directory
     result = train(text_data, save_dir, "--log-file", save_dir / "log.txt", "--clip-norm", 1)
     (tmp_path / "output.txt").write_text(result.output)
     assert main([str(save_dir)]) == 0
