@@ -35,6 +35,12 @@ _RECOMPUTE: tuple[frozenset[str], ...] = (
     frozenset({"moe"}),
     frozenset({"layers"}),
 )
+_STATES_FLAGS = {
+    States.COPIED: ["--ddp-backend", "legacy_ddp"],
+    States.ZERO_1: ["--use-distributed-optimizer"],
+    States.ZERO_3: ["--use-torch-fsdp2"],
+    States.FAIRSCALE: ["--ddp-backend", "fully_sharded"],
+}
 _MIN_LENGTH = 4096  # of a context rank's part; shorter ones cost more messages than they save
 
 
@@ -112,7 +118,9 @@ def mappings(shape: ModelShape, start: Mapping) -> Iterator[Mapping]:
         start: the mapping that the flags give.
     """
     world = start.grid.world_size
-    if not shape.has_experts:
+    if (
+        not shape.has_experts or start.states is States.FAIRSCALE
+    ):  # which have no axes, or none but the experts'
         yield start
         return
     may_split = not shape.trains_mtp
@@ -265,9 +273,7 @@ def flags_of(mapping: Mapping) -> list[str]:
         if grid.tensor * grid.expert_tensor > 1
         else []
     )
-    found += {States.ZERO_1: ["--use-distributed-optimizer"], States.ZERO_3: ["--use-torch-fsdp2"]}.get(
-        mapping.states, []
-    )
+    found += _STATES_FLAGS[mapping.states]
     if "layers" in mapping.recompute:
         found.append("--checkpoint-activations")
     elif mapping.recompute:

@@ -215,18 +215,6 @@ def test_deepseek_s_own_run() -> None:
     assert pytest.approx(2664) == 14.8 * 180
 
 
-@pytest.mark.parametrize(
-    ("dense", "expert", "ranks", "total"),
-    [
-        (908_423_168, 402_776_064, 8, 4_130_631_680),
-        (4_505_346_048, 2_147_811_328, 64, 17_745_658_880),
-    ],
-)
-def test_the_branch_s_commands_by_hand(dense: int, expert: int, ranks: int, total: int) -> None:
-    # fully_sharded with half-precision Adam: 8 bytes of each number, dense ones divided over all ranks.
-    assert (dense // ranks + expert) * 8 == total
-
-
 def test_ours_beside_megatron_s() -> None:
     # Between updates, of bfloat16 with float32 copies, ours are the same optimizer bytes and half the gradients'.
     model, spread = shape("mixtral_8x7b"), mapping(64, expert=8, pipe=4)
