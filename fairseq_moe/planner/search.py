@@ -284,7 +284,7 @@ def flags_of(mapping: Mapping) -> list[str]:
 def reasons_of(candidate: Candidate, device: Device, shape: ModelShape) -> str:
     """Say in a few words what speaks for a mapping, and what it pays."""
     mapping, gib = candidate.mapping, 1 << 30
-    said = [f"{candidate.peak_bytes / gib:.1f} of {device.memory_bytes / gib:.1f} GiB"]
+    said = [f"takes {candidate.peak_bytes / gib:.1f} of {device.memory_bytes / gib:.1f} GiB"]
     if mapping.grid.pipe > 1:
         said.append(f"idles {idle_frac(mapping):.1%}")
     if mapping.grid.expert > 1:

@@ -22,7 +22,8 @@ _LANGUAGE = "--task language_modeling"
 _TRAINING = "--criterion moe_cross_entropy --optimizer adam --lr 1e-4 --batch-size 1"
 MIXTRAL = (
     f"{_LANGUAGE} --arch mixtral_8x7b {_TRAINING} --bf16 --tokens-per-sample 4096 --update-freq 16 "
-    "--use-distributed-optimizer --pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 8 --expert-model-parallel-size 8"
+    "--use-distributed-optimizer --pipeline-model-parallel-size 4 "
+    "--num-virtual-stages-per-pipeline-rank 8 --expert-model-parallel-size 8"
 )
 DEEPSEEK = f"{_LANGUAGE} --arch deepseek_v3 {_TRAINING} --bf16 --tokens-per-sample 4096 --update-freq 8"
 SMALL = f"--task dummy_lm --dict-size 44 --arch transformer_lm_gpt {_TRAINING} --tokens-per-sample 64"
