@@ -12,7 +12,8 @@ import torch
 
 from fairseq_moe.models.presets import PRESETS
 from fairseq_moe.planner.flops import active_parameters
-from fairseq_moe.planner.parameters import Held, held_by, model_parts, stage_parts
+from fairseq_moe.planner.held import Held, held_by
+from fairseq_moe.planner.parameters import model_parts, stage_parts
 from tests.helpers.axes_layouts import LAYOUTS, MODELS
 from tests.helpers.ranks import run_ranks
 

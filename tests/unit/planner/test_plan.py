@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from fairseq_moe.planner import device_named, plan
+from fairseq_moe.planner.changes import cheapest_changes
 from fairseq_moe.planner.command_line import main
 from fairseq_moe.planner.making import plan_job
 from fairseq_moe.planner.mapping import States
 from fairseq_moe.planner.reading import Job, read_job
-from fairseq_moe.planner.search import cheapest_changes, flags_of, judge, mappings, search
+from fairseq_moe.planner.search import flags_of, judge, mappings, search
 
 _GIB = 1 << 30
 _LANGUAGE = "--task language_modeling"

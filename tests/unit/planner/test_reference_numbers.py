@@ -17,9 +17,10 @@ from fairseq_moe.parallel.ranks import RankGrid
 from fairseq_moe.parallel.schedule import bubble_frac
 from fairseq_moe.parallel.traffic import shared_bytes
 from fairseq_moe.planner.flops import flops_per_token
+from fairseq_moe.planner.held import held_by
 from fairseq_moe.planner.mapping import Mapping, States
 from fairseq_moe.planner.megatron import layer_activations, layers_in_flight, megatron_states
-from fairseq_moe.planner.parameters import held_by, stage_parts
+from fairseq_moe.planner.parameters import stage_parts
 from fairseq_moe.planner.shape import ModelShape, shape_of
 from fairseq_moe.planner.time import idle_frac, seconds_of
 
