@@ -1,8 +1,9 @@
 """Will a model fit, on how many ranks, how fast, and by which mapping? Answered from the flags of ``fairseq-train``.
 
 ``plan`` reads flags as training does (``reading``): sizes of the model (``shape``) and how it is spread (``mapping``).
-From these follow parameters (``parameters``), the bytes of weights, gradients and optimizer (``states``), of
-activations (``activations``), what travels (``traffic``), the arithmetic (``flops``) and a range of time (``time``).
+From these follow parameters (``parameters``) and a rank's part of them (``held``), the bytes of weights, gradients and
+optimizer (``states``), of activations (``activations``), what travels (``traffic``), the arithmetic (``flops``) and a
+range of time (``time``).
 ``megatron`` has the same numbers as Megatron counts them. Nothing is built and no process group is needed.
 
 Tests: tests/unit/planner.

@@ -7,7 +7,6 @@ published TFLOPS and tokens per second of Mixtral, Qwen3, DeepSeek-V3 and Kimi-K
 import functools
 from dataclasses import dataclass
 
-from fairseq_moe.planner.mapping import Mapping
 from fairseq_moe.planner.shape import ModelShape
 
 __all__ = [
@@ -98,17 +97,17 @@ def flops_per_token(shape: ModelShape, length: int) -> int:
     return total + len(further) * (words + _PASSES * 2 * shape.dim**2)
 
 
-def hardware_flops_per_token(shape: ModelShape, mapping: Mapping) -> int:
+def hardware_flops_per_token(shape: ModelShape, length: int, recompute: frozenset[str]) -> int:
     """Count the operations that are carried out: also the forward passes that are computed again."""
     again = 0
-    for layer in (*_layers(shape, mapping.length), *_mtp_layers(shape, mapping.length)):
-        if "layers" in mapping.recompute:
+    for layer in (*_layers(shape, length), *_mtp_layers(shape, length)):
+        if "layers" in recompute:
             again += layer.total
             continue
         has_experts = layer.experts > 0
-        again += layer.experts if mapping.recompute & {"moe", "experts"} else 0
-        again += layer.dense if has_experts and mapping.recompute & {"moe", "shared_experts"} else 0
-    return flops_per_token(shape, mapping.length) + again // 3
+        again += layer.experts if recompute & {"moe", "experts"} else 0
+        again += layer.dense if has_experts and recompute & {"moe", "shared_experts"} else 0
+    return flops_per_token(shape, length) + again // 3
 
 
 def active_parameters(shape: ModelShape, total: int) -> int:

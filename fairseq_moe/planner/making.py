@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fairseq_moe.planner.activations import Activations
+from fairseq_moe.planner.changes import cheapest_changes
 from fairseq_moe.planner.devices import Device
 from fairseq_moe.planner.flops import active_parameters, flops_per_token, hardware_flops_per_token
 from fairseq_moe.planner.mapping import States
@@ -12,7 +13,6 @@ from fairseq_moe.planner.memory import MARGIN_FRAC, exchange_bytes
 from fairseq_moe.planner.parameters import model_parts
 from fairseq_moe.planner.plan import Like, Plan, Sent, StagePlan, StepTime
 from fairseq_moe.planner.reading import Job, read_job
-from fairseq_moe.planner.search import cheapest_changes
 from fairseq_moe.planner.shape import ModelShape
 from fairseq_moe.planner.states import state_bytes
 from fairseq_moe.planner.time import idle_frac, step_time
@@ -67,7 +67,7 @@ def plan_job(job: Job, *, device: Device, like: Like = "ours") -> Plan:
         sent=sent,
         bubble_frac=idle_frac(mapping),
         flops_per_token=flops_per_token(shape, mapping.length),
-        hardware_flops_per_token=hardware_flops_per_token(shape, mapping),
+        hardware_flops_per_token=hardware_flops_per_token(shape, mapping.length, mapping.recompute),
         update_tokens=mapping.update_tokens,
         time=time_of(job, device, sent, stages),
         notes=tuple(_notes(job, further, like)),

@@ -23,18 +23,24 @@ from fairseq_moe.planner.states import StateBytes, state_bytes
 from fairseq_moe.planner.time import idle_frac, step_time
 from fairseq_moe.planner.traffic import distinct_stages, sent_in_update, spans_nodes
 
-__all__ = ["Candidate", "Found", "cheapest_changes", "flags_of", "mappings", "reasons_of", "search"]
+__all__ = ["RECOMPUTE", "Candidate", "Found", "flags_of", "judge", "mappings", "reasons_of", "search"]
 
 _MAX_TENSOR = 8  # within a node
 _MAX_CONTEXT = 8
 _MAX_VIRTUAL = 8
 _MAX_SEQUENCES = 4
-_RECOMPUTE: tuple[frozenset[str], ...] = (
+RECOMPUTE: tuple[frozenset[str], ...] = (
     frozenset(),
     frozenset({"experts"}),
     frozenset({"moe"}),
     frozenset({"layers"}),
 )
+_STATES_FLAGS = {
+    States.COPIED: ["--ddp-backend", "legacy_ddp"],
+    States.ZERO_1: ["--use-distributed-optimizer"],
+    States.ZERO_3: ["--use-torch-fsdp2"],
+    States.FAIRSCALE: ["--ddp-backend", "fully_sharded"],
+}
 _MIN_LENGTH = 4096  # of a context rank's part; shorter ones cost more messages than they save
 
 
@@ -112,7 +118,9 @@ def mappings(shape: ModelShape, start: Mapping) -> Iterator[Mapping]:
         start: the mapping that the flags give.
     """
     world = start.grid.world_size
-    if not shape.has_experts:
+    if (
+        not shape.has_experts or start.states is States.FAIRSCALE
+    ):  # which have no axes, or none but the experts'
         yield start
         return
     may_split = not shape.trains_mtp
@@ -214,7 +222,7 @@ def _least_recompute(job: Job, mapping: Mapping, device: Device) -> Candidate | 
     # Nothing that is computed again makes up for states that do not fit.
     if max(own.steady + own.gathered for own in states.values()) * (1 + MARGIN_FRAC) > device.memory_bytes:
         return None
-    for recompute in _RECOMPUTE:
+    for recompute in RECOMPUTE:
         found = _judged(job, dataclasses.replace(mapping, recompute=recompute), device, states)
         if found.time is not None:
             return found
@@ -265,9 +273,7 @@ def flags_of(mapping: Mapping) -> list[str]:
         if grid.tensor * grid.expert_tensor > 1
         else []
     )
-    found += {States.ZERO_1: ["--use-distributed-optimizer"], States.ZERO_3: ["--use-torch-fsdp2"]}.get(
-        mapping.states, []
-    )
+    found += _STATES_FLAGS[mapping.states]
     if "layers" in mapping.recompute:
         found.append("--checkpoint-activations")
     elif mapping.recompute:
@@ -278,7 +284,7 @@ def flags_of(mapping: Mapping) -> list[str]:
 def reasons_of(candidate: Candidate, device: Device, shape: ModelShape) -> str:
     """Say in a few words what speaks for a mapping, and what it pays."""
     mapping, gib = candidate.mapping, 1 << 30
-    said = [f"{candidate.peak_bytes / gib:.1f} of {device.memory_bytes / gib:.1f} GiB"]
+    said = [f"takes {candidate.peak_bytes / gib:.1f} of {device.memory_bytes / gib:.1f} GiB"]
     if mapping.grid.pipe > 1:
         said.append(f"idles {idle_frac(mapping):.1%}")
     if mapping.grid.expert > 1:
@@ -290,75 +296,3 @@ def reasons_of(candidate: Candidate, device: Device, shape: ModelShape) -> str:
         else "computes nothing twice"
     )
     return "; ".join(said)
-
-
-def cheapest_changes(job: Job, device: Device, *, count: int = 3) -> tuple[str, ...]:
-    """List the changes of a mapping that does not fit which cost least time, as sentences.
-
-    One change is tried at a time, then all of axes, states and recomputation together.
-    """
-    tried: dict[str, Candidate] = {}
-    for what, mapping in _single_changes(job):
-        found = judge(job, mapping, device)
-        if found.time is not None:
-            tried.setdefault(what, found)
-    ordered = sorted(tried.items(), key=lambda pair: pair[1].seconds)[:count]
-    if len(ordered) < count:
-        for each in search(job, device, count=count - len(ordered)).best:
-            ordered.append((f"use {each.mapping.name}: {' '.join(flags_of(each.mapping))}", each))
-    if not ordered:
-        return (
-            f"no mapping of {job.mapping.grid.world_size} ranks fits: take more ranks, or a larger device.",
-        )
-    return tuple(f"{what} ({_cost(found)})" for what, found in ordered)
-
-
-def _cost(found: Candidate) -> str:
-    assert found.time is not None
-    seconds = f"{found.time.fast_sec:.3g} to {found.time.slow_sec:.3g} s"
-    return f"{found.peak_bytes / (1 << 30):.1f} GiB, {seconds} per update"
-
-
-def _single_changes(job: Job) -> Iterator[tuple[str, Mapping]]:
-    """Yield mappings that differ in one thing from what the flags say, and that thing's flag."""
-    start = job.mapping
-    for recompute, flag in zip(
-        _RECOMPUTE[1:],
-        ("--moe-recompute-modules experts", "--moe-layer-recompute", "--checkpoint-activations"),
-        strict=True,
-    ):
-        if not start.recompute:
-            yield f"add {flag}", dataclasses.replace(start, recompute=recompute)
-    for states, flag in (
-        (States.ZERO_1, "--use-distributed-optimizer"),
-        (States.ZERO_3, "--use-torch-fsdp2"),
-    ):
-        if start.states in (States.COPIED, States.ZERO_1) and states is not start.states:
-            yield f"use {flag}", dataclasses.replace(start, states=states)
-    if start.sequences > 1:
-        yield (
-            f"use --batch-size 1 --update-freq {start.micro_batches * start.sequences}",
-            dataclasses.replace(start, sequences=1, micro_batches=start.micro_batches * start.sequences),
-        )
-    grid = start.grid
-    for other in mappings(job.shape, start):
-        is_near = (other.grid.tensor, other.grid.context, other.grid.pipe) == (
-            grid.tensor,
-            grid.context,
-            grid.pipe,
-        )
-        same = (other.states, other.sequences, other.virtual) == (
-            start.states,
-            start.sequences,
-            start.virtual,
-        )
-        if (
-            is_near
-            and same
-            and other.grid.expert_tensor == grid.expert_tensor
-            and other.grid.expert > grid.expert
-        ):
-            yield (
-                f"use --expert-model-parallel-size {other.grid.expert}",
-                dataclasses.replace(start, grid=other.grid),
-            )

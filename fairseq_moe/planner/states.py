@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fairseq_moe.planner.held import Held, held_by, held_of_kinds
 from fairseq_moe.planner.mapping import Mapping, Precision, States
-from fairseq_moe.planner.parameters import Held, held_by, held_of_kinds, stage_parts
+from fairseq_moe.planner.parameters import stage_parts
 from fairseq_moe.planner.shape import ModelShape
 
 __all__ = ["StateBytes", "heaviest_rank", "state_bytes"]

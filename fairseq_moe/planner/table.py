@@ -23,13 +23,18 @@ def bytes_text(count: int) -> str:
 
 
 def text_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Align columns: the first to the left, the others to the right."""
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
-    lines = []
-    for line in (header, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-        lines.append("  ".join([line[0].ljust(widths[0]), *cells[1:]]).rstrip())
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+    """Align columns: numbers to the right, the first column and words to the left."""
+    lines = (header, *rows)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    are_numbers = [column > 0 and rows[0][column][:1].isdigit() for column in range(len(header))]
+    aligned = [
+        "  ".join(
+            cell.rjust(width) if is_number else cell.ljust(width)
+            for cell, width, is_number in zip(line, widths, are_numbers, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return [aligned[0], "-" * max(map(len, aligned)), *aligned[1:]]
 
 
 def table_of(plan: Plan) -> str:

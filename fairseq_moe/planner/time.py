@@ -1,8 +1,14 @@
 """Estimate a range of seconds for an update, from measured rates and the bytes that travel."""
 
+import functools
+
 from fairseq_moe.parallel.schedule import bubble_frac, with_dummies
 from fairseq_moe.planner.devices import Device
-from fairseq_moe.planner.flops import expert_flops_per_token, flops_per_token
+from fairseq_moe.planner.flops import (
+    expert_flops_per_token,
+    flops_per_token,
+    hardware_flops_per_token,
+)
 from fairseq_moe.planner.mapping import Mapping
 from fairseq_moe.planner.plan import Sent, StepTime
 from fairseq_moe.planner.rates import dense_fracs, expert_fracs
@@ -51,7 +57,7 @@ def step_time(
         peak //= 16  # without tensor cores, as PyTorch's default has it
     experts = expert_flops_per_token(shape, mapping.length)
     rest = flops_per_token(shape, mapping.length) - experts
-    again = _again(mapping)
+    again = _again(shape, mapping.length, mapping.recompute)
     slow, fast = expert_fracs(shape, mapping.grid.expert_tensor), dense_fracs()
     ranks, tokens = mapping.grid.world_size, mapping.update_tokens
     best = seconds_of(tokens * experts, ranks, peak * slow[1]) + seconds_of(
@@ -70,10 +76,10 @@ def step_time(
     return StepTime(fast_sec=best + exposed + optimizer, slow_sec=slowest, compute_frac=usual / slowest)
 
 
-def _again(mapping: Mapping) -> float:
-    if "layers" in mapping.recompute:
-        return 4 / 3
-    return 7 / 6 if mapping.recompute else 1.0
+@functools.lru_cache(maxsize=64)
+def _again(shape: ModelShape, length: int, recompute: frozenset[str]) -> float:
+    """Give the operations with those that are computed again, over the useful ones."""
+    return hardware_flops_per_token(shape, length, recompute) / flops_per_token(shape, length)
 
 
 def _link_sec(sent: Sent, device: Device) -> float:

@@ -13,8 +13,9 @@ from fairseq_moe.parallel.schedule import with_dummies
 from fairseq_moe.parallel.stages import StageLayout
 from fairseq_moe.parallel.traffic import ExpertRows, SplitPass, summed_bytes
 from fairseq_moe.planner.devices import Device
+from fairseq_moe.planner.held import held_by
 from fairseq_moe.planner.mapping import Mapping, Precision, States
-from fairseq_moe.planner.parameters import Entries, held_by, stage_parts
+from fairseq_moe.planner.parameters import Entries, stage_parts
 from fairseq_moe.planner.plan import Sent
 from fairseq_moe.planner.shape import ModelShape
 
