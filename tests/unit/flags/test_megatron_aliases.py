@@ -234,7 +234,7 @@ def test_data_after_a_list_is_not_taken_for_one_of_its_values(capfd: pytest.Capt
 
 
 def _value(row: Any) -> Any:
-    return {bool: True, int: 2, float: 1.5, str: "hybridep"}[row.kind]
+    return {bool: True, int: 2, float: 1.5, str: "deepep"}[row.kind]
 
 
 @pytest.mark.parametrize("row", MEGATRON_ARGS, ids=lambda row: row.flag)
