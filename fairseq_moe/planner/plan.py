@@ -153,7 +153,11 @@ class Plan:
             "arch": self.arch,
             "mapping": self.mapping,
             "like": self.like,
-            "device": {"name": self.device.name, "memory_bytes": self.device.memory_bytes},
+            "device": {
+                "name": self.device.name,
+                "memory_bytes": self.device.memory_bytes,
+                "peak_flops": self.device.peak_flops,
+            },
             "num_ranks": self.num_ranks,
             "total_parameters": self.total_parameters,
             "active_parameters": self.active_parameters,
