@@ -25,6 +25,7 @@ FOREIGN = {
     "--nproc-per-node",
     "--nproc_per_node",
     "--nnodes",
+    "--cpu-bind",
 }
 
 
@@ -75,7 +76,10 @@ def flags() -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_flag_that_a_page_names_exists(page: Path, flags: set[str]) -> None:
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z0-9]", page.read_text()))
+    text = page.read_text()
+    if page.name == "from-megatron.md":  # whose tables have Megatron's names first
+        text = re.sub(r"^\| `--[^|]*\|", "|", text, flags=re.MULTILINE)
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z0-9]", text))
     sources = own_sources()
     unknown = {flag for flag in named - flags - FOREIGN if f'"{flag}"' not in sources}
     assert unknown == set()
