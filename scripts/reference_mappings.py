@@ -20,8 +20,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -130,6 +128,7 @@ HEADER = f"| {' | '.join(_COLUMNS)} |\n|---{'|--:' * (len(_COLUMNS) - 1)}|"
 def measure(mapping: Mapping, *, every_rank: bool = False) -> Row:
     """Build, place and schedule the ranks of a mapping; there must be no process group."""
     from fairseq_moe.distributed import parallel_mesh
+    from fairseq_moe.distributed.pretended import pretended_rank
     from fairseq_moe.flags.moe import MoEConfig
     from fairseq_moe.models.presets import PRESETS
     from fairseq_moe.parallel.schedule import bubble_frac, lowered
@@ -140,7 +139,7 @@ def measure(mapping: Mapping, *, every_rank: bool = False) -> Row:
     built, sizes, total = [], [], Fraction(0)
     experts = parts = 0
     for rank in range(mapping.ranks):
-        with _FakeRank(rank, mapping.ranks):
+        with pretended_rank(rank, mapping.ranks):
             mesh = parallel_mesh(args.num_experts, **moe.axes._asdict())
             ranks = mesh.ranks
             if not every_rank and any(ranks.coordinate(rank, axis) for axis in ("data", "context")):
@@ -178,19 +177,6 @@ def _with_copies_counted_once(model: Any, mesh: Any) -> Fraction:
     counted = counted_here(model.parameters(), mesh)
     parts = (Fraction(p.numel(), num_copies(placement_of(p), mesh.ranks)) for p in counted)
     return sum(parts, Fraction(0))
-
-
-class _FakeRank:
-    """Be one rank of many, none of which is there."""
-
-    def __init__(self, rank: int, ranks: int) -> None:
-        self._rank, self._ranks = rank, ranks
-
-    def __enter__(self) -> None:
-        dist.init_process_group("fake", store=FakeStore(), rank=self._rank, world_size=self._ranks)
-
-    def __exit__(self, *args: object) -> None:
-        dist.destroy_process_group()
 
 
 def _parsed(mapping: Mapping) -> argparse.Namespace:

@@ -1,7 +1,6 @@
 """Parse and run the command line of ``fairseq-moe-launch``."""
 
 import argparse
-import importlib.util
 import json
 import logging
 import os
@@ -10,9 +9,16 @@ from collections.abc import Sequence
 
 from fairseq_moe.errors import ConfigError, MoEError
 from fairseq_moe.launch.files import find_file, names
+from fairseq_moe.launch.render import render
+from fairseq_moe.launch.render.words import command_text
 from fairseq_moe.launch.resolve import Resolution, resolve_all
 from fairseq_moe.launch.settings import MAPS, SETTINGS
-from fairseq_moe.launch.written import command_text, origins_table, resolved_yaml
+from fairseq_moe.launch.submit import submit
+from fairseq_moe.launch.written import origins_table, resolved_yaml
+from fairseq_moe.planner.built import built_lines
+from fairseq_moe.planner.devices import Device, device_named
+from fairseq_moe.planner.making import plan_job
+from fairseq_moe.planner.reading import read_job
 
 __all__ = ["main"]
 
@@ -42,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.show_origin:
             print(origins_table(resolution.layered), end="")
             return 0
-        return _dry_run(resolution) if resolution.layered["dry_run"] == "1" else _start(resolution)
+        dry_run = resolution.layered["dry_run"]
+        if dry_run == "0":
+            return submit(resolution.job, _texts(resolution))
+        return _dry_run(resolution, builds=dry_run == "2")
     except ConfigError as error:
         for problem in error.problems:
             print(f"{_PROGRAM}: {problem}", file=sys.stderr)
@@ -57,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         usage=f"{_PROGRAM} [--list] [--show-origin] RECIPE [key=value ...] [-- flags of fairseq-train]",
         description="Start a training job from a recipe. Later layers override earlier ones: recipe, cluster file, run "
         "file, environment (ModelZoo's variables), command line; flags after -- come last of all. DRY_RUN=1 prints "
-        "settings, plan, script and command and starts nothing.",
+        "settings, plan, script and command and starts nothing; DRY_RUN=2 also builds each stage without memory.",
     )
     parser.add_argument("words", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
     parser.add_argument("--list", action="store_true", help="print recipes, clusters and keys")
@@ -87,26 +96,21 @@ def _opening(kind: str, name: str) -> str:
     return first.removeprefix("# ")
 
 
-def _dry_run(resolution: Resolution) -> int:
-    from fairseq_moe.launch.render import render  # type: ignore[import-untyped, import-not-found]
-
+def _dry_run(resolution: Resolution, *, builds: bool) -> int:
     job, texts = resolution.job, _texts(resolution)
     parts = {
         "settings": texts["resolved.yaml"],
         "origins": texts["origins.txt"],
-        "plan": texts.get("plan.txt", ""),
+        "plan": texts["plan.txt"],
         "job script": render(job),
         "command": command_text(job.command),
     }
     for title, text in parts.items():
         print(f"# {title}\n{text}")
+    if builds:
+        read = read_job(job.command[1:], num_ranks=job.num_ranks, device=_device_of(resolution))
+        print("\n".join(["# built", *built_lines(read)]))
     return 0
-
-
-def _start(resolution: Resolution) -> int:
-    from fairseq_moe.launch.submit import submit  # type: ignore[import-untyped, import-not-found]
-
-    return int(submit(resolution.job, _texts(resolution)))
 
 
 def _texts(resolution: Resolution) -> dict[str, str]:
@@ -119,12 +123,13 @@ def _texts(resolution: Resolution) -> dict[str, str]:
     }
 
 
-def _plan_texts(resolution: Resolution) -> dict[str, str]:
-    if importlib.util.find_spec("fairseq_moe.planner") is None:
-        return {}
-    from fairseq_moe.planner import device_named, plan  # type: ignore[import-untyped, import-not-found]
+def _device_of(resolution: Resolution) -> Device:
+    on_cpu = resolution.job.cluster.gpus_per_node == 0
+    return device_named("cpu" if on_cpu else resolution.layered["device"])
 
-    job = resolution.job
-    device = "cpu" if job.cluster.gpus_per_node == 0 else resolution.layered["device"]
-    found = plan(job.command[1:], num_ranks=job.num_ranks, device=device_named(device))
+
+def _plan_texts(resolution: Resolution) -> dict[str, str]:
+    job, device = resolution.job, _device_of(resolution)
+    read = read_job(job.command[1:], num_ranks=job.num_ranks, device=device)
+    found = plan_job(read, device=device)
     return {"plan.txt": found.table(), "plan.json": json.dumps(found.as_json(), indent=1) + "\n"}

@@ -1,6 +1,5 @@
 """Make a job of a command line and an environment, or say at once all that keeps it from being one."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from fairseq_moe.launch.command import environment_of, profile_of, run_name, tra
 from fairseq_moe.launch.flag_checks import check_flags
 from fairseq_moe.launch.job import Cluster, Container, Job
 from fairseq_moe.launch.layers import Layered, collect
+from fairseq_moe.launch.render.problems import render_problems
 from fairseq_moe.launch.sizes import Sizes, sizes_of
 
 __all__ = ["Resolution", "resolve", "resolve_all"]
@@ -55,7 +55,7 @@ def resolve_all(arguments: Sequence[str], environ: Mapping[str, str]) -> Resolut
         raise ConfigError(problems)  # there is no model whose flags could be looked at
     job = _job(layered, sizes, has_key=has_key)
     problems += secret_problems(layered, (*job.command, *job.env.values(), str(job.run_dir)), environ)
-    problems += _script_problems(job)
+    problems += render_problems(job)
     told = check_flags(job.command[1:], num_ranks=sizes.num_ranks)
     if problems or told.problems:
         raise ConfigError([*problems, *told.problems])
@@ -115,14 +115,3 @@ def _container(layered: Layered) -> Container:
         mounts=tuple(mount_of(text) for text in layered["container_mounts"]),
         workdir=layered["container_workdir"],
     )
-
-
-def _script_problems(job: Job) -> list[str]:
-    if importlib.util.find_spec("fairseq_moe.launch.render") is None:
-        return []
-    from fairseq_moe.launch.render.problems import (  # type: ignore[import-untyped, import-not-found]
-        render_problems,
-    )
-
-    found: list[str] = render_problems(job)
-    return found

@@ -115,7 +115,9 @@ SETTINGS: dict[str, Setting] = {
     "output_path": _path("directory of run directories", "runs"),
     "run_name": _text("name of the run and its directory (default: made of model, axes and batch)"),
     "comment": _text("end of the run's name"),
-    "dry_run": _text("1: print everything and start nothing", "0", "0", "1"),
+    "dry_run": _text(
+        "1: print everything and start nothing; 2: also build each stage without memory", "0", "0", "1", "2"
+    ),
     # what is watched
     "wandb_project": _text("project in Weights & Biases; used where WANDB_API_KEY is set", "fairseq-moe"),
     "wandb_mode": _text(

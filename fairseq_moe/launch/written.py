@@ -1,13 +1,12 @@
-"""Write settings down as texts: YAML that gives the same job again, a table of origins, a command to be typed."""
+"""Write settings down as texts: YAML that gives the same job again, and a table of origins."""
 
 import shlex
-from collections.abc import Sequence
 from typing import Any
 
 from fairseq_moe.launch.layers import Layered
 from fairseq_moe.launch.settings import MAPS
 
-__all__ = ["command_text", "origins_table", "resolved_yaml"]
+__all__ = ["origins_table", "resolved_yaml"]
 
 # They name files that have been read: what these say is there.
 _READ = ("recipe", "cluster", "run")
@@ -44,8 +43,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(str, value))
     return "" if value is None else str(value)
-
-
-def command_text(command: Sequence[str]) -> str:
-    """Write a command as it could be typed."""
-    return shlex.join(command) + "\n"

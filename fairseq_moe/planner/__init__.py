@@ -4,7 +4,8 @@
 From these follow parameters (``parameters``) and a rank's part of them (``held``), the bytes of weights, gradients and
 optimizer (``states``), of activations (``activations``), what travels (``traffic``), the arithmetic (``flops``) and a
 range of time (``time``).
-``megatron`` has the same numbers as Megatron counts them. Nothing is built and no process group is needed.
+``megatron`` has the same numbers as Megatron counts them. Nothing is built and no process group is needed, but where
+``built`` is asked to compare the plan with models on torch's meta device.
 
 Tests: tests/unit/planner.
 """

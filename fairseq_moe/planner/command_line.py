@@ -11,6 +11,7 @@ from typing import Any
 from fairseq_moe.errors import ConfigError, MoEError
 from fairseq_moe.expert_load.record import read_records
 from fairseq_moe.expert_load.summary import layer_loads, select
+from fairseq_moe.planner.built import built_lines
 from fairseq_moe.planner.calibrate import compare, comparison_lines
 from fairseq_moe.planner.devices import DEVICES, Device, device_named
 from fairseq_moe.planner.load import exchanges, load_lines
@@ -59,6 +60,7 @@ def _run(options: argparse.Namespace, flags: list[str]) -> int:
         return _print_search(job, device, as_json=options.json)
     found = plan_job(job, device=device, like=options.like)
     more = _load_lines(options.load, job, device) if options.load is not None else []
+    more += ["", *built_lines(job)] if options.build else []
     print(json.dumps(found.as_json(), indent=2) if options.json else "\n".join([found.table(), *more]))
     if options.picture is not None:
         _draw(options.picture, job, found)
@@ -149,6 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print numbers for machines")
     parser.add_argument(
         "--search", action="store_true", help="list the best mappings of as many ranks instead"
+    )
+    parser.add_argument(
+        "--build",
+        action="store_true",
+        help="also build each stage without memory, and compare its parameters",
     )
     parser.add_argument("--picture", type=Path, help="also draw memory and schedule into this file")
     parser.add_argument(

@@ -48,6 +48,7 @@ class Job:
         shape: sizes of the model.
         mapping: how it is spread.
         precision: bytes of each number.
+        padding: number of the dictionary's padding.
         args: the flags, with the architecture's values.
         cfg: the same as a whole fairseq configuration.
     """
@@ -55,6 +56,7 @@ class Job:
     shape: ModelShape
     mapping: Mapping
     precision: Precision
+    padding: int
     args: argparse.Namespace
     cfg: Any
 
@@ -96,6 +98,7 @@ def read_job(argv: Sequence[str], *, num_ranks: int, device: Device, num_words: 
         shape=shape,
         mapping=mapping_of(cfg, args, num_ranks=num_ranks),
         precision=precision_of(cfg, runs_kernels=device.runs_kernels and shape.has_experts),
+        padding=padding,
         args=args,
         cfg=cfg,
     )

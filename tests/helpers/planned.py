@@ -1,22 +1,19 @@
 """Read flags for the planner without fairseq's configuration, and build what it plans on ranks that are not there."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from fairseq import options
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fairseq_moe  # noqa: F401
 from fairseq_moe.planner.mapping import Mapping, mapping_of
 from fairseq_moe.planner.shape import ModelShape, shape_of
 from tests.helpers.presets import WordIds, build_model
 
-__all__ = ["build_on_meta", "fake_rank", "mapping_from", "parse_flags", "shape_from"]
+__all__ = ["build_on_meta", "mapping_from", "parse_flags", "shape_from"]
 
 
 def parse_flags(flags: Sequence[Any]) -> Namespace:
@@ -35,16 +32,6 @@ def mapping_from(args: Namespace, *, num_ranks: int) -> Mapping:
     """Read the mapping of flags as they are, unchecked."""
     cfg: Any = SimpleNamespace(dataset=args, optimization=args, distributed_training=args)
     return mapping_of(cfg, args, num_ranks=num_ranks)
-
-
-@contextmanager
-def fake_rank(rank: int, num_ranks: int) -> Iterator[None]:
-    """Be one rank of many, none of which is there."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def build_on_meta(args: Namespace, words: WordIds) -> Any:

@@ -3,12 +3,8 @@
 import contextlib
 import io
 import os
-import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -28,6 +24,7 @@ CASES: dict[str, tuple[list[str], dict[str, str]]] = {
         {"GBS": "4", "MEGATRON_PATH": "/m"},
     ),
     "dry run": (["laptop", "env.A=b c"], {"DRY_RUN": "1", "WANDB_API_KEY": "s3cret"}),
+    "built": (["shrunk_8x7b"], {"DRY_RUN": "2"}),
     "refused": (["laptop", "gsb=1", "tp=x"], {}),
     "checked": (["laptop", "ep=3", "gbs=7"], {"DRY_RUN": "1"}),
 }
@@ -37,14 +34,6 @@ def printed(rank: int) -> dict[str, Printed]:
     """Exit code, output and errors of each case."""
     from fairseq_moe.launch.command_line import main
 
-    if find_spec("fairseq_moe.launch.render") is None:
-        for name, values in (
-            ("render", {"render": lambda job: " ".join(job.command)}),
-            ("render.problems", {"render_problems": lambda job: []}),
-        ):
-            stub = ModuleType(name)
-            vars(stub).update(values, __spec__=ModuleSpec(name, None), __path__=[])
-            sys.modules[f"fairseq_moe.launch.{name}"] = stub
     before = dict(os.environ)
     found = {}
     for name, (arguments, environ) in CASES.items():
@@ -107,6 +96,14 @@ def test_a_dry_run_prints_all_and_no_key(results: dict[str, Printed]) -> None:
     assert out.count("fairseq-train") >= 2
     assert "--wandb-project" in out
     assert "s3cret" not in out
+
+
+def test_a_second_kind_of_dry_run_builds_every_stage(results: dict[str, Printed]) -> None:
+    code, out, err = results["built"]
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.partition("# built")[2].splitlines() if line.startswith("rank ")]
+    assert [row[1] for row in rows] == ["0", "2", "4", "6"]  # of four stages of two ranks
+    assert all(planned == built for _, _, planned, built in rows)
 
 
 def test_problems_are_a_sentence_each_and_code_2(results: dict[str, Printed]) -> None:

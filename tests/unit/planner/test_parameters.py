@@ -114,8 +114,9 @@ FOR_ALL = ("T2 X2", "C2 T2 E2 X2", "extended: T2 X4", "P2 V2", "P2 T2", "D2 T2 E
 
 def _by_rank(rank: int, models: dict[str, tuple[Any, ...]]) -> dict[str, tuple[list[Any], list[Any]]]:
     """Count planned and built parameters of every rank of every layout that fits a model."""
+    from fairseq_moe.distributed.pretended import pretended_rank
     from fairseq_moe.parallel.placement import is_expert
-    from tests.helpers.planned import build_on_meta, fake_rank, mapping_from, parse_flags, shape_from
+    from tests.helpers.planned import build_on_meta, mapping_from, parse_flags, shape_from
     from tests.helpers.presets import WordIds
     from tests.helpers.tiny import TINY_FLAGS
 
@@ -129,7 +130,7 @@ def _by_rank(rank: int, models: dict[str, tuple[Any, ...]]) -> dict[str, tuple[l
             shape, mapping = shape_from(args, words), mapping_from(args, num_ranks=layout.ranks)
             planned, built = [], []
             for number in range(layout.ranks):
-                with fake_rank(number, layout.ranks):
+                with pretended_rank(number, layout.ranks):
                     model = build_on_meta(args, words)
                     experts = sum(p.numel() for p in model.parameters() if is_expert(p))
                     dense = sum(p.numel() for p in model.parameters()) - experts
@@ -153,9 +154,10 @@ def _sharded(rank: int, cases: list[tuple[Any, ...]]) -> list[tuple[list[int], l
     """Count planned and real shards of every rank, of models that torch's fully_shard has cut."""
     from torch.distributed.tensor import DTensor
 
+    from fairseq_moe.distributed.pretended import pretended_rank
     from fairseq_moe.flags.sharding import Sharding
     from fairseq_moe.stock.sharding.sharded_model import _shard_modules
-    from tests.helpers.planned import fake_rank, mapping_from, parse_flags, shape_from
+    from tests.helpers.planned import mapping_from, parse_flags, shape_from
     from tests.helpers.presets import WordIds, build_model
     from tests.helpers.tiny import TINY_FLAGS
 
@@ -165,7 +167,7 @@ def _sharded(rank: int, cases: list[tuple[Any, ...]]) -> list[tuple[list[int], l
         shape, mapping = shape_from(args, words), mapping_from(args, num_ranks=num_ranks)
         planned, built = [], []
         for number in range(num_ranks):
-            with fake_rank(number, num_ranks):
+            with pretended_rank(number, num_ranks):
                 model = build_model(args, words)
                 mesh = model.decoder.mesh
                 group = mesh.dense_shards or torch.distributed.group.WORLD
