@@ -52,11 +52,11 @@ def compare(run_dir: Path) -> list[Comparison]:
     if "words_per_sec" in measured:
         low, high = sorted(plan["words_per_sec"])
         found.append(Comparison(what="words/s", planned=(low, high), measured=measured["words_per_sec"]))
-    if "peak_memory_bytes" in measured:
+    if "peak_bytes" in measured:
         planned = plan["peak_bytes"] - max(stage["margin_bytes"] for stage in plan["stages"])
         found.append(
             Comparison(
-                what="peak bytes, margin left out", planned=(planned,), measured=measured["peak_memory_bytes"]
+                what="peak bytes, margin left out", planned=(planned,), measured=measured["peak_bytes"]
             )
         )
     if not found:
@@ -90,7 +90,7 @@ def _measured(run_dir: Path) -> dict[str, float]:
     if rates:
         found.setdefault("words_per_sec", statistics.median(rates[len(rates) // 2 :]))
     if allocated:
-        found.setdefault("peak_memory_bytes", max(allocated) * _GIB)
+        found.setdefault("peak_bytes", max(allocated) * _GIB)
     return found
 
 

@@ -99,6 +99,8 @@ def measured_rows(measured: Mapping[str, Any]) -> list[Row]:
     """List what ``measured.json`` says: a number, or one that was planned beside one that was measured."""
     rows = []
     for name, value in measured.items():
+        if name == "planned" and isinstance(value, Mapping):
+            continue  # the launcher's copy of what ``comparison`` has from the plan itself
         pair = value if isinstance(value, Mapping) else {"measured": value}
         planned, found = pair.get("planned"), pair.get("measured")
         before, after = _positive(planned), _positive(found)

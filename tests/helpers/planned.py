@@ -1,4 +1,4 @@
-"""Read flags for the planner without fairseq's configuration, and build what it plans on ranks that are not there."""
+"""Read flags for the planner without fairseq's whole configuration; build models on ranks that are not there."""
 
 from argparse import Namespace
 from collections.abc import Sequence

@@ -119,7 +119,7 @@ def _run(folder: Path, *, measured: dict[str, float] | None = None, log: list[st
 
 
 def test_a_run_that_was_measured(tmp_path: Path) -> None:
-    rate, memory = compare(_run(tmp_path, measured={"words_per_sec": 250.0, "peak_memory_bytes": 900}))
+    rate, memory = compare(_run(tmp_path, measured={"words_per_sec": 250.0, "peak_bytes": 900}))
     assert (rate.planned, rate.ratio) == ((100.0, 200.0), 1.25)
     assert (memory.planned, memory.ratio) == ((1000,), 0.9)
     assert [line.split()[-1] for line in comparison_lines([rate, memory])[2:]] == ["1.250", "0.900"]
