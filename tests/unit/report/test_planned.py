@@ -60,6 +60,7 @@ def test_measured_json_may_hold_anything() -> None:
             "note": "x",
             "rate": 0.12345,
             "none": None,
+            "planned": {"peak_bytes": 100},  # of the launcher, which the plan says too
         }
     )
     assert [(row.what, row.planned, row.measured, row.ratio) for row in rows] == [
