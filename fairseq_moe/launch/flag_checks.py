@@ -83,6 +83,18 @@ def _problems(cfg: Any, num_ranks: int) -> list[str]:
         *moe_problems(cfg, world_size=num_ranks),
         *best_metric_problems(cfg),
         *task_step_problems(cfg),
+        *_schedule_problems(cfg),
+    ]
+
+
+def _schedule_problems(cfg: Any) -> list[str]:
+    """Refuse a cosine without a period: stock divides by what training leaves after the warm-up."""
+    schedule, max_update = cfg.lr_scheduler, cfg.optimization.max_update
+    if schedule._name != "cosine" or schedule.lr_period_updates > 0 or max_update > schedule.warmup_updates:
+        return []
+    return [
+        f"--lr-scheduler cosine has no updates left: --max-update is {max_update}, --warmup-updates "
+        f"{schedule.warmup_updates}; train longer, warm up for less, or give --lr-period-updates."
     ]
 
 

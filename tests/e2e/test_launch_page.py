@@ -50,7 +50,7 @@ def test_the_page_leads_to_a_plan_of_1024_ranks_and_a_run_with_its_report(
     assert all(one == other for one, other in pairs)
     assert re.search(r"^ep +32 +command line$", _output(results, "--show-origin"), re.MULTILINE)
     (run_dir,) = (results[0] / "runs").iterdir()
-    assert json.loads((run_dir / "measured.json").read_text())["updates"] == 20
+    assert json.loads((run_dir / "measured.json").read_text())["updates"] == 30
     assert "<svg" in (run_dir / "report.html").read_text()
     assert "words/s" in _output(results, "--calibrate")
     table = re.search(r"## Run it(.*?)## Settings", _PAGE.read_text(), re.DOTALL)

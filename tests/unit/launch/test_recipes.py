@@ -107,6 +107,12 @@ SAID: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
     ),
     "layers over stages": (["mixtral_8x7b", "vpp=5"], {}, "problems", ["pipeline"]),
     "heads over tensor ranks": (["mixtral_8x7b", "tp=16"], {}, "problems", ["--decoder-kv-heads 8"]),
+    "a cosine without a period": (
+        ["laptop", "--", "--max-update", "20"],
+        {},
+        "problems",
+        ["--max-update is 20, --warmup-updates 20"],
+    ),
     "FP8 on GPUs that are not here": (["mixtral_8x7b"], {"PR": "fp8"}, "problems", []),
     "FP8 of widths that it does not take": (
         ["mixtral_8x7b", "flags.moe_ffn_hidden_size=100"],

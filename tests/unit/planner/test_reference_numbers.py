@@ -6,48 +6,21 @@ bfloat16 with the distributed optimizer. Activations of DeepSeek-V3: the Megatro
 ``pytest tests/unit/planner/test_reference_numbers.py``.
 """
 
-from argparse import Namespace
 from fractions import Fraction
 from typing import Any
 
 import pytest
 
-from fairseq_moe.models.presets import PRESETS
-from fairseq_moe.parallel.ranks import RankGrid
 from fairseq_moe.parallel.schedule import bubble_frac
 from fairseq_moe.parallel.traffic import shared_bytes
 from fairseq_moe.planner.flops import flops_per_token
 from fairseq_moe.planner.held import held_by
-from fairseq_moe.planner.mapping import Mapping, States
 from fairseq_moe.planner.megatron import layer_activations, layers_in_flight, megatron_states
 from fairseq_moe.planner.parameters import stage_parts
-from fairseq_moe.planner.shape import ModelShape, shape_of
 from fairseq_moe.planner.time import idle_frac, seconds_of
+from tests.helpers.published_mappings import LENGTH, mapping, shape
 
 _MIB, _GIB = 1 << 20, 1 << 30
-_LENGTH = 4096
-
-
-def shape(name: str, *, num_words: int | None = None, **changes: Any) -> ModelShape:
-    """Read a preset's sizes, without fairseq's parser."""
-    preset = PRESETS[name]
-    args = Namespace(tokens_per_sample=_LENGTH, **changes)
-    preset.apply_to_command(args)
-    return shape_of(args, num_words=num_words or preset.vocab_size, padding_index=0)
-
-
-def mapping(
-    ranks: int, *, pipe: int = 1, virtual: int = 1, expert: int = 1, tensor: int = 1, parts: int = 1,
-    micro_batches: int = 1, recompute: frozenset[str] = frozenset(), last: int | None = None, first: int | None = None,
-) -> Mapping:  # fmt: skip
-    """Spread a model over ranks, with micro-batches of one sequence."""
-    grid = RankGrid(
-        data=ranks // (pipe * tensor), pipe=pipe, tensor=tensor, expert=expert, expert_tensor=parts
-    )
-    return Mapping(
-        grid=grid, virtual=virtual, first=first, last=last, states=States.ZERO_1, sequences=1, length=_LENGTH,
-        micro_batches=micro_batches, recompute=recompute, dispatcher="alltoall",
-    )  # fmt: skip
 
 
 # number, model, words, mapping, bytes, GiB, 1e9 parameters of the most loaded and of another stage
@@ -134,7 +107,7 @@ def test_a_layer_of_mixtral_8x22b_in_four_parts() -> None:
 @pytest.mark.parametrize(("name", "expert", "mib"), [("mixtral_8x7b", 8, 56), ("deepseek_v3", 64, 441)])
 def test_rows_sent_in_one_direction(name: str, expert: int, mib: int) -> None:
     model = shape(name)
-    assert shared_bytes(_LENGTH * model.top_k * model.dim * 2, expert) == mib * _MIB
+    assert shared_bytes(LENGTH * model.top_k * model.dim * 2, expert) == mib * _MIB
 
 
 @pytest.mark.parametrize(
@@ -159,16 +132,14 @@ GFLOP = {
 @pytest.mark.parametrize("name", GFLOP)
 def test_operations_of_a_token(name: str) -> None:
     words = 32_000 if name == "mixtral_8x22b" else None
-    assert flops_per_token(shape(name, num_words=words), _LENGTH) / 1e9 == pytest.approx(
-        GFLOP[name], abs=5e-7
-    )
+    assert flops_per_token(shape(name, num_words=words), LENGTH) / 1e9 == pytest.approx(GFLOP[name], abs=5e-7)
 
 
 def test_operations_with_a_block_that_guesses_further() -> None:
     trained = shape("deepseek_v3", mtp_layers=1, mtp_loss_weight=0.3)
-    assert flops_per_token(trained, _LENGTH) / 1e9 == pytest.approx(259.992060, abs=5e-7)
+    assert flops_per_token(trained, LENGTH) / 1e9 == pytest.approx(259.992060, abs=5e-7)
     kept = shape("deepseek_v3", mtp_layers=1)  # without a loss it is not computed
-    assert flops_per_token(kept, _LENGTH) / 1e9 == pytest.approx(249.811304, abs=5e-7)
+    assert flops_per_token(kept, LENGTH) / 1e9 == pytest.approx(249.811304, abs=5e-7)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +156,7 @@ def test_operations_with_a_block_that_guesses_further() -> None:
     ],
 )
 def test_published_rates_agree(name: str, more: dict[str, Any], tflops: float, tokens_per_sec: float) -> None:
-    found = flops_per_token(shape(name, **more), _LENGTH) * tokens_per_sec / 1e12
+    found = flops_per_token(shape(name, **more), LENGTH) * tokens_per_sec / 1e12
     assert found == pytest.approx(tflops, rel=0.003)  # a block more or less would be 4 %
 
 
@@ -201,7 +172,7 @@ def test_seconds_of_an_update(
     name: str, ranks: int, tflops: float, sequences: int, seconds: float, digits: float
 ) -> None:
     words = 32_000 if name == "mixtral_8x22b" else None
-    flops = flops_per_token(shape(name, num_words=words), _LENGTH) * sequences * _LENGTH
+    flops = flops_per_token(shape(name, num_words=words), LENGTH) * sequences * LENGTH
     assert seconds_of(flops, ranks, tflops * 1e12) == pytest.approx(seconds, abs=digits)
 
 
@@ -209,10 +180,10 @@ def test_deepseek_s_own_run() -> None:
     # arXiv 2412.19437: 180 thousand H800 hours for 1e12 tokens, 14.8e12 tokens.
     tokens_per_sec = 1e12 / (180e3 * 3600)
     assert tokens_per_sec == pytest.approx(1543.2, abs=0.05)
-    rate = flops_per_token(shape("deepseek_v3"), _LENGTH) * tokens_per_sec / 1e12
+    rate = flops_per_token(shape("deepseek_v3"), LENGTH) * tokens_per_sec / 1e12
     further = shape("deepseek_v3", mtp_layers=1, mtp_loss_weight=0.3)
     assert rate == pytest.approx(385.5, abs=0.05)
-    assert flops_per_token(further, _LENGTH) * tokens_per_sec / 1e12 == pytest.approx(401, abs=0.5)
+    assert flops_per_token(further, LENGTH) * tokens_per_sec / 1e12 == pytest.approx(401, abs=0.5)
     assert pytest.approx(2664) == 14.8 * 180
 
 

@@ -23,7 +23,7 @@ from fairseq_moe.planner.load import exchange_of_layer, load_lines
 from fairseq_moe.planner.mapping import Mapping, States
 from fairseq_moe.planner.picture import timeline
 from fairseq_moe.planner.traffic import spans_nodes
-from tests.unit.planner.test_reference_numbers import mapping, shape
+from tests.helpers.published_mappings import mapping, shape
 
 
 @pytest.mark.parametrize(("pipe", "virtual", "micro_batches"), [(1, 1, 3), (4, 1, 8), (4, 2, 8), (8, 3, 16)])
