@@ -26,6 +26,7 @@ FOREIGN = {
     "--nproc_per_node",
     "--nnodes",
     "--batch_size",
+    "--build-arg",
     "--include_path",
     "--model",
     "--model_args",
