@@ -13,8 +13,8 @@ import pytest
 from fairseq_moe.launch.command import environment_of, profile_of, run_name, training_command
 from fairseq_moe.launch.job import Profile
 from fairseq_moe.launch.layers import Layered, collect
+from fairseq_moe.launch.render import command_text
 from fairseq_moe.launch.sizes import sizes_of
-from fairseq_moe.launch.written import command_text
 from tests.helpers.ranks import REPOSITORY
 
 
