@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
+    # Nodes of one run write it together, and in containers their processes may have the same number.
+    temporary = path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(8)}")
     try:
         directories = make_directory(path.parent)
         try:
@@ -75,7 +77,9 @@ def _check_whose(run_dir: Path, run: dict[str, str | None]) -> None:
     if not run_dir.is_dir():
         raise ConfigError([f"the run directory {run_dir} is a file; {advice}."])
     found = _recorded(run_dir / VERSIONS)
-    if found is None and any(run_dir.iterdir()):
+    # Another node of this run may be writing the first file, or a kill has left it.
+    begun = f"{VERSIONS}{TEMPORARY}"
+    if found is None and not all(entry.name.startswith(begun) for entry in run_dir.iterdir()):
         raise ConfigError([f"{run_dir} holds files, and {VERSIONS} does not say of which run; {advice}."])
     if found is not None and found != run:
         raise ConfigError([f"{run_dir} is the directory of {_said(found)}, not of {_said(run)}; {advice}."])

@@ -199,6 +199,25 @@ def test_a_directory_of_another_run_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_nodes_of_one_run_write_its_directory_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The other node, whose process has the same number, is half through with each of its files.
+    job, real_sync = _local(tmp_path, "true\n"), os.fsync
+
+    def sync(descriptor: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", real_sync)
+            write_run_directory(job, _TEXTS)
+        real_sync(descriptor)
+
+    monkeypatch.setattr(run_directory, "versions", dict)  # git takes its time
+    monkeypatch.setattr(os, "fsync", sync)
+    write_run_directory(job, _TEXTS)
+    assert (job.run_dir / "job.sh").read_text() == render(job)
+    assert not list(job.run_dir.glob("*.tmp*"))
+
+
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_text("old")
