@@ -17,6 +17,8 @@ from fairseq_moe.planner.parameters import model_parts, stage_parts
 from tests.helpers.axes_layouts import LAYOUTS, MODELS
 from tests.helpers.ranks import run_ranks
 
+pytestmark = pytest.mark.timeout(300)
+
 _TRAINING = (
     "--task",
     "dummy_lm",
@@ -95,10 +97,11 @@ def _everything(rank: int, *args: Any) -> tuple[Any, ...]:
 def counted() -> tuple[Any, ...]:
     """Planned and built numbers, of one process that is every rank in turn."""
     sharded = [_without_zero_1(case) for case in SHARDED]
-    (found,) = run_ranks(_everything, 1, VARIANTS, MODELS, sharded, timeout=110)
+    (found,) = run_ranks(_everything, 1, VARIANTS, MODELS, sharded, timeout=280)
     return tuple(found)
 
 
+@pytest.mark.slow
 def test_flags_of_stock_s_blocks_are_counted(counted: tuple[Any, ...]) -> None:
     found = counted[0]
     assert found.keys() == VARIANTS.keys()
@@ -144,6 +147,7 @@ def _by_rank(rank: int, models: dict[str, tuple[Any, ...]]) -> dict[str, tuple[l
 _MTP = (*MODELS["latent"], "--mtp-layers", 1, "--mtp-loss-weight", 0.3)
 
 
+@pytest.mark.slow
 def test_every_rank_of_every_layout_holds_what_is_planned(counted: tuple[Any, ...]) -> None:
     found = counted[1]
     wrong = {name: (planned, built) for name, (planned, built) in found.items() if planned != built}
@@ -193,6 +197,7 @@ SHARDED = [
 ]
 
 
+@pytest.mark.slow
 def test_every_rank_holds_the_shards_that_are_planned(counted: tuple[Any, ...]) -> None:
     found = counted[2]
     assert len(found) == len(SHARDED)

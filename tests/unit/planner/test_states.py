@@ -82,9 +82,10 @@ def _after_an_update(rank: int, cases: dict[str, tuple[Any, ...]]) -> dict[str, 
     return found
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_two_ranks_hold_the_planned_bytes() -> None:
-    for rank, found in enumerate(run_ranks(_after_an_update, 2, CASES, timeout=140)):
+    for rank, found in enumerate(run_ranks(_after_an_update, 2, CASES, timeout=280)):
         wrong = {
             f"{name}, {part}": sizes
             for name, parts in found.items()
