@@ -13,6 +13,7 @@ from types import FrameType
 from fairseq_moe.errors import ConfigError, MoEError
 from fairseq_moe.launch.job import Job
 from fairseq_moe.launch.measured import write_measured
+from fairseq_moe.launch.render import render
 from fairseq_moe.launch.run_directory import write_run_directory
 
 __all__ = ["submit"]
@@ -46,14 +47,9 @@ def submit(job: Job, texts: Mapping[str, str] | None = None) -> int:
 
 def _check_secrets(job: Job, texts: Mapping[str, str]) -> None:
     """Refuse a value of a secret in whatever would be written; the sentence does not repeat it."""
-    written = [
-        *job.command,
-        *job.env.values(),
-        *job.cluster.setup,
-        *job.cluster.sbatch_args,
-        *job.cluster.srun_args,
-    ]
-    places = {"the job": "\n".join(written), **texts}
+    # Words, and the script too: it alone has all of cluster and container.
+    words = [job.name, str(job.run_dir), *job.command, *job.env.values()]
+    places = {"the job": "\n".join([*words, render(job)]), **texts}
     problems = [
         f"{place} holds the value of {name}, which is a secret; leave it to the environment."
         for name in job.secrets

@@ -14,7 +14,7 @@ import pytest
 
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.launch import run_directory
-from fairseq_moe.launch.job import Job
+from fairseq_moe.launch.job import Cluster, Container, Job
 from fairseq_moe.launch.measured import main, write_measured
 from fairseq_moe.launch.render import render
 from fairseq_moe.launch.run_directory import write_run_directory
@@ -82,7 +82,7 @@ def test_without_sbatch_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("place", ["command", "env", "resolved.yaml"])
+@pytest.mark.parametrize("place", ["command", "env", "image", "setup", "resolved.yaml"])
 def test_the_value_of_a_secret_is_written_nowhere(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +92,10 @@ def test_the_value_of_a_secret_is_written_nowhere(
         job = replace(job, command=(*job.command, "--key=k3y"))
     elif place == "env":
         job = replace(job, env={"OTHER": "k3y"})
+    elif place == "image":
+        job = replace(job, container=Container(kind="docker", image="docker://me:k3y@here/image"))
+    elif place == "setup":
+        job = replace(job, cluster=Cluster(setup=("export KEY=k3y",)))
     else:
         texts[place] = "key: k3y"
     with pytest.raises(ConfigError, match="holds the value of WANDB_API_KEY") as raised:
