@@ -36,7 +36,10 @@ class Workers(Generic[T]):
         context = multiprocessing.get_context("fork")
         for _ in range(self._count):
             ours, its = context.Pipe()
-            process = context.Process(target=_serve, args=(its, [*self._processes, ours], self._work))
+            # A daemon: an error or a signal between two starts must leave none that the interpreter waits for.
+            process = context.Process(
+                target=_serve, args=(its, [*self._processes, ours], self._work), daemon=True
+            )
             self._processes[ours] = process
             process.start()
             its.close()

@@ -1,9 +1,12 @@
 """preprocess in pieces: the bytes of one process for any number of workers and size of pieces; what goes wrong."""
 
+import multiprocessing.util
 import os
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from fairseq_moe.convert.cli import main
 from fairseq_moe.convert.preprocess import preprocess
 from fairseq_moe.convert.text.parts import own_parts
 from fairseq_moe.convert.text.pieces import cut, fitting_piece_bytes
+from fairseq_moe.convert.text.workers import Workers
 from fairseq_moe.errors import ConfigError, MoEError
 from tests.helpers.byte_tokenizer import reference_data, write_byte_model
 
@@ -214,3 +218,32 @@ def test_a_signal_keeps_what_is_finished(
     monkeypatch.undo()
     assert main(command) == 0
     assert _bytes(tmp_path / "data", "train") == reference_data(model, texts, tmp_path / "train")
+
+
+def test_a_start_that_fails_leaves_no_worker_that_the_interpreter_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    starter = os.fork()
+    if starter == 0:
+        start, started = ForkProcess.start, list[ForkProcess]()
+
+        def only_one(process: ForkProcess) -> None:
+            if started:
+                raise OSError("no more processes")
+            started.append(process)
+            start(process)
+
+        monkeypatch.setattr(ForkProcess, "start", only_one)
+        workers = Workers(2, print)
+        with suppress(OSError), workers:
+            pass
+        multiprocessing.util._exit_function()  # as an interpreter that ends
+        os._exit(0)
+    ended, deadline = (0, 0), time.monotonic() + 30
+    while ended == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.02)
+        ended = os.waitpid(starter, os.WNOHANG)
+    if ended == (0, 0):
+        os.kill(starter, signal.SIGKILL)  # its worker then ends by itself
+        os.waitpid(starter, 0)
+    assert ended == (starter, 0)
