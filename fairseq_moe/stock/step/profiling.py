@@ -151,10 +151,15 @@ class NsysTool:
         return context
 
     def stop(self, updates: range) -> None:
-        """End the range when the GPU has done its updates."""
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
-        logger.info("marked for nsys: updates %d to %d on rank %d.", updates[0], updates[-1], rank())
+        """End the range when the GPU has done its updates; one that has failed ends no run in another way."""
+        span = f"updates {updates[0]} to {updates[-1]} on rank {rank()}"
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+        except RuntimeError as error:
+            logger.warning("the range of %s was not closed for nsys (%s).", span, error)
+        else:
+            logger.info("marked for nsys: %s.", span)
 
 
 def profiler_of_run(cfg: Any, *, on_gpu: bool) -> StepProfiler | None:

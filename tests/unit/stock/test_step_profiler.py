@@ -1,7 +1,10 @@
 """Which updates a profiler starts before and stops after, with a tool that only writes down what it is asked."""
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import torch
 
 from tests.helpers.ranks import run_ranks
 
@@ -58,3 +61,24 @@ def test_window() -> None:
         ["start", "update 2", "update 3", "end", [2, 3]],
         ["end"],
     ]
+
+
+def _said_of_a_failed_gpu(rank: int) -> list[str]:
+    """Close the range of updates 2 and 3 on a GPU that answers with an error only."""
+    from fairseq_moe.stock.step import profiling
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    profiling.logger.addHandler(handler)
+    torch.cuda.synchronize = fail  # type: ignore[assignment]
+    profiling.NsysTool().stop(range(2, 4))
+    return said
+
+
+def test_a_failed_gpu_is_no_second_error() -> None:
+    [[sentence]] = run_ranks(_said_of_a_failed_gpu, 1)
+    assert sentence.startswith("the range of updates 2 to 3 on rank 0 was not closed for nsys (CUDA error: ")
