@@ -1,8 +1,10 @@
 """Job scripts with real training in them: two CPU ranks under a stub of SLURM; torchrun on two nodes of one machine."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import sys
 from dataclasses import replace
@@ -21,8 +23,8 @@ from tests.helpers.ranks import REPOSITORY, CommandResult
 from tests.helpers.scheduler import Scheduler, Start, write_program
 
 _FLAGS = ("--disable-validation", "--no-epoch-checkpoints", "--max-update", "8")
-# Rank 0 waits in its fifth update, so that TERM comes while four are done.
-_PAUSE = {"FAIRSEQ_MOE_FAULT": "train.forward@0@5=sleep:4"}
+# Rank 0 waits in its fifth update, so that TERM comes while four are done, on a busy machine too.
+_PAUSE = {"FAIRSEQ_MOE_FAULT": "train.forward@0@5=sleep:8"}
 _LOSS = re.compile(r'"loss": "([\d.]+)".*"num_updates": "(\d+)"')
 
 
@@ -81,6 +83,7 @@ def test_term_saves_and_the_job_goes_on_when_it_is_queued_again(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_after_a_failed_save_the_job_has_failed_and_is_not_queued_again(
     text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +98,7 @@ def test_after_a_failed_save_the_job_has_failed_and_is_not_queued_again(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_torchrun_joins_nodes_by_number_and_address(tmp_path: Path) -> None:
     show = write_program(tmp_path / "show", 'echo "rank $RANK of $WORLD_SIZE is $LOCAL_RANK here: $*"\n')
     job = plain_job("interactive", "none", tmp_path / "run", (str(show), "a b"))
@@ -107,7 +111,12 @@ def test_torchrun_joins_nodes_by_number_and_address(tmp_path: Path) -> None:
     assert refused.returncode == 2
     at += ["MASTER_ADDR=127.0.0.1", f"MASTER_PORT={_free_port()}"]
     nodes = [start_process(*at, f"NODE_RANK={node}", "bash", script, cwd=tmp_path) for node in range(2)]
-    outputs = [node.communicate(timeout=100)[0] for node in nodes]
+    try:
+        outputs = [node.communicate(timeout=140)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
     assert [node.returncode for node in nodes] == [0, 0], outputs
     for node, output in enumerate(outputs):
         assert f"rank {node} of 2 is 0 here: a b\n" in output
