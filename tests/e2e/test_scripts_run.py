@@ -107,7 +107,7 @@ def test_torchrun_joins_nodes_by_number_and_address(tmp_path: Path) -> None:
     script.write_text(render(job))
     at = ["env", f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}"]
     refused = start_process(*at, "bash", script, cwd=tmp_path)
-    assert "not set: NODE_RANK MASTER_ADDR MASTER_PORT." in refused.communicate(timeout=20)[0]
+    assert "not set: NODE_RANK MASTER_ADDR MASTER_PORT." in refused.communicate(timeout=60)[0]
     assert refused.returncode == 2
     at += ["MASTER_ADDR=127.0.0.1", f"MASTER_PORT={_free_port()}"]
     nodes = [start_process(*at, f"NODE_RANK={node}", "bash", script, cwd=tmp_path) for node in range(2)]

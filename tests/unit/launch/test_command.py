@@ -150,7 +150,11 @@ def test_words_survive_a_shell() -> None:
     odd = "a 'b' \"c\" $HOME `d` \\ ;&|*\n"
     words = command(collect(["laptop", f"comment={odd}", "--", "--x", odd], {}))
     assert words[-1] == odd
-    assert tuple(shlex.split(command_text(words))) == words
+    line = f"printf '%s\\0' {command_text(words)}"
+    printed = subprocess.run(
+        ["bash", "-c", line], capture_output=True, check=True, timeout=60
+    ).stdout.decode()
+    assert tuple(printed.split("\0")[:-1]) == words
 
 
 def test_a_run_is_named_as_modelzoo_names_it() -> None:
@@ -212,7 +216,7 @@ def test_the_branchs_commands_are_recipes(recipe: str, script: str) -> None:
         env={**environment, "DRY_RUN": "1"},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=True,
     ).stdout
     words = shlex.split(printed)

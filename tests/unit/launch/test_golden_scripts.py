@@ -36,7 +36,7 @@ def test_bash_accepts_the_script_and_what_ranks_run(name: str) -> None:
 
 def _check(text: str) -> None:
     found = subprocess.run(
-        ["bash", "-n"], input=text, text=True, capture_output=True, timeout=20, check=False
+        ["bash", "-n"], input=text, text=True, capture_output=True, timeout=60, check=False
     )
     assert (found.returncode, found.stderr) == (0, "")
 

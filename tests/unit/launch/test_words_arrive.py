@@ -91,7 +91,7 @@ def test_the_command_alone_can_be_typed(tmp_path: Path) -> None:
     show = write_program(tmp_path / "show", _SHOW)
     subprocess.run(
         ["bash", "-c", command_text([str(show), *words])],
-        env={"NOTE": "", "SHOWN": str(tmp_path / "shown"), "PATH": "/usr/bin:/bin"}, check=True, timeout=20,
+        env={"NOTE": "", "SHOWN": str(tmp_path / "shown"), "PATH": "/usr/bin:/bin"}, check=True, timeout=60,
     )  # fmt: skip
     assert (tmp_path / "shown").read_bytes().decode().split("\0")[1:-1] == words
 
