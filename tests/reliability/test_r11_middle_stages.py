@@ -102,8 +102,9 @@ def _skip(rank: int, save_dir: str, cases: dict[str, Spoilt]) -> dict[str, Any]:
 
 
 @pytest.mark.slow_reliability
+@pytest.mark.timeout(600)
 def test_what_a_middle_stage_spoils_is_skipped_by_all_and_named(tmp_path: Path) -> None:
-    by_rank = run_ranks(_skip, 4, str(tmp_path), _CASES, timeout=100)
+    by_rank = run_ranks(_skip, 4, str(tmp_path), _CASES, timeout=560)
     for name, case in _CASES.items():
         for rank, found in enumerate(by_rank):
             *held, said, scale = found[name]

@@ -40,7 +40,7 @@ def _run(data: Path, save_dir: Path, *flags: Any, world_size: int = 2, **signals
     argv = train_argv(data, save_dir, *_FLAGS, *flags)
     env = signal_at(**signals) if signals else {}
     result = run_cli(
-        "tests.reliability.starts", argv, world_size=world_size, function="train", env=env, timeout=60
+        "tests.reliability.starts", argv, world_size=world_size, function="train", env=env, timeout=100
     )
     assert result.exit_codes == [0] * world_size, result.output[-3000:]
     return result
@@ -99,6 +99,7 @@ def test_parts_of_states_are_saved_at_sigterm_too(flags: list[str], text_data: P
 
 
 @pytest.mark.slow_reliability
+@pytest.mark.timeout(300)  # three runs of four ranks
 def test_a_signal_to_a_middle_stage_stops_all_of_them(text_data: Path, tmp_path: Path) -> None:
     flags = ("--pipeline-model-parallel-size", 4, "--decoder-layers", 4, "--update-freq", 2)
     whole = _digests(_run(text_data, tmp_path / "whole", *flags, world_size=4))
