@@ -36,13 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
-    args = _parser().parse_args(words[:cut])
+    args, others = _parser().parse_known_args(words[:cut])
     if args.list:
         print(_listing(), end="")
         return 0
     logging.getLogger("hydra").setLevel(logging.WARNING)  # which fairseq uses to read flags
     try:
-        resolution = resolve_all([*args.words, *words[cut:]], os.environ)
+        resolution = resolve_all([*args.words, *others, *words[cut:]], os.environ)
         for note in resolution.notes:
             print(f"{_PROGRAM}: {note}", file=sys.stderr)
         if args.show_origin:
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
         usage=f"{_PROGRAM} [--list] [--show-origin] RECIPE [key=value ...] [-- flags of fairseq-train]",
+        allow_abbrev=False,
         description="Start a training job from a recipe. Later layers override earlier ones: recipe, cluster file, run "
         "file, environment (ModelZoo's variables), command line; flags after -- come last of all. DRY_RUN=1 prints "
         "settings, plan, script and command and starts nothing; DRY_RUN=2 also builds each stage without memory.",
