@@ -65,7 +65,7 @@ def configured(args: argparse.Namespace) -> Any:
 def _refusal(error: Exception) -> str:
     """Say what stock raised over a value, on one line."""
     reason = " ".join(str(error).split()).rstrip(".")
-    return f"fairseq-train cannot read these flags ({type(error).__name__}: {reason}); correct the value."
+    return f"the flags cannot be read ({type(error).__name__}: {reason}); correct the value."
 
 
 def _none_said(argv: Sequence[str]) -> str:

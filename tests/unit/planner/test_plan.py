@@ -167,7 +167,7 @@ BAD = {
     ),
     "a value that hydra reads otherwise": (
         [*SMALL.split(), "--save-dir", "${}"],
-        ["cannot read these flags"],
+        ["the flags cannot be read ("],
     ),
     "a directory without words": (
         ["/no/data", *SMALL.replace("--task dummy_lm --dict-size 44", _LANGUAGE).split()],
