@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from fairseq_moe.launch.command import data_of
 from fairseq_moe.launch.layers import Layered
 from fairseq_moe.launch.sizes import Sizes
+from fairseq_moe.planner.devices import DEVICES
 
 __all__ = ["mount_of", "secret_problems", "setting_notes", "setting_problems"]
 
@@ -46,6 +47,8 @@ def _ranks(layered: Layered, sizes: Sizes) -> Iterator[str]:
     both = layered["layers_per_vp"] is not None and layered["vpp"] > 1
     if both and layered.ranks["layers_per_vp"] == layered.ranks["vpp"]:
         yield "vpp and layers_per_vp both say how many stages a pipeline rank has; leave one of the two out."
+    if layered["device"].lower() not in DEVICES:
+        yield f"device is {layered['device']!r}, expected one of {', '.join(DEVICES)}."
     if layered["precision"] == "fp8" and sizes.on_cpu:
         yield "precision fp8 needs GPUs; on CPUs flags.moe-fp8=emulate shows what it does to losses."
 

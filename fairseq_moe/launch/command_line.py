@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fairseq_moe.errors import ConfigError, MoEError
 from fairseq_moe.launch.files import find_file, names
@@ -15,9 +16,11 @@ from fairseq_moe.launch.resolve import Resolution, resolve_all
 from fairseq_moe.launch.settings import MAPS, SETTINGS
 from fairseq_moe.launch.submit import submit
 from fairseq_moe.launch.written import origins_table, resolved_yaml
+from fairseq_moe.models.presets import PRESETS
 from fairseq_moe.planner.built import built_lines
 from fairseq_moe.planner.devices import Device, device_named
 from fairseq_moe.planner.making import plan_job
+from fairseq_moe.planner.reading import Job as PlannedJob
 from fairseq_moe.planner.reading import read_job
 
 __all__ = ["main"]
@@ -36,13 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
-    args = _parser().parse_args(words[:cut])
+    args, others = _parser().parse_known_args(words[:cut])
     if args.list:
         print(_listing(), end="")
         return 0
     logging.getLogger("hydra").setLevel(logging.WARNING)  # which fairseq uses to read flags
     try:
-        resolution = resolve_all([*args.words, *words[cut:]], os.environ)
+        resolution = resolve_all([*args.words, *others, *words[cut:]], os.environ)
         for note in resolution.notes:
             print(f"{_PROGRAM}: {note}", file=sys.stderr)
         if args.show_origin:
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
         usage=f"{_PROGRAM} [--list] [--show-origin] RECIPE [key=value ...] [-- flags of fairseq-train]",
+        allow_abbrev=False,
         description="Start a training job from a recipe. Later layers override earlier ones: recipe, cluster file, run "
         "file, environment (ModelZoo's variables), command line; flags after -- come last of all. DRY_RUN=1 prints "
         "settings, plan, script and command and starts nothing; DRY_RUN=2 also builds each stage without memory.",
@@ -108,8 +112,7 @@ def _dry_run(resolution: Resolution, *, builds: bool) -> int:
     for title, text in parts.items():
         print(f"# {title}\n{text}")
     if builds:
-        read = read_job(job.command[1:], num_ranks=job.num_ranks, device=_device_of(resolution))
-        print("\n".join(["# built", *built_lines(read)]))
+        print("\n".join(["# built", *built_lines(_read(resolution))]))
     return 0
 
 
@@ -128,8 +131,21 @@ def _device_of(resolution: Resolution) -> Device:
     return device_named("cpu" if on_cpu else resolution.layered["device"])
 
 
+def _read(resolution: Resolution) -> PlannedJob:
+    """Read the command for the planner; data that lie elsewhere have as many words as vocab_size says."""
+    job, layered = resolution.job, resolution.layered
+    data = layered["data_path"]
+    is_elsewhere = data is not None and not (Path(data) / "dict.txt").is_file()
+    words = layered["vocab_size"] if is_elsewhere else None
+    if is_elsewhere and words is None and layered["arch"] not in PRESETS:
+        raise ConfigError(
+            [
+                f"data_path is {data!r}, which has no dict.txt here to plan with; give vocab_size=N, its number of words."
+            ]
+        )
+    return read_job(job.command[1:], num_ranks=job.num_ranks, device=_device_of(resolution), num_words=words)
+
+
 def _plan_texts(resolution: Resolution) -> dict[str, str]:
-    job, device = resolution.job, _device_of(resolution)
-    read = read_job(job.command[1:], num_ranks=job.num_ranks, device=device)
-    found = plan_job(read, device=device)
+    found = plan_job(_read(resolution), device=_device_of(resolution))
     return {"plan.txt": found.table(), "plan.json": json.dumps(found.as_json(), indent=1) + "\n"}

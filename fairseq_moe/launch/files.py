@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fairseq_moe.launch.settings import MAPS
+
 __all__ = ["find_file", "flat", "names", "read_yaml"]
 
 _FOLDERS = {"recipe": "recipes", "cluster": "clusters"}
@@ -31,8 +33,11 @@ def find_file(kind: str, name: str) -> Path:
         ValueError: one sentence.
     """
     if name.endswith((".yaml", ".yml")):
-        if Path(name).is_file():
-            return Path(name)
+        try:
+            if Path(name).is_file():
+                return Path(name)
+        except OSError as error:  # a name that is too long, a folder that may not be looked into
+            raise ValueError(f"{kind} is {name!r}, which cannot be read ({error.strerror}).") from error
         raise ValueError(f"{kind} is {name!r}, and there is no such file.")
     if kind not in _FOLDERS:
         raise ValueError(f"{kind} is {name!r}, expected the path of a .yaml file.")
@@ -59,20 +64,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
             raise ValueError(f"{path} does not hold a map of keys to values.")
-        return flat(OmegaConf.to_container(loaded, resolve=False))
+        values = OmegaConf.to_container(loaded, resolve=False)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as YAML: {reason}") from error
+    except RecursionError as error:
+        raise ValueError(
+            f"{path} cannot be read as YAML: it is nested too deeply, or holds itself."
+        ) from error
+    try:
+        return flat(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def flat(values: Any) -> dict[str, Any]:
-    """Write the keys of maps within a map with a dot; flags with dashes, as they are typed."""
+    """Write the keys of maps within a map with a dot; flags with dashes, as they are typed.
+
+    Raises:
+        ValueError: two spellings of one key.
+    """
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= {spelled(f"{key}.{inner}"): one for inner, one in value.items()}
-        else:
-            found[spelled(str(key))] = value
+        if value is None and key in MAPS:
+            continue  # a map without entries
+        entries = (
+            {f"{key}.{inner}": one for inner, one in value.items()}
+            if isinstance(value, Mapping)
+            else {str(key): value}
+        )
+        for written, one in entries.items():
+            if spelled(written) in found:
+                raise ValueError(f"{spelled(written)} is given twice; leave one out.")
+            found[spelled(written)] = one
     return found
 
 

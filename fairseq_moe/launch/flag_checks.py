@@ -1,12 +1,10 @@
 """Parse a training command as the ranks will, and say what they would say about it, before anything is submitted."""
 
-import contextlib
-import io
-import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from fairseq_moe.errors import ConfigError
 
 __all__ = ["Told", "check_flags"]
 
@@ -34,32 +32,17 @@ def check_flags(argv: Sequence[str], *, num_ranks: int) -> Told:
     from fairseq_moe.flags.megatron_aliases import argument_warnings
     from fairseq_moe.flags.parallel_checks import parallel_notes
     from fairseq_moe.flags.pipeline_checks import pipeline_notes
+    from fairseq_moe.planner.parsing import configured, parsed
 
-    cfg = _parsed(argv)
-    if isinstance(cfg, str):
-        return Told(problems=[cfg], notes=[])
+    try:
+        cfg = configured(parsed(argv))
+    except ConfigError as error:
+        return Told(problems=[f"fairseq-train would say: {problem}" for problem in error.problems], notes=[])
     problems = _problems(cfg, num_ranks)
     if problems:
         return Told(problems=problems, notes=[])
     notes = [*argument_warnings(cfg.model), *parallel_notes(cfg.model), *pipeline_notes(cfg)]
     return Told(problems=[], notes=notes)
-
-
-def _parsed(argv: Sequence[str]) -> Any:
-    """Parse as fairseq-train does: its configuration, or the sentence with which its parser ends."""
-    from fairseq import options
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            args = options.parse_args_and_arch(options.get_training_parser(), list(argv))
-    except SystemExit:
-        last = printed.getvalue().strip().splitlines()[-1:] or ["its flags cannot be parsed"]
-        return f"fairseq-train would say: {re.sub(r'^.*?error: ', '', last[0])}."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # hydra's, about how fairseq calls it
-        return convert_namespace_to_omegaconf(args)
 
 
 def _problems(cfg: Any, num_ranks: int) -> list[str]:

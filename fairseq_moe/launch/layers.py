@@ -151,7 +151,7 @@ def _files(above: Sequence[Layer], environ: Mapping[str, str], problems: list[st
     found: dict[str, Layer] = {}
     for kind in ("run", "recipe", "cluster"):
         naming = [found["run"], *above] if "run" in found else list(above)
-        named = [layer.values[kind] for layer in naming if layer.values.get(kind) is not None]
+        named = [layer.values[kind] for layer in naming if layer.values.get(kind) not in (None, "")]
         if not named:
             continue
         try:

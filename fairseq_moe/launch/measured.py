@@ -1,6 +1,7 @@
 """Say what came of a run, beside what was planned: ``python -m fairseq_moe.launch.measured RUN_DIR``."""
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -44,7 +45,11 @@ def write_measured(run_dir: Path) -> Path:
     records = list(_records(log))
     if not records:
         raise ConfigError([f"{log} holds no record of an update; train with --log-format json."])
-    gib = [float(record["cuda_gb_allocated"]) for record in records if "cuda_gb_allocated" in record]
+    gib = [
+        float(record["cuda_gb_allocated"])
+        for record in records
+        if _is_number(record.get("cuda_gb_allocated"))
+    ]
     speeds = [float(record["wps"]) for record in records]
     measured = {
         "updates": max(int(record["num_updates"]) for record in records),
@@ -77,14 +82,26 @@ def _records(log: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(found[0]) if found else None
             except ValueError:
                 continue
-            if isinstance(record, dict) and {"wps", "num_updates"} <= set(record):
+            if isinstance(record, dict) and all(
+                _is_number(record.get(key)) for key in ("wps", "num_updates")
+            ):
                 yield record
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether a value is one that can be averaged: of a number that is not there, fairseq writes words."""
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _planned(path: Path) -> dict[str, Any] | None:
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return None
+    if not isinstance(plan, dict):
         return None
     return {key: plan.get(key) for key in ("words_per_sec", "step_sec", "peak_bytes")}
 

@@ -38,6 +38,8 @@ def write_run_directory(job: Job, texts: Mapping[str, str]) -> Path:
     _check_whose(job.run_dir, run)
     write_text(job.run_dir / VERSIONS, json.dumps({"run": run, **versions()}, indent=1) + "\n")
     for folder in _FOLDERS:
+        if (job.run_dir / folder).exists() and not (job.run_dir / folder).is_dir():
+            raise ConfigError([f"{job.run_dir / folder} is a file, where logs or profiles go; move it away."])
         (job.run_dir / folder).mkdir(exist_ok=True)
     for name, text in {**texts, "command.sh": command_text(job.command), SCRIPT: script}.items():
         write_text(job.run_dir / name, text)

@@ -70,7 +70,7 @@ SETTINGS: dict[str, Setting] = {
     # model and data
     "model": _text("what the run's name says that is trained"),
     "arch": _text("--arch"),
-    "vocab_size": _number("words of the synthetic data, special ones included"),
+    "vocab_size": _number("words of the synthetic data, 4 special ones included", least=5),
     "num_layers": _number("--decoder-layers (default: those of the arch)"),
     "data_path": _path("directory of preprocessed text; without any, synthetic data (--task dummy_lm)"),
     "dataset": _text("name in datasets of the directory to train on"),
@@ -156,6 +156,7 @@ _PATH_MAPS = ("env", "datasets")
 _THEIRS = {"ENV_VARS": "env", "MODEL_ARGS": "flags"}
 
 _ON, _OFF = ("1", "true", "yes"), ("0", "false", "no")
+_MAX_DIGITS = 18  # all numbers of so many fit 64 bits
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -198,6 +199,11 @@ def read_value(key: str, given: Any, environ: Mapping[str, str]) -> Any:
     if dot:
         return _filled(key, given, environ) if first in _PATH_MAPS else _flag_value(key, given)
     setting = SETTINGS[key]
+    if setting.choices and isinstance(given, bool):
+        raise ValueError(
+            f"{key} is {str(given).lower()} (YAML reads on, off, yes and no so, too), expected one of "
+            f"{', '.join(setting.choices)}."
+        )
     value = _READERS[setting.kind](key, given, environ)
     if setting.choices and value not in setting.choices:
         raise ValueError(f"{key} is {given!r}, expected one of {', '.join(setting.choices)}.")
@@ -225,8 +231,10 @@ def _filled(key: str, given: Any, environ: Mapping[str, str]) -> str:
     if isinstance(given, bool) or not isinstance(given, str | int | float):
         raise ValueError(f"{key} is {given!r}, expected text.")
     text = str(given)
-    if "$(" in text or "`" in text:
+    if "$(" in text or "`" in text or "${" in _VARIABLE.sub("", text):
         raise ValueError(f"{key} is {text!r}, but no shell is run; only ${{VARIABLE}} is filled in.")
+    if text.startswith("~") and not key.startswith("env."):
+        raise ValueError(f"{key} is {text!r}, but no shell is run; write ${{HOME}} in place of ~.")
     missing = [name for name in _VARIABLE.findall(text) if name not in environ]
     if missing:
         raise ValueError(f"{key} is {text!r}, and the environment has no {', '.join(missing)}; set it.")
@@ -236,6 +244,8 @@ def _filled(key: str, given: Any, environ: Mapping[str, str]) -> str:
 def _read_number(key: str, given: Any, environ: Mapping[str, str]) -> int:
     if isinstance(given, bool) or not re.fullmatch(r"[+-]?\d+", str(given).strip()):
         raise ValueError(f"{key} is {given!r}, expected a whole number.")
+    if len(str(given)) > _MAX_DIGITS:
+        raise ValueError(f"{key} is a number of {len(str(given))} digits, expected at most {_MAX_DIGITS}.")
     return int(given)
 
 

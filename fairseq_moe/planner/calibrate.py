@@ -4,6 +4,7 @@
 ``train.jsonl`` (``--log-format json``), of which the last half counts, when rates have settled.
 """
 
+import contextlib
 import json
 import statistics
 from dataclasses import dataclass
@@ -46,17 +47,15 @@ def compare(run_dir: Path) -> list[Comparison]:
     Raises:
         MoEError: there is no plan, or nothing was measured.
     """
-    plan = _read_json(run_dir / "plan.json")
+    (low, high), peak_bytes = _planned(run_dir / "plan.json")
     measured = _measured(run_dir)
     found = []
     if "words_per_sec" in measured:
-        low, high = sorted(plan["words_per_sec"])
         found.append(Comparison(what="words/s", planned=(low, high), measured=measured["words_per_sec"]))
     if "peak_bytes" in measured:
-        planned = plan["peak_bytes"] - max(stage["margin_bytes"] for stage in plan["stages"])
         found.append(
             Comparison(
-                what="peak bytes, margin left out", planned=(planned,), measured=measured["peak_bytes"]
+                what="peak bytes, margin left out", planned=(peak_bytes,), measured=measured["peak_bytes"]
             )
         )
     if not found:
@@ -67,15 +66,34 @@ def compare(run_dir: Path) -> list[Comparison]:
     return found
 
 
+def _planned(path: Path) -> tuple[tuple[float, float], float]:
+    """Read words per second, from the slowest to the fastest, and the peak without its margin."""
+    plan = _read_json(path)
+    try:
+        low, high = sorted(map(float, plan["words_per_sec"]))
+        peak_bytes = float(plan["peak_bytes"] - max(stage["margin_bytes"] for stage in plan["stages"]))
+    except (KeyError, TypeError, ValueError) as error:
+        low = high = peak_bytes = 0.0
+        reason = f" ({type(error).__name__}: {error})"
+    else:
+        reason = ""
+    if min(low, peak_bytes) <= 0:
+        raise MoEError(
+            f"{path} is not a plan of this version{reason}; write it anew with fairseq-moe-plan --json, or start the "
+            "run's command again."
+        )
+    return (low, high), peak_bytes
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoEError(f"cannot read {path} ({error.strerror}); give the directory of a run.") from error
-    except ValueError as error:
-        raise MoEError(f"{path} is no JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise MoEError(f"{path} is damaged: it is no JSON ({error}).") from error
     if not isinstance(found, dict):
-        raise MoEError(f"{path} holds no JSON object.")
+        raise MoEError(f"{path} is damaged: it holds no JSON object.")
     return found
 
 
@@ -107,9 +125,10 @@ def _logged(path: Path) -> tuple[list[float], list[float]]:
         except ValueError:
             continue  # other lines of the log
         for key, into in (("wps", rates), ("cuda_gb_allocated", allocated)):
-            value = values.get(key, values.get(f"train_{key}")) if isinstance(values, dict) else None
-            if value not in (None, "", "0"):
-                into.append(float(value))
+            value: Any = values.get(key, values.get(f"train_{key}")) if isinstance(values, dict) else None
+            with contextlib.suppress(TypeError, ValueError):  # a number that was not there yet
+                if float(value) > 0:
+                    into.append(float(value))
     return rates, allocated
 
 

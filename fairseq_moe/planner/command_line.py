@@ -69,6 +69,8 @@ def _run(options: argparse.Namespace, flags: list[str]) -> int:
 
 def _draw(path: Path, job: Job, found: Plan) -> None:
     mapping = job.mapping
+    if not path.suffix:  # matplotlib would choose one, and write another file
+        raise MoEError(f"--picture is {str(path)!r}, expected a file that ends in .png, .svg or .pdf.")
     try:
         draw(
             path, found, pipe=mapping.grid.pipe, virtual=mapping.virtual, micro_batches=mapping.micro_batches

@@ -1,18 +1,12 @@
 """Read flags as ``fairseq-train`` does, without a data directory, and say everything that keeps them from running."""
 
 import argparse
-import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairseq import options
 from fairseq.data import Dictionary
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from fairseq_moe.data.identity_dictionary import load_identity
 from fairseq_moe.errors import ConfigError
@@ -21,12 +15,24 @@ from fairseq_moe.flags.records import flag_name, getter
 from fairseq_moe.models.presets import PRESETS
 from fairseq_moe.planner.devices import Device
 from fairseq_moe.planner.mapping import Mapping, Precision, mapping_of, precision_of
+from fairseq_moe.planner.parsing import configured, parsed
 from fairseq_moe.planner.shape import ModelShape, shape_of
 
 __all__ = ["Job", "read_job"]
 
 _SPECIAL_WORDS = 4  # of fairseq's dictionaries: <s>, <pad>, </s>, <unk>
 _PADDING = 1  # the number of <pad> there
+_AT_LEAST_ONE = (
+    "tokens_per_sample",
+    "batch_size",
+    "max_tokens",
+    "update_freq",
+    "dict_size",
+    "decoder_layers",
+    "decoder_embed_dim",
+    "decoder_ffn_embed_dim",
+    "decoder_attention_heads",
+)
 # Parts of stock's models that are not counted, and the values that leave them out.
 _NOT_COUNTED: dict[str, tuple[Any, ...]] = {
     "adaptive_input": (None, False),
@@ -75,7 +81,7 @@ def read_job(argv: Sequence[str], *, num_ranks: int, device: Device, num_words: 
     """
     if num_ranks < 1:
         raise ConfigError([f"the number of ranks is {num_ranks}, expected at least 1."])
-    args = _parsed(argv)
+    args = parsed(argv, modify_parser=_data_is_optional)
     args.distributed_world_size = num_ranks
     problems = _problems_of_args(args)
     if problems:
@@ -104,21 +110,6 @@ def read_job(argv: Sequence[str], *, num_ranks: int, device: Device, num_words: 
     )
 
 
-def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse flags; wrong ones are one sentence, not the usage of all of fairseq's."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            args: argparse.Namespace = options.parse_args_and_arch(
-                options.get_training_parser(), list(argv), modify_parser=_data_is_optional
-            )
-    except SystemExit:
-        lines = [line for line in said.getvalue().splitlines() if "error: " in line]
-        sentences = [line.split("error: ", 1)[1].rstrip(".") + "." for line in lines]
-        raise ConfigError(sentences or ["these flags are none of fairseq-train's."]) from None
-    return args
-
-
 def _data_is_optional(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if action.dest == "data" and not action.option_strings:
@@ -138,7 +129,17 @@ def _problems_of_args(args: argparse.Namespace) -> list[str]:
     ]
     if get("tokens_per_sample") is None:
         found.append("--tokens-per-sample is not given, expected the length of a sequence.")
-    return found
+    return [*found, *_sizes_below_one(args)]
+
+
+def _sizes_below_one(args: argparse.Namespace) -> Iterator[str]:
+    """Refuse sizes of which there must be some; stock looks at none, and ends in an exception."""
+    get = getter(args)
+    for name in _AT_LEAST_ONE:
+        value = get(name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < 1:
+                yield f"{flag_name(name)} is {number}, expected at least 1."
 
 
 def _words_of(args: argparse.Namespace, given: int | None) -> tuple[int, int]:
@@ -160,8 +161,8 @@ def _words_of(args: argparse.Namespace, given: int | None) -> tuple[int, int]:
     if preset is None:
         raise ConfigError(
             [
-                f"the size of the vocabulary is not known: {'no data directory is given' if path is None else path} "
-                "has no dict.txt; name a data directory, or give --vocabulary."
+                f"the size of the vocabulary is not known: there is no {path}; name a directory that "
+                "fairseq-preprocess has written, or give --vocabulary."
                 if path is not None
                 else "the size of the vocabulary is not known: name a data directory, or give --vocabulary."
             ]
@@ -183,19 +184,4 @@ def _configuration(args: argparse.Namespace, device: Device) -> Any:
     if device.runs_kernels:
         given.cpu = False
         given.moe_fp8 = None  # whether this machine has such a device does not matter
-    with _quiet():
-        return convert_namespace_to_omegaconf(given)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what hydra says of itself away from what people and machines read."""
-    hydra = logging.getLogger("hydra")
-    level = hydra.level
-    hydra.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hydra.setLevel(level)
+    return configured(given)

@@ -98,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Read a file that holds one JSON object; None where it is damaged or only half written."""
     try:
         found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

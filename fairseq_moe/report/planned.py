@@ -1,6 +1,6 @@
 """Compare a run with its plan: ``plan.json`` and ``measured.json``, whose keys are all named here, beside the log."""
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +139,7 @@ def _point(value: float | None) -> tuple[float, float] | None:
 
 def _positive(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and 0 < value < math.inf else None
+    return float(value) if is_number and 0 < value <= sys.float_info.max else None
 
 
 def _range(value: Any) -> tuple[float, float] | None:

@@ -100,6 +100,8 @@ def _write(files: RunFiles, facts: Facts, output: Path | None, *, refresh_sec: i
         refresh_sec=refresh_sec,
     )
     path = files.run_dir / REPORT_NAME if output is None else output
+    if path.is_dir():
+        raise MoEError(f"the page cannot be written to {path}, which is a directory; name a file in it.")
     half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         half.write_text(page.render(made), encoding="utf-8")

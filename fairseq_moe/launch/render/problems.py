@@ -1,5 +1,6 @@
 """Say why a job cannot be written down, in sentences, all at once."""
 
+import os
 import re
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ __all__ = ["render_problems"]
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d\d):(\d\d)")
+_LONGEST_NAME_BYTES = 255  # of Linux's file systems
 _LONGEST_LEAD_SEC = 65535  # of sbatch's --signal
 _CONTAINERS = {
     "sbatch": ("none", "pyxis", "apptainer"),
@@ -27,6 +29,11 @@ def _words(job: Job) -> Iterator[str]:
         yield "the job has no command; give the training program and its flags."
     if not re.fullmatch(r"[^/\x00-\x1f]+", job.name) or job.name in (".", ".."):
         yield f"the run's name is {job.name!r}, expected one line without '/'; it names a directory."
+    elif len(os.fsencode(job.name)) > _LONGEST_NAME_BYTES:
+        yield (
+            f"the run's name has {len(os.fsencode(job.name))} bytes, expected at most {_LONGEST_NAME_BYTES}: it names "
+            "a directory; give run_name."
+        )
     if not job.run_dir.is_absolute():
         yield f"the run directory is {str(job.run_dir)!r}, expected a path from the root: ranks start elsewhere."
     for name in job.env:
@@ -40,6 +47,8 @@ def _words(job: Job) -> Iterator[str]:
     for word in (*job.command, *job.env.values(), *job.cluster.srun_args, str(job.run_dir)):
         if "\0" in word:
             yield f"the word {word!r} holds a zero byte, which no command line can carry."
+        if re.search(r"[\ud800-\udfff]", word):  # how Python holds bytes that are no text
+            yield f"the word {word!r} is not UTF-8, in which the script is written; spell it otherwise."
     cluster = job.cluster
     for word in (cluster.account or "", cluster.partition or "", *cluster.sbatch_args, str(job.run_dir)):
         if re.search(r"[\x01-\x1f]", word):

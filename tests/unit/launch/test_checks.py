@@ -35,6 +35,7 @@ def problems(line: str, *, has_key: bool = False) -> list[str]:
         ("laptop precision=fp8", "precision fp8 needs GPUs"),
         ("laptop pretrain=0", "pretrain is false, and there is no load_path"),
         ("laptop wandb_mode=online", "the environment has no WANDB_API_KEY"),
+        ("laptop device=h1000", "device is 'h1000', expected one of h100,"),
         ("laptop profile_steps=1", "expected a first and a last update"),
         ("laptop dataset=wiky datasets.wiki=/w", "did you mean wiki?"),
         ("laptop dataset=wiki", "give data_path, or datasets in the cluster's file"),

@@ -26,6 +26,10 @@ CASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "dry run": (["laptop", "env.A=b c"], {"DRY_RUN": "1", "WANDB_API_KEY": "s3cret"}),
     "built": (["shrunk_8x7b"], {"DRY_RUN": "2"}),
     "refused": (["laptop", "gsb=1", "tp=x"], {}),
+    "unsorted": (["laptop", "--show-origin", "mbs=2", "gbs=4"], {}),
+    "misplaced": (["laptop", "--lr", "3"], {}),
+    "elsewhere": (["laptop", "data_path=/no/data"], {"DRY_RUN": "1"}),
+    "nowhere": (["laptop", "data_path=/no/data", "vocab_size="], {"DRY_RUN": "1"}),
     "checked": (["laptop", "ep=3", "gbs=7"], {"DRY_RUN": "1"}),
 }
 
@@ -106,6 +110,15 @@ def test_a_second_kind_of_dry_run_builds_every_stage(results: dict[str, Printed]
     assert all(planned == built for _, _, planned, built in rows)
 
 
+def test_data_that_lie_on_the_cluster_are_planned_with_the_words_given(results: dict[str, Printed]) -> None:
+    code, out, _ = results["elsewhere"]
+    assert (code, "  /no/data\n" in out) == (0, True)
+    assert "transformer_lm_gpt: 1,902,208 parameters" in out
+    code, out, err = results["nowhere"]
+    assert (code, out) == (2, "")
+    assert "data_path is '/no/data', which has no dict.txt here" in err
+
+
 def test_problems_are_a_sentence_each_and_code_2(results: dict[str, Printed]) -> None:
     code, out, err = results["refused"]
     assert (code, out) == (2, "")
@@ -117,6 +130,18 @@ def test_problems_are_a_sentence_each_and_code_2(results: dict[str, Printed]) ->
     assert (code, out) == (2, "")
     assert "gbs is 7" in err
     assert "--expert-model-parallel-size" in err
+
+
+def test_words_may_stand_on_both_sides_of_an_option(results: dict[str, Printed]) -> None:
+    code, out, _ = results["unsorted"]
+    assert code == 0
+    assert [line.split()[1] for line in out.splitlines() if line.split()[0] == "mbs"] == ["2"]
+
+
+def test_flags_of_training_that_come_too_early_are_named(results: dict[str, Printed]) -> None:
+    code, _, err = results["misplaced"]
+    assert code == 2
+    assert "'--lr' is no key=value; flags of fairseq-train come after a --." in err
 
 
 def _command(layered: Layered) -> Sequence[str]:

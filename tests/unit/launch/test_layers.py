@@ -24,6 +24,8 @@ def words(key: str) -> Sequence[str]:
         return "a", "b"
     if setting.choices:
         return setting.choices[0], setting.choices[1]
+    if key == "vocab_size":
+        return "5", "6"
     if key in ("run_time", "setup"):
         return "01:00:00", "02:00:00"
     return {"number": ("1", "2"), "switch": ("true", "false")}.get(setting.kind, ("7", "8"))
@@ -127,6 +129,14 @@ def refusal(arguments: list[str], environ: dict[str, str] | None = None) -> list
         ("output_path=${NOT_THERE}/a", "the environment has no NOT_THERE; set it."),
         ("output_path=$(date)", "no shell is run"),
         ("env.A=`date`", "no shell is run"),
+        ("output_path=${", "no shell is run"),
+        ("env.A=${HOME:-x}", "no shell is run"),
+        ("output_path=~/runs", "write ${HOME} in place of ~."),
+        ("container_mounts=/a,~/b", "write ${HOME} in place of ~."),
+        (f"gbs={'9' * 19}", "gbs is a number of 19 digits, expected at most 18."),
+        (f"gbs={'9' * 5000}", "gbs is a number of 5000 digits, expected at most 18."),
+        ("vocab_size=4", "vocab_size is 4, expected at least 5."),
+        (f"run={'a' * 300}.yaml", "cannot be read (File name too long)"),
         ("srun_args='a", "a quote is not closed"),
         ("recipe=deepseek_v4", "there is no recipe 'deepseek_v4'; did you mean deepseek_v3?"),
         ("recipe=there/is/none.yaml", "there is no such file"),
@@ -151,6 +161,38 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     ]
     assert "write flags" in problems[2]
     assert "in quotes" in problems[3]
+
+
+def test_an_empty_word_names_no_file() -> None:
+    layered = collect(["", "cluster=", "run="], {"MODEL": "laptop"})
+    assert (layered["recipe"], layered["cluster"], layered["run"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "wandb_mode: off\n",
+            "wandb_mode is false (YAML reads on, off, yes and no so, too), expected one of online",
+        ),
+        ("flags:\n  lr: 1\n  --lr: 2\n", "flags.lr is given twice; leave one out."),
+        ("flags:\n  lr: 1\nflags.lr: 2\n", "flags.lr is given twice; leave one out."),
+        ("a: &x [*x]\n", "it is nested too deeply, or holds itself."),
+        ("[" * 3000, "it is nested too deeply, or holds itself."),
+    ],
+)
+def test_a_file_is_refused_in_one_sentence(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    (problem,) = refusal([f"run={path}"])
+    assert "odd.yaml" in problem
+    assert sentence in problem
+
+
+def test_a_map_may_be_empty(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("flags:\nenv:\n")
+    assert collect([f"run={path}"], {}).map("flags") == {}
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a: [1\n", "b: ${oops\n"])

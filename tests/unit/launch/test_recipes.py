@@ -43,13 +43,13 @@ def resolved(rank: int) -> dict[str, Any]:
     """Of each recipe: its ranks, its configuration and its notes."""
     import fairseq_moe  # noqa: F401
     from fairseq_moe.launch.files import names
-    from fairseq_moe.launch.flag_checks import _parsed
     from fairseq_moe.launch.resolve import resolve_all
+    from fairseq_moe.planner.parsing import configured, parsed
 
     found = {}
     for name in names("recipe"):
         resolution = resolve_all([name], {})
-        cfg = _parsed(resolution.job.command[1:])
+        cfg = configured(parsed(resolution.job.command[1:]))
         found[name] = {
             "ranks": resolution.job.num_ranks,
             "update_freq": list(cfg.optimization.update_freq),

@@ -21,6 +21,8 @@ _FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"name": "a/b"}, "the run's name is 'a/b'"),
     ({"name": "a\nb"}, r"the run's name is 'a\nb'"),
     ({"name": ".."}, "the run's name is '..'"),
+    ({"name": "\u00e9" * 128}, "the run's name has 256 bytes, expected at most 255"),
+    ({"command": ("a", "b\udcff")}, "is not UTF-8"),
     ({"run_dir": Path("runs/x")}, "expected a path from the root"),
     ({"run_dir": Path("/runs/a\\b")}, "holds a backslash"),
     ({"env": {"A-B": "1"}}, "env has 'A-B'"),

@@ -222,6 +222,15 @@ def test_nodes_of_one_run_write_its_directory_together(
     assert not list(job.run_dir.glob("*.tmp*"))
 
 
+def test_a_file_where_logs_go_is_named(tmp_path: Path) -> None:
+    job = _local(tmp_path, "true\n")
+    write_run_directory(job, _TEXTS)
+    (job.run_dir / "logs").rmdir()
+    (job.run_dir / "logs").touch()
+    with pytest.raises(ConfigError, match="logs is a file, where logs or profiles go"):
+        write_run_directory(job, _TEXTS)
+
+
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_text("old")
@@ -240,11 +249,13 @@ def test_measured_reads_the_log_file_of_training_first(tmp_path: Path) -> None:
         "Namespace(no_progress_bar=False)",
         '{"train_loss": "1", "train_wps": "9"}',
         '{"num_updates": "10", "wps": "5", "cuda_gb_allocated": "1.5"}',
+        '{"num_updates": "15", "wps": null, "cuda_gb_allocated": "none"}',
         '{"num_updates": "20", "wps": "7.5", "cuda_gb_allocated": "2.5"}',
         '{"cut off',
     ]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     (tmp_path / "logs").mkdir()
+    (tmp_path / "plan.json").write_text("[]")
     (tmp_path / "logs" / "17.log").write_text('{"num_updates": "99", "wps": "99"}')
     found = json.loads(write_measured(tmp_path).read_text())
     assert found == {"updates": 20, "words_per_sec": 7.5, "peak_bytes": 2684354560, "planned": None}

@@ -147,6 +147,41 @@ BAD = {
         SMALL.replace("adam", "adafactor").replace("--lr 1e-4", "").split(),
         ["--optimizer is adafactor"],
     ),
+    "a picture without an ending": (
+        [*SMALL.split(), "--picture", "/no/picture"],
+        ["--picture is '/no/picture', expected a file that ends in .png, .svg or .pdf."],
+    ),
+    "no model": ([], ["no model is named; give --arch"]),
+    "a model that there is not": (
+        SMALL.replace("transformer_lm_gpt", "mixtral").split(),
+        ["--arch/-a is 'mixtral', which there is not; the nearest are mixtral_8"],
+    ),
+    "no task": (
+        SMALL.replace("--task dummy_lm --dict-size 44", "").split(),
+        ["--task is not given, and stock's is translation: give --task language_modeling"],
+    ),
+    "a value that stock evaluates": ([*SMALL.split(), "--update-freq", "[1"], ["(SyntaxError: "]),
+    "no such directory of code": (
+        [*SMALL.split(), "--user-dir", "/no/code"],
+        ["(FileNotFoundError: /no/code)"],
+    ),
+    "a value that hydra reads otherwise": (
+        [*SMALL.split(), "--save-dir", "${}"],
+        ["the flags cannot be read ("],
+    ),
+    "a directory without words": (
+        ["/no/data", *SMALL.replace("--task dummy_lm --dict-size 44", _LANGUAGE).split()],
+        ["there is no /no/data/dict.txt; name a directory that fairseq-preprocess has written"],
+    ),
+    "sizes below 1": (
+        f"{SMALL} --decoder-embed-dim 0 --decoder-attention-heads 0 --update-freq 0 --tokens-per-sample -5".split(),
+        [
+            "--decoder-embed-dim is 0, expected at least 1.",
+            "--decoder-attention-heads is 0, expected",
+            "--update-freq is 0, expected",
+            "--tokens-per-sample is -5, expected",
+        ],
+    ),
     "no rank": (["--ranks", "0", *SMALL.split()], ["the number of ranks is 0"]),
     "no run": (["--calibrate", "/no/such/directory"], ["cannot read /no/such/directory/plan.json"]),
     "no record": (["--load", "/no/such/record", *SMALL.split()], ["no load record at /no/such/record"]),
@@ -160,11 +195,44 @@ def test_bad_input_gets_sentences(name: str, capsys: pytest.CaptureFixture[str])
     assert main(arguments) == 2
     said = capsys.readouterr()
     lines = said.err.splitlines()
-    assert said.out == "" and len(lines) >= len(expected)
+    assert (said.out == "" or "--picture" in arguments) and len(lines) >= len(expected)
     for line in lines:
         assert line.startswith("fairseq-moe-plan: error: ") and line.endswith(".")
     for sentence in expected:
         assert any(sentence in line for line in lines), lines
+
+
+def _calibrated(folder: Path, plan_text: str, log: str = "") -> int:
+    (folder / "plan.json").write_text(plan_text)
+    (folder / "train.jsonl").write_text(log)
+    return main(["--calibrate", str(folder)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"words_per_sec": 3, "peak_bytes": 4, "stages": []}',
+        '{"words_per_sec": [0, 0], "peak_bytes": 4, "stages": [{"margin_bytes": 1}]}',
+        "[",
+        "[" * 100_000,
+        "[]",
+    ],
+)
+def test_a_damaged_plan_is_one_sentence(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _calibrated(tmp_path, text, '{"wps": "9"}\n') == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "plan.json is damaged" in line or "plan.json is not a plan of this version" in line
+
+
+def test_numbers_of_a_log_that_are_none_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_text = '{"words_per_sec": [1, 2], "peak_bytes": 4, "stages": [{"margin_bytes": 1}]}'
+    assert _calibrated(tmp_path, plan_text, '{"wps": "soon"}\n{"wps": [1]}\n{"wps": "4"}\n') == 0
+    assert "2.000" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_gets_three_changes_that_make_it_fit() -> None:

@@ -38,6 +38,7 @@ def test_log_from_elsewhere(tmp_path: Path) -> None:
         (["."], "holds no line of fairseq's JSON log and no record of the experts' load"),
         ([".", "--log", "nothing"], "no log at nothing"),
         (["full", "--output", "missing/page.html"], "the page cannot be written to"),
+        (["full", "--output", "."], "which is a directory; name a file in it"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_code_2(

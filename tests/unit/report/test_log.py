@@ -53,6 +53,13 @@ def test_output_of_a_rank_tells_of_skipped_updates_and_of_the_end(tmp_path: Path
     assert not read(tmp_path, f"{OUTPUT}{inner(2)}\n{end}{OUTPUT}{inner(4)}\n").has_ended  # it was continued
 
 
+def test_numbers_too_large_and_lines_too_deep_end_nothing(tmp_path: Path) -> None:
+    log = read(tmp_path, f'{{"num_updates": "2", "loss": 1{"0" * 400}}}\n{{"a": {"[" * 100_000}\n{inner(4)}')
+    assert updates(log) == [2, 4]
+    assert "loss" not in log.train[0].values
+    assert list(log.num_damaged.values()) == [1]
+
+
 def test_damaged_and_half_written_lines_are_counted(tmp_path: Path) -> None:
     half = inner(6)[:30]
     log = read(

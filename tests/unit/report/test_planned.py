@@ -89,3 +89,7 @@ def test_thinned_series_keep_their_mean_and_end() -> None:
     found, step = thinned(series(1, 2, 3, 4, 5, 6, 7), most=3)
     assert (step, found.updates, found.values) == (3, [3, 6, 7], [2, 5, 7])
     assert thinned(series(1, 2), most=2) == (series(1, 2), 1)
+
+
+def test_a_number_beyond_all_others_is_left_out() -> None:
+    assert Planned.from_json({"flops_per_token": 10**400, "num_ranks": 2}) == Planned(num_ranks=2.0)
