@@ -1,6 +1,5 @@
 """Say why a job cannot be written down, in sentences, all at once."""
 
-import os
 import re
 from collections.abc import Iterator
 
@@ -29,9 +28,9 @@ def _words(job: Job) -> Iterator[str]:
         yield "the job has no command; give the training program and its flags."
     if not re.fullmatch(r"[^/\x00-\x1f]+", job.name) or job.name in (".", ".."):
         yield f"the run's name is {job.name!r}, expected one line without '/'; it names a directory."
-    elif len(os.fsencode(job.name)) > _LONGEST_NAME_BYTES:
+    elif len(job.name.encode(errors="surrogateescape")) > _LONGEST_NAME_BYTES:
         yield (
-            f"the run's name has {len(os.fsencode(job.name))} bytes, expected at most {_LONGEST_NAME_BYTES}: it names "
+            f"the run's name has {len(job.name.encode(errors='surrogateescape'))} bytes, expected at most {_LONGEST_NAME_BYTES}: it names "
             "a directory; give run_name."
         )
     if not job.run_dir.is_absolute():
