@@ -139,9 +139,7 @@ def _read(resolution: Resolution) -> PlannedJob:
     words = layered["vocab_size"] if is_elsewhere else None
     if is_elsewhere and words is None and layered["arch"] not in PRESETS:
         raise ConfigError(
-            [
-                f"data_path is {data!r}, which has no dict.txt here to plan with; give vocab_size=N, its number of words."
-            ]
+            [f"data_path is {data!r}, which has no dict.txt here to plan with; give vocab_size=N, its words."]
         )
     return read_job(job.command[1:], num_ranks=job.num_ranks, device=_device_of(resolution), num_words=words)
 

@@ -28,10 +28,10 @@ def _words(job: Job) -> Iterator[str]:
         yield "the job has no command; give the training program and its flags."
     if not re.fullmatch(r"[^/\x00-\x1f]+", job.name) or job.name in (".", ".."):
         yield f"the run's name is {job.name!r}, expected one line without '/'; it names a directory."
-    elif len(job.name.encode(errors="surrogateescape")) > _LONGEST_NAME_BYTES:
+    elif (num_bytes := len(job.name.encode(errors="surrogateescape"))) > _LONGEST_NAME_BYTES:
         yield (
-            f"the run's name has {len(job.name.encode(errors='surrogateescape'))} bytes, expected at most {_LONGEST_NAME_BYTES}: it names "
-            "a directory; give run_name."
+            f"the run's name has {num_bytes} bytes, expected at most {_LONGEST_NAME_BYTES}: it names a directory; "
+            "give run_name."
         )
     if not job.run_dir.is_absolute():
         yield f"the run directory is {str(job.run_dir)!r}, expected a path from the root: ranks start elsewhere."
