@@ -19,7 +19,6 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,6 +131,7 @@ def measure(mapping: Mapping, *, every_rank: bool = False) -> Row:
     from fairseq_moe.flags.moe import MoEConfig
     from fairseq_moe.models.presets import PRESETS
     from fairseq_moe.parallel.schedule import bubble_frac, lowered
+    from fairseq_moe.planner.built import build_on_meta
 
     preset, args = PRESETS[mapping.arch], _parsed(mapping)
     moe = MoEConfig.from_args(args)
@@ -144,7 +144,7 @@ def measure(mapping: Mapping, *, every_rank: bool = False) -> Row:
             ranks = mesh.ranks
             if not every_rank and any(ranks.coordinate(rank, axis) for axis in ("data", "context")):
                 continue
-            model = _built(args, preset.vocab_size)
+            model = build_on_meta(args, num_words=preset.vocab_size, padding=preset.vocab_size)
             own = _with_copies_counted_once(model, mesh)
             built.append(rank)
             sizes.append(sum(parameter.numel() for parameter in model.parameters()))
@@ -189,32 +189,6 @@ def _parsed(mapping: Mapping) -> argparse.Namespace:
     args: argparse.Namespace = options.parse_args_and_arch(options.get_training_parser(), argv)
     args.max_target_positions = 4096
     return args
-
-
-class _Words:
-    """Stand for a dictionary: a number of words, and padding that is none of them."""
-
-    def __init__(self, num_words: int) -> None:
-        self._num_words = num_words
-
-    def __len__(self) -> int:
-        return self._num_words
-
-    def pad(self) -> int:
-        """Name the id of padding."""
-        return self._num_words
-
-
-def _built(args: argparse.Namespace, num_words: int) -> Any:
-    from types import SimpleNamespace
-
-    from fairseq_moe.models.moe_transformer_lm import MoETransformerLanguageModel
-
-    words = _Words(num_words)
-    with torch.device("meta"):
-        return MoETransformerLanguageModel.build_model(
-            args, SimpleNamespace(source_dictionary=words, target_dictionary=words)
-        )
 
 
 def rows(mappings: Sequence[Mapping] = MAPPINGS, *, every_rank: bool = False) -> Iterator[Row]:

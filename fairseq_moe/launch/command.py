@@ -12,6 +12,7 @@ from fairseq_moe.launch.job import Profile
 from fairseq_moe.launch.layers import Layered
 from fairseq_moe.launch.sizes import Sizes
 from fairseq_moe.launch.variables import ALLTOALL
+from fairseq_moe.planner.reading import SPECIAL_WORDS
 
 __all__ = [
     "data_of",
@@ -25,7 +26,6 @@ __all__ = [
 
 FlagValue = bool | str | tuple[str, ...]
 
-_NUM_SPECIAL_WORDS = 4  # of a fairseq dictionary
 _PRECISION: dict[str, dict[str, FlagValue]] = {
     "bf16": {"bf16": True},
     "fp16": {"memory-efficient-fp16": True},
@@ -138,7 +138,7 @@ def _data_flags(layered: Layered) -> Iterator[_Derived]:
         yield _flag("task", "dummy_lm", *keys)
         yield _flag("disable-validation", True, *keys)
         if layered["vocab_size"] is not None:
-            yield _flag("dict-size", layered["vocab_size"] - _NUM_SPECIAL_WORDS, "vocab_size")
+            yield _flag("dict-size", layered["vocab_size"] - SPECIAL_WORDS, "vocab_size")
     if layered["seq_len"] is not None:
         yield _flag("tokens-per-sample", layered["seq_len"], "seq_len")
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_moe.errors import ConfigError, MoEError
+from fairseq_moe.launch.command import data_of
 from fairseq_moe.launch.files import find_file, names
 from fairseq_moe.launch.render import render
 from fairseq_moe.launch.render.words import command_text
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         dry_run = resolution.layered["dry_run"]
         if dry_run == "0":
-            return submit(resolution.job, _texts(resolution))
+            return submit(resolution.job, _texts(resolution, _read(resolution)))
         return _dry_run(resolution, builds=dry_run == "2")
     except ConfigError as error:
         for problem in error.problems:
@@ -101,7 +102,8 @@ def _opening(kind: str, name: str) -> str:
 
 
 def _dry_run(resolution: Resolution, *, builds: bool) -> int:
-    job, texts = resolution.job, _texts(resolution)
+    job, planned = resolution.job, _read(resolution)
+    texts = _texts(resolution, planned)
     parts = {
         "settings": texts["resolved.yaml"],
         "origins": texts["origins.txt"],
@@ -112,17 +114,19 @@ def _dry_run(resolution: Resolution, *, builds: bool) -> int:
     for title, text in parts.items():
         print(f"# {title}\n{text}")
     if builds:
-        print("\n".join(["# built", *built_lines(_read(resolution))]))
+        print("\n".join(["# built", *built_lines(planned)]))
     return 0
 
 
-def _texts(resolution: Resolution) -> dict[str, str]:
+def _texts(resolution: Resolution, planned: PlannedJob) -> dict[str, str]:
     """Write what the run directory says of settings and plan, by file."""
     layered = resolution.layered
+    found = plan_job(planned, device=_device_of(resolution))
     return {
         "resolved.yaml": resolved_yaml(layered),
         "origins.txt": origins_table(layered),
-        **_plan_texts(resolution),
+        "plan.txt": found.table(),
+        "plan.json": json.dumps(found.as_json(), indent=1) + "\n",
     }
 
 
@@ -134,16 +138,11 @@ def _device_of(resolution: Resolution) -> Device:
 def _read(resolution: Resolution) -> PlannedJob:
     """Read the command for the planner; data that lie elsewhere have as many words as vocab_size says."""
     job, layered = resolution.job, resolution.layered
-    data = layered["data_path"]
-    is_elsewhere = data is not None and not (Path(data) / "dict.txt").is_file()
+    data = data_of(layered)
+    is_elsewhere = data is not None and not (Path(data.split(":")[0]) / "dict.txt").is_file()
     words = layered["vocab_size"] if is_elsewhere else None
     if is_elsewhere and words is None and layered["arch"] not in PRESETS:
         raise ConfigError(
             [f"data_path is {data!r}, which has no dict.txt here to plan with; give vocab_size=N, its words."]
         )
     return read_job(job.command[1:], num_ranks=job.num_ranks, device=_device_of(resolution), num_words=words)
-
-
-def _plan_texts(resolution: Resolution) -> dict[str, str]:
-    found = plan_job(_read(resolution), device=_device_of(resolution))
-    return {"plan.txt": found.table(), "plan.json": json.dumps(found.as_json(), indent=1) + "\n"}

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from fairseq_moe.planner.parameters import stage_parts
 from fairseq_moe.planner.reading import Job
 from fairseq_moe.planner.table import text_table
 
-__all__ = ["BuiltStage", "build_stages", "built_lines"]
+__all__ = ["BuiltStage", "build_on_meta", "build_stages", "built_lines"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +62,23 @@ def build_stages(job: Job) -> list[BuiltStage]:
 def _count_built(job: Job, rank: int) -> int:
     args = Namespace(**vars(job.args))
     args.max_target_positions = args.tokens_per_sample  # as the task says when it has read the data
-    words = _Words(job.shape.num_words, job.padding)
-    task = SimpleNamespace(source_dictionary=words, target_dictionary=words)
-    with pretended_rank(rank, job.mapping.grid.world_size), torch.device("meta"):
-        model = MoETransformerLanguageModel.build_model(args, task)
+    with pretended_rank(rank, job.mapping.grid.world_size):
+        model = build_on_meta(args, num_words=job.shape.num_words, padding=job.padding)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def build_on_meta(args: Namespace, *, num_words: int, padding: int) -> Any:
+    """Build what this rank holds of a model, as fairseq's tasks do, on a device that holds no numbers.
+
+    Args:
+        args: flags of the model, with the architecture's values.
+        num_words: V, of the dictionary.
+        padding: number of its padding.
+    """
+    words = _Words(num_words, padding)
+    task = SimpleNamespace(source_dictionary=words, target_dictionary=words)
+    with torch.device("meta"):
+        return MoETransformerLanguageModel.build_model(args, task)
 
 
 def built_lines(job: Job) -> list[str]:

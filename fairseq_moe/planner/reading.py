@@ -18,9 +18,9 @@ from fairseq_moe.planner.mapping import Mapping, Precision, mapping_of, precisio
 from fairseq_moe.planner.parsing import configured, parsed
 from fairseq_moe.planner.shape import ModelShape, shape_of
 
-__all__ = ["Job", "read_job"]
+__all__ = ["SPECIAL_WORDS", "Job", "read_job"]
 
-_SPECIAL_WORDS = 4  # of fairseq's dictionaries: <s>, <pad>, </s>, <unk>
+SPECIAL_WORDS = 4  # of fairseq's dictionaries: <s>, <pad>, </s>, <unk>
 _PADDING = 1  # the number of <pad> there
 _AT_LEAST_ONE = (
     "tokens_per_sample",
@@ -156,7 +156,7 @@ def _words_of(args: argparse.Namespace, given: int | None) -> tuple[int, int]:
         return len(dictionary), int(dictionary.pad())
     if str(args.task) == "dummy_lm" and (preset is None or args.dict_size != _default_dict_size()):
         return -(
-            -(int(args.dict_size) + _SPECIAL_WORDS) // 8
+            -(int(args.dict_size) + SPECIAL_WORDS) // 8
         ) * 8, _PADDING  # stock fills up to a multiple of 8
     if preset is None:
         raise ConfigError(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.helpers.block_models import MODELS
+from tests.helpers.kept_bytes import kept_bytes
 from tests.helpers.ranks import run_ranks
 
 RANKS = 4
@@ -32,22 +32,6 @@ MODEL_FLAGS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def _kept_bytes(model: Any, criterion: Any, sample: dict[str, Any]) -> int:
-    """Add up the storages that autograd keeps of one forward pass and loss."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage  # held, so that no other one gets its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        criterion(model, sample)
-    return sum(storage.nbytes() for storage in found.values())
-
-
 def _report(rank: int, models: list[tuple[Any, ...]], layouts: list[tuple[Any, ...]]) -> list[list[int]]:
     """Count the bytes that this rank keeps, for each model and layout."""
     from fairseq import tasks
@@ -64,7 +48,7 @@ def _report(rank: int, models: list[tuple[Any, ...]], layouts: list[tuple[Any, .
             torch.manual_seed(1)
             model, criterion = task.build_model(cfg.model).train(), task.build_criterion(cfg.criterion)
             sample = tiny.make_batch(0 if layout else rank, num_sequences=1, length=LENGTH)
-            found[-1].append(_kept_bytes(model, criterion, sample))
+            found[-1].append(kept_bytes(model, criterion, sample))
     return found
 
 

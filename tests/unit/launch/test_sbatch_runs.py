@@ -94,8 +94,8 @@ def test_a_job_that_may_not_be_queued_again_saves_all_the_same(tmp_path: Path) -
 
 def test_a_checkpoint_inside_a_container_is_looked_for_outside(tmp_path: Path) -> None:
     job = _job(tmp_path, "pyxis")
-    mounts = (("/data", "/data"), (str(tmp_path), "/work"), (str(tmp_path / "elsewhere"), "/work/other"))
-    command = (*job.command, "--save-dir", "/work/run/checkpoints")
+    mounts = (("/data", "/data"), (str(tmp_path), "/inside"), (str(tmp_path / "elsewhere"), "/inside/other"))
+    command = (*job.command, "--save-dir", "/inside/run/checkpoints")
     job = replace(job, command=command, container=replace(job.container, mounts=mounts))
     assert _start(job, tmp_path, _STOPPED).requeued
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
-from torch import Tensor
 
 from fairseq_moe.planner.activations import Activations
+from tests.helpers.kept_bytes import kept_bytes
 from tests.helpers.planned import mapping_from, parse_flags, shape_from
 from tests.helpers.presets import WordIds, build_model
 
@@ -69,22 +69,6 @@ RECOMPUTED = {
 }
 
 
-def _kept_bytes(model: Any, criterion: Any, sample: dict[str, Any]) -> int:
-    """Add up the storages that autograd keeps of one forward pass and loss."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage  # held, so that no other one gets its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        criterion(model, sample)
-    return sum(storage.nbytes() for storage in found.values())
-
-
 def _planned_and_kept(
     flags: tuple[Any, ...], sequences: int, length: int, words: int, dtype: torch.dtype
 ) -> tuple[int, int]:
@@ -109,7 +93,7 @@ def _planned_and_kept(
         value_bytes=dtype.itemsize,
         on_gpu=False,
     ).stage(0)
-    return planned.kept + planned.logits, _kept_bytes(model, criterion, sample)
+    return planned.kept + planned.logits, kept_bytes(model, criterion, sample)
 
 
 @pytest.mark.parametrize("recomputed", RECOMPUTED)
