@@ -268,7 +268,9 @@ def _write_companions(
     record = {
         "digest": digest,
         "quantized": any(tensors.dtype(name) != tensors.stored[name].dtype for name in tensors.names()),
-        "weight_map": {name: tensors.file_of(name) for name in tensors.names()},
+        "weight_map": {
+            part: stored.path.name for name in tensors.names() for part, stored in tensors.parts(name).items()
+        },
     }
     if ignored_keys:
         record["ignored_config_keys"] = sorted(ignored_keys)
