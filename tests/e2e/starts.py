@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["after_debug_logging", "as_main_module", "as_script", "by_init_method", "by_srun", "late_rank_1", "then_draw"]
+__all__ = [
+    "after_debug_logging",
+    "as_main_module",
+    "as_script",
+    "by_init_method",
+    "by_srun",
+    "late_rank_1",
+    "then_draw",
+]
 
 
 def as_main_module() -> None:
