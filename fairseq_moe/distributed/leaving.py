@@ -5,6 +5,7 @@ the other) resets that connection, and the other rank ends with a stack trace in
 """
 
 import time
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -25,9 +26,8 @@ def leave_together(timeout_sec: float) -> None:
         return
     deadline = time.monotonic() + timeout_sec
     try:
-        store = distributed_c10d.PrefixStore(
-            "fairseq_moe_leaving", distributed_c10d._get_default_store().clone()
-        )
+        default: Any = distributed_c10d._get_default_store()
+        store = distributed_c10d.PrefixStore("fairseq_moe_leaving", default.clone())
         store.set(f"rank/{dist.get_rank()}", "")
         everyone = [f"rank/{r}" for r in range(dist.get_world_size())]
         while not store.check(everyone):
