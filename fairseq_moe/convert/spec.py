@@ -14,11 +14,13 @@ class Rope:
     Args:
         theta: base of the frequencies.
         interleaved: pairs (2i, 2i+1) are rotated instead of (i, i + d/2).
+        fraction: share of each head that is rotated, from its beginning.
         yarn: scaling of the frequencies; None: none.
     """
 
     theta: float
     interleaved: bool = False
+    fraction: float = 1.0
     yarn: YarnConfig | None = None
 
 

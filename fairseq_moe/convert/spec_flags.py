@@ -1,9 +1,11 @@
 """Translate a model into flags of ``transformer_lm``, and flags into the model of some family."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, get_args, get_type_hints
 
+from fairseq_moe.convert.hf.config_writer import fitting_family
 from fairseq_moe.convert.spec import Mla, ModelSpec, Rope, Routing
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.flags.blocks import BlocksConfig
@@ -46,6 +48,7 @@ def flags_of(spec: ModelSpec) -> dict[str, Any]:
         "position_embedding": "rope",
         "rope_theta": spec.rope.theta,
         "rope_interleaved": spec.rope.interleaved,
+        "rotary_fraction": None if spec.rope.fraction == 1.0 else spec.rope.fraction,
         "attention_bias": spec.attention_bias,
         "gated_ffn": True,
         "mtp_layers": spec.mtp_layers,
@@ -131,7 +134,8 @@ def spec_of(flags: Mapping[str, Any], *, vocab_size: int, max_positions: int) ->
     stray = _refusals(flags, blocks, moe.megatron)
     if stray:
         raise ConfigError([f"no family of Hugging Face's has {', '.join(stray)}, as this model has."])
-    return _described(flags, moe, blocks, vocab_size=vocab_size, max_positions=max_positions)
+    spec = _described(flags, moe, blocks, vocab_size=vocab_size, max_positions=max_positions)
+    return replace(spec, family=fitting_family(spec))
 
 
 def _size_problems(flags: Mapping[str, Any]) -> list[str]:
@@ -175,7 +179,7 @@ def _described(
     bias = blocks.attention_bias or ("none" if blocks.is_latent else "all")
     rotary = blocks.rotary_config()
     return ModelSpec(
-        family=_family(blocks, megatron),
+        family="",
         vocab_size=vocab_size,
         model_dim=dim,
         num_layers=moe.decoder_layers,
@@ -189,6 +193,7 @@ def _described(
         rope=Rope(
             theta=1.0 if rotary is None else rotary.theta,
             interleaved=blocks.rope_interleaved,
+            fraction=1.0 if rotary is None else rotary.fraction,
             yarn=None if rotary is None else rotary.yarn,
         ),
         norm_eps=blocks.eps,
@@ -224,16 +229,6 @@ def _routing(megatron: MegatronConfig) -> Routing:
     )
 
 
-def _family(blocks: BlocksConfig, megatron: MegatronConfig) -> str:
-    if blocks.is_latent:
-        return "deepseek_v3" if megatron.score_function == "sigmoid" else "deepseek_v2"
-    if megatron.moe_shared_expert_intermediate_size is not None:
-        return "qwen2_moe"
-    if blocks.qk_norm in ("head", "full"):
-        return {"head": "qwen3_moe", "full": "olmoe"}[blocks.qk_norm]
-    return "mixtral"
-
-
 def _refusals(flags: Mapping[str, Any], blocks: BlocksConfig, megatron: MegatronConfig) -> list[str]:
     """List flags that give a model which no family has."""
     score, groups = megatron.score_function, megatron.moe_router_num_groups
@@ -241,12 +236,11 @@ def _refusals(flags: Mapping[str, Any], blocks: BlocksConfig, megatron: Megatron
         (blocks.decoder_normalization != "rmsnorm", "norms other than --decoder-normalization rmsnorm"),
         (blocks.position_embedding != "rope", "positions other than --position-embedding rope"),
         (not blocks.gated_ffn, "networks without --gated-ffn"),
-        (blocks.rotary_fraction not in (None, 1.0), f"--rotary-fraction {blocks.rotary_fraction}"),
         (not flags.get("no_scale_embedding"), "embeddings without --no-scale-embedding"),
         (bool(flags.get("layernorm_embedding")), "--layernorm-embedding"),
         (bool(flags.get("no_decoder_final_norm")), "--no-decoder-final-norm"),
         (
-            blocks.mtp_layers > 0 and _family(blocks, megatron) != "deepseek_v3",
+            blocks.mtp_layers > 0 and not (blocks.is_latent and score == "sigmoid"),
             "--mtp-layers without --kv-lora-rank and --moe-router-score-function sigmoid",
         ),
         (megatron.use_xmoe, "--use-xmoe"),

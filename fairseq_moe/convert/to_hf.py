@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fairseq_moe.checkpoint.safetensors_bytes import bytes_of
 from fairseq_moe.convert.directories import appearing, copy_companions
 from fairseq_moe.convert.finite import refuse_not_finite
 from fairseq_moe.convert.from_hf import Conversion
-from fairseq_moe.convert.hf.config_writer import write_config
+from fairseq_moe.convert.hf.config_writer import as_family_of, write_config
 from fairseq_moe.convert.hf.directory import INDEX, SINGLE, digest_of, read_json, read_weight_map
 from fairseq_moe.convert.hf.file import SafetensorsWriter
 from fairseq_moe.convert.hf.names import Block, OurTensor, copied_names, is_fused, tensor_table
@@ -67,6 +67,8 @@ def to_hf(
         model = StoredModel.open(checkpoint)
         beside = _find_companions(model, companions)
         like, record, weight_map = _read_companions(beside)
+        ignored = {*ignored_keys, *record.get("ignored_config_keys", ())}
+        model = replace(model, spec=as_family_of(model.spec, like, ignored=ignored))
         table = tensor_table(model.spec, fused=is_fused(weight_map))
         _check_names(model, table)
         outputs = _outputs(model, table, weight_map, dtype)
@@ -74,7 +76,6 @@ def to_hf(
         if beside is not None:
             copy_companions(beside, directory)
             (directory / CONVERSION).unlink(missing_ok=True)
-        ignored = {*ignored_keys, *record.get("ignored_config_keys", ())}
         config = write_config(model.spec, like=like, dtype=_main_dtype(outputs), ignored=ignored)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         digests = _write_files(model, outputs, files, directory, target.name)

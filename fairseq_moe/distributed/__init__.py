@@ -15,6 +15,7 @@ from fairseq_moe.distributed.collectives import (
     gather_values,
     set_collective_timeout,
 )
+from fairseq_moe.distributed.leaving import leave_together
 from fairseq_moe.distributed.mesh import (
     ParallelMesh,
     local_experts_only,
@@ -35,6 +36,7 @@ __all__ = [
     "broadcast_value",
     "gather_values",
     "is_collective_failure",
+    "leave_together",
     "local_experts_only",
     "parallel_mesh",
     "rank",

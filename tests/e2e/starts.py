@@ -10,11 +10,21 @@ import os
 import random
 import runpy
 import sys
+import time
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["after_debug_logging", "as_main_module", "as_script", "by_init_method", "by_srun", "then_draw"]
+__all__ = [
+    "after_debug_logging",
+    "as_main_module",
+    "as_script",
+    "by_init_method",
+    "by_srun",
+    "late_rank_1",
+    "then_draw",
+]
 
 
 def as_main_module() -> None:
@@ -52,6 +62,25 @@ def by_srun() -> None:
         SLURM_LOCALID=env["RANK"],
         SLURM_NODEID="0",
     )
+    _call()
+
+
+def late_rank_1() -> None:
+    """Let rank 1 still make process groups, by way of rank 0's store, a second after rank 0 has its own."""
+    import torch.distributed as dist
+
+    from fairseq_moe.distributed import mesh
+
+    make_groups = mesh._make_groups
+
+    def make_slowly(*args: Any) -> Any:
+        groups = make_groups(*args)
+        if dist.get_rank() == 1:
+            time.sleep(1)
+            dist.new_group([1], use_local_synchronization=True)
+        return groups
+
+    mesh._make_groups = make_slowly
     _call()
 
 

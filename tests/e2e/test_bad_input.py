@@ -72,6 +72,15 @@ def test_no_destructor_changes_the_exit_code_of_a_rank(tmp_path: Path) -> None:
     assert result.output.endswith("saved\n")  # as by a background save
 
 
+def test_no_rank_leaves_while_another_still_connects(text_data: Path, moe_checkpoint: Path) -> None:
+    flags = ("--tokens-per-sample", "48")
+    argv = ["fairseq_cli.eval_lm", *eval_lm_argv(text_data, moe_checkpoint), *flags]
+    result = run_cli("tests.e2e.starts", argv, world_size=2, function="late_rank_1")
+    assert result.exit_codes == [2, 2]
+    (sentence,) = _sentences(result)
+    assert "32 positions" in sentence
+
+
 def test_evaluation_on_a_number_of_ranks_that_does_not_fit(text_data: Path, moe_checkpoint: Path) -> None:
     result = run_cli("fairseq_cli.eval_lm", eval_lm_argv(text_data, moe_checkpoint), world_size=3)
     (sentence,) = _sentences(result)

@@ -1,23 +1,15 @@
 """Write a config.json that transformers 4 and 5 both understand."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 from fairseq_moe.convert.hf.config_keys import rope_keys
-from fairseq_moe.convert.hf.families import read_config
+from fairseq_moe.convert.hf.families import FAMILIES, read_config
 from fairseq_moe.convert.spec import ModelSpec, differences
 from fairseq_moe.errors import ConfigError
 
-__all__ = ["write_config"]
-
-# Of the two names that are read here, the one that every transformers knows.
-_NUM_EXPERTS = {
-    "mixtral": "num_local_experts",
-    "olmoe": "num_experts",
-    "qwen2_moe": "num_experts",
-    "qwen3_moe": "num_experts",
-}
+__all__ = ["as_family_of", "fitting_family", "write_config"]
 
 
 def write_config(
@@ -35,27 +27,12 @@ def write_config(
         ConfigError: ``like`` describes another model.
     """
     if like is None:
-        values = _FRESH[spec.family](spec) | {
-            "model_type": spec.family,
-            "hidden_act": "silu",
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.model_dim,
-            "num_hidden_layers": spec.num_layers,
-            "num_attention_heads": spec.num_heads,
-            "num_key_value_heads": spec.num_kv_heads,
-            "max_position_embeddings": spec.max_positions,
-            "rms_norm_eps": spec.norm_eps,
-            "initializer_range": spec.init_std,
-            "attention_dropout": spec.attention_dropout,
-            "num_experts_per_tok": spec.routing.top_k,
-            "tie_word_embeddings": spec.tied,
-        }
+        values = _fresh(spec)
     else:
         values = {key: value for key, value in like.items() if key != "quantization_config"}
     values |= rope_keys(spec.rope) | {"torch_dtype": dtype, "dtype": dtype}
     again = read_config(values, ignored=ignored)
-    wrong = differences(spec, replace(again, mtp_layers=spec.mtp_layers))
-    # Files may lack the prediction blocks that a config promises (transformers leaves them out), not the other way.
+    wrong = _differences(spec, again)
     if spec.mtp_layers not in (0, again.mtp_layers):
         wrong.append(f"--mtp-layers is {again.mtp_layers}, expected {spec.mtp_layers}")
     if wrong:
@@ -64,97 +41,63 @@ def write_config(
         )
         raise ConfigError([f"{subject} cannot describe this model: there {'; '.join(wrong)}."])
     # After the comparison, which a number of experts that is written here would hide.
-    if spec.family in _NUM_EXPERTS and values.get(_NUM_EXPERTS[spec.family]) is None:
-        values[_NUM_EXPERTS[spec.family]] = spec.routing.num_experts
+    experts_key = FAMILIES[spec.family].num_experts_key
+    if experts_key is not None and values.get(experts_key) is None:
+        values[experts_key] = spec.routing.num_experts
     if values.get("num_mtp_layers") is not None:
         values.setdefault("num_nextn_predict_layers", values["num_mtp_layers"])
     return dict(sorted(values.items()))
 
 
-def _fresh_mixtral(spec: ModelSpec) -> dict[str, Any]:
+def as_family_of(spec: ModelSpec, like: dict[str, Any] | None, *, ignored: Collection[str] = ()) -> ModelSpec:
+    """Give a model the family of the config.json that it came with, if that describes it; several families may.
+
+    Args:
+        spec: what the model is.
+        like: the config.json; None: there is none.
+        ignored: keys of ``like`` that the user says change nothing.
+    """
+    if like is None or like.get("model_type") not in FAMILIES:
+        return spec
+    own = replace(spec, family=like["model_type"])
+    values = {key: value for key, value in like.items() if key != "quantization_config"}
+    return spec if _differences(own, read_config(values, ignored=ignored)) else own
+
+
+def _differences(spec: ModelSpec, found: ModelSpec) -> list[str]:
+    # Files may lack the prediction blocks that a config promises (transformers leaves them out), not the other way.
+    return differences(spec, replace(found, mtp_layers=spec.mtp_layers))
+
+
+def fitting_family(spec: ModelSpec) -> str:
+    """Find the first family whose config.json can describe a model; where none can, the one that comes nearest."""
+    distances: dict[str, int] = {}
+    for kind in (kind for kind, family in FAMILIES.items() if family.is_latent == (spec.mla is not None)):
+        own = replace(spec, family=kind)
+        try:
+            wrong = differences(own, read_config(_fresh(own) | rope_keys(spec.rope)))
+        except ConfigError as error:
+            wrong = error.problems
+        if not wrong:
+            return kind
+        distances[kind] = len(wrong)
+    return min(distances, key=lambda kind: distances[kind])
+
+
+def _fresh(spec: ModelSpec) -> dict[str, Any]:
+    """Write all keys but those of positions."""
     return {
-        "architectures": ["MixtralForCausalLM"],
-        "head_dim": spec.head_dim,
-        "intermediate_size": spec.expert_ffn_dim,
-        "num_local_experts": spec.routing.num_experts,
-        "router_aux_loss_coef": spec.routing.aux_loss_coeff,
-        "sliding_window": None,
-    }
-
-
-def _fresh_olmoe(spec: ModelSpec) -> dict[str, Any]:
-    return {
-        "architectures": ["OlmoeForCausalLM"],
-        "attention_bias": spec.attention_bias == "all",
-        "clip_qkv": spec.clip_qkv,
-        "head_dim": spec.head_dim,
-        "intermediate_size": spec.expert_ffn_dim,
-        "norm_topk_prob": spec.routing.normalized,
-        "num_experts": spec.routing.num_experts,
-        "router_aux_loss_coef": spec.routing.aux_loss_coeff,
-    }
-
-
-def _fresh_qwen(spec: ModelSpec) -> dict[str, Any]:
-    own: dict[str, Any]
-    if spec.family == "qwen2_moe":
-        own = {
-            "architectures": ["Qwen2MoeForCausalLM"],
-            "qkv_bias": spec.attention_bias == "qkv",
-            "shared_expert_intermediate_size": spec.shared_ffn_dim,
-        }
-    else:
-        own = {"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": spec.attention_bias == "all"}
-    return own | {
-        "decoder_sparse_step": 1,
-        "head_dim": spec.head_dim,
-        "intermediate_size": spec.dense_ffn_dim or spec.expert_ffn_dim,
-        "mlp_only_layers": [index for index, is_moe in enumerate(spec.moe_layers) if not is_moe],
-        "moe_intermediate_size": spec.expert_ffn_dim,
-        "norm_topk_prob": spec.routing.normalized,
-        "num_experts": spec.routing.num_experts,
-        "router_aux_loss_coef": spec.routing.aux_loss_coeff,
-        "use_sliding_window": False,
-    }
-
-
-def _fresh_deepseek(spec: ModelSpec) -> dict[str, Any]:
-    assert spec.mla is not None
-    routing, is_v3 = spec.routing, spec.family == "deepseek_v3"
-    groups = routing.num_groups or 1
-    own: dict[str, Any] = {
-        "architectures": ["DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM"],
-        "attention_bias": False,
-        "aux_loss_alpha": routing.aux_loss_coeff,
-        "first_k_dense_replace": spec.moe_layers.index(True),
-        "intermediate_size": spec.dense_ffn_dim or spec.expert_ffn_dim,
-        "kv_lora_rank": spec.mla.kv_lora_rank,
-        "moe_intermediate_size": spec.expert_ffn_dim,
-        "moe_layer_freq": 1,
-        "n_group": groups,
-        "n_routed_experts": routing.num_experts,
-        "n_shared_experts": (spec.shared_ffn_dim or 0) // spec.expert_ffn_dim or None,
-        "norm_topk_prob": routing.normalized,
-        "q_lora_rank": spec.mla.q_lora_rank,
-        "qk_nope_head_dim": spec.mla.qk_nope_head_dim,
-        "qk_rope_head_dim": spec.mla.qk_rope_head_dim,
-        "routed_scaling_factor": routing.scaling,
-        "scoring_func": routing.score,
-        "seq_aux": routing.aux_loss_per_sequence,
-        "topk_group": routing.group_topk or 1,
-        "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy" if routing.num_groups else "greedy",
-        "v_head_dim": spec.mla.v_head_dim,
-    }
-    if is_v3:
-        own |= {"num_nextn_predict_layers": spec.mtp_layers, "rope_interleave": spec.rope.interleaved}
-    return own
-
-
-_FRESH: dict[str, Callable[[ModelSpec], dict[str, Any]]] = {
-    "mixtral": _fresh_mixtral,
-    "deepseek_v2": _fresh_deepseek,
-    "deepseek_v3": _fresh_deepseek,
-    "qwen2_moe": _fresh_qwen,
-    "olmoe": _fresh_olmoe,
-    "qwen3_moe": _fresh_qwen,
-}
+        "model_type": spec.family,
+        "hidden_act": "silu",
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.model_dim,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "max_position_embeddings": spec.max_positions,
+        "rms_norm_eps": spec.norm_eps,
+        "initializer_range": spec.init_std,
+        "attention_dropout": spec.attention_dropout,
+        "num_experts_per_tok": spec.routing.top_k,
+        "tie_word_embeddings": spec.tied,
+    } | FAMILIES[spec.family].write(spec)

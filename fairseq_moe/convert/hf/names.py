@@ -8,6 +8,7 @@ of the stack, with fused names the stack is one block.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from fairseq_moe.convert.hf.families import FAMILIES
 from fairseq_moe.convert.spec import ModelSpec
 
 __all__ = ["Block", "OurTensor", "copied_names", "is_fused", "mtp_prefix", "tensor_table"]
@@ -162,29 +163,27 @@ def _glu(ours: str, theirs: str, dim: int, hidden: int) -> Iterator[OurTensor]:
 
 def _moe(spec: ModelSpec, ours: str, theirs: str, fused: bool) -> Iterator[OurTensor]:
     dim, hidden, num_experts = spec.model_dim, spec.expert_ffn_dim, spec.routing.num_experts
-    published_mixtral = spec.family == "mixtral" and not fused
-    theirs += "block_sparse_moe." if published_mixtral else "mlp."
-    yield _same(f"{ours}router.weight", f"{theirs}gate.weight", (num_experts, dim))
+    names = FAMILIES[spec.family].names(fused=fused)
+    theirs += names.network
+    yield _same(f"{ours}router.weight", f"{theirs}{names.router}", (num_experts, dim))
     if spec.routing.expert_bias:
-        yield _same(f"{ours}router.expert_bias", f"{theirs}gate.e_score_correction_bias", (num_experts,))
+        yield _same(f"{ours}router.expert_bias", f"{theirs}{names.expert_bias}", (num_experts,))
     stacked = (num_experts, 2 * hidden, dim), (num_experts, dim, hidden)
     if fused:
         yield _same(f"{ours}experts.fc1_weight", f"{theirs}experts.gate_up_proj", stacked[0])
         yield _same(f"{ours}experts.fc2_weight", f"{theirs}experts.down_proj", stacked[1])
     else:
-        gate, up, down = ("w1", "w3", "w2") if published_mixtral else ("gate_proj", "up_proj", "down_proj")
         fc1, fc2 = [], []
         for expert in range(num_experts):
             own = f"{theirs}experts.{expert}."
             fc1 += [
-                Block(name=f"{own}{gate}.weight", shape=(hidden, dim), expert=expert),
-                Block(name=f"{own}{up}.weight", shape=(hidden, dim), expert=expert, first_row=hidden),
+                Block(name=f"{own}{names.gate}.weight", shape=(hidden, dim), expert=expert),
+                Block(name=f"{own}{names.up}.weight", shape=(hidden, dim), expert=expert, first_row=hidden),
             ]
-            fc2.append(Block(name=f"{own}{down}.weight", shape=(dim, hidden), expert=expert))
+            fc2.append(Block(name=f"{own}{names.down}.weight", shape=(dim, hidden), expert=expert))
         yield OurTensor(name=f"{ours}experts.fc1_weight", shape=stacked[0], blocks=tuple(fc1))
         yield OurTensor(name=f"{ours}experts.fc2_weight", shape=stacked[1], blocks=tuple(fc2))
     if spec.shared_ffn_dim is not None:
-        shared = "shared_expert." if spec.shared_gate else "shared_experts."
-        yield from _glu(f"{ours}shared_experts.", f"{theirs}{shared}", dim, spec.shared_ffn_dim)
+        yield from _glu(f"{ours}shared_experts.", f"{theirs}{names.shared}", dim, spec.shared_ffn_dim)
         if spec.shared_gate:
-            yield _same(f"{ours}shared_experts.gate.weight", f"{theirs}shared_expert_gate.weight", (1, dim))
+            yield _same(f"{ours}shared_experts.gate.weight", f"{theirs}{names.shared_gate}", (1, dim))

@@ -17,6 +17,7 @@ from fairseq_moe.distributed import (
     PEER_LOST_EXIT_CODE,
     Watchdog,
     is_collective_failure,
+    leave_together,
     rank,
     set_collective_timeout,
     world_size,
@@ -93,13 +94,15 @@ def one_sentence_errors() -> Iterator[None]:
 def _exit_with(error: MoEError) -> NoReturn:
     # Before the process group exists, ranks of torchrun and srun know their number from the environment.
     number = rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    if error.agreed and number > 0:
-        # Launchers end all ranks at the first exit; rank 0 must have said why by then, and then ends us.
-        time.sleep(_RANK_0_SPEAKS_SEC)
-    else:
+    if not (error.agreed and number > 0):
         sentences = error.problems if isinstance(error, ConfigError) else [str(error)]
         for sentence in sentences:
             print(f"fairseq_moe: error: {sentence}", file=sys.stderr, flush=True)
+    elif world_size() == 1:
+        # Launchers end all ranks at the first exit; rank 0 must have said why by then, and then ends us.
+        time.sleep(_RANK_0_SPEAKS_SEC)
+    if error.agreed and world_size() > 1:
+        leave_together(_RANK_0_SPEAKS_SEC)
     if world_size() > 1:
         _wait_for_writers()
         finish_profiles()

@@ -319,7 +319,6 @@ def test_a_config_that_describes_another_model_is_not_written() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"rotary_fraction": 0.5}, "--rotary-fraction 0.5"),
         ({"decoder_normalization": "layernorm"}, "--decoder-normalization rmsnorm"),
         ({"no_scale_embedding": False}, "--no-scale-embedding"),
         ({"use_xmoe": True}, "--use-xmoe"),

@@ -1,0 +1,150 @@
+"""Read and write the config.json of DeepSeek-V2 (arXiv 2405.04434) and DeepSeek-V3 (arXiv 2412.19437)."""
+
+from typing import Any
+
+from fairseq_moe.convert.hf.config_keys import REQUIRED, ConfigKeys
+from fairseq_moe.convert.hf.families.common import ROUTED_ALONE, common_sizes, limited_groups
+from fairseq_moe.convert.hf.families.family import Family
+from fairseq_moe.convert.spec import Mla, ModelSpec, Routing
+
+__all__ = ["DEEPSEEK_V2", "DEEPSEEK_V3"]
+
+
+def _deepseek(
+    keys: ConfigKeys, *, routing: Routing, interleaved: bool, num_dense: Any, **own: Any
+) -> ModelSpec:
+    common = common_sizes(keys, max_positions=4096)
+    heads, layers = common["num_heads"], common["num_layers"]
+    # null means that queries are not compressed; transformers takes 1536 where it is absent.
+    has_rank = "q_lora_rank" in keys.values
+    mla = Mla(
+        q_lora_rank=keys.integer("q_lora_rank", default=None if has_rank else REQUIRED),
+        kv_lora_rank=keys.integer("kv_lora_rank"),
+        qk_nope_head_dim=keys.integer("qk_nope_head_dim"),
+        qk_rope_head_dim=keys.integer("qk_rope_head_dim"),
+        v_head_dim=keys.integer("v_head_dim"),
+    )
+    head_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+    keys.fixed("num_key_value_heads", heads, why="latent attention has as many as num_attention_heads")
+    keys.fixed("head_dim", mla.qk_rope_head_dim, why="it is qk_rope_head_dim in this family")
+    keys.fixed("qk_head_dim", head_dim, why="it is qk_nope_head_dim and qk_rope_head_dim together")
+    keys.fixed(
+        "attention_bias",
+        False,
+        why="biases of latent attention are not converted; no published model has them",
+    )
+    keys.fixed("mlp_bias", False, why="networks here have no biases")
+    keys.fixed("moe_layer_freq", 1, why="transformers takes every layer after first_k_dense_replace")
+    num_dense = min(keys.integer("first_k_dense_replace", default=num_dense, least=0), layers)
+    width, shared = (
+        keys.integer("moe_intermediate_size"),
+        keys.integer("n_shared_experts", default=0, least=0),
+    )
+    dense_dim = keys.integer("intermediate_size")
+    return ModelSpec(
+        **common,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        mla=mla,
+        rope=keys.rope(interleaved=interleaved),
+        norm_eps=keys.number("rms_norm_eps", 1e-6, positive=True),
+        dense_ffn_dim=dense_dim if num_dense else None,
+        expert_ffn_dim=width,
+        shared_ffn_dim=width * shared or None,
+        moe_layers=tuple(index >= num_dense for index in range(layers)),
+        routing=routing,
+        **own,
+    )
+
+
+def _deepseek_routing(keys: ConfigKeys, **own: Any) -> Routing:
+    return Routing(
+        num_experts=keys.integer("n_routed_experts"),
+        top_k=keys.integer("num_experts_per_tok"),
+        aux_loss_coeff=keys.number("aux_loss_alpha", 0.0),
+        aux_loss_per_sequence=keys.flag("seq_aux", True),
+        **own,
+    )
+
+
+def _deepseek_v2(keys: ConfigKeys) -> ModelSpec:
+    keys.fixed("scoring_func", "softmax", why="transformers knows no other for this family")
+    keys.fixed(
+        "norm_topk_prob",
+        False,
+        why="the published code then normalises in place of scaling, transformers ignores the key",
+    )
+    method = keys.one_of(
+        "topk_method", ("greedy", "group_limited_greedy"), default="greedy", why=ROUTED_ALONE
+    )
+    groups, kept = keys.integer("n_group", default=None), keys.integer("topk_group", default=None)
+    limited: dict[str, Any] = {}
+    if method == "group_limited_greedy":
+        if groups is None or kept is None:
+            keys.problems.append(f"{keys.source} has topk_method {method} without n_group and topk_group.")
+        else:
+            limited = limited_groups(keys, groups, kept, score="max")
+    scaling = keys.number("routed_scaling_factor", 1.0, positive=True)
+    routing = _deepseek_routing(keys, scaling=scaling, **limited)
+    return _deepseek(keys, routing=routing, interleaved=True, num_dense=0)
+
+
+def _deepseek_v3(keys: ConfigKeys) -> ModelSpec:
+    keys.fixed("scoring_func", "sigmoid", why=ROUTED_ALONE)
+    keys.fixed("topk_method", "noaux_tc", why=ROUTED_ALONE)
+    keys.fixed("norm_topk_prob", True, why="weights of sigmoid scores are divided by their sum here")
+    # Where one of these is absent, transformers takes that of the 671B model, which another model hardly means.
+    groups, kept = keys.integer("n_group"), keys.integer("topk_group")
+    scaling = keys.number("routed_scaling_factor", positive=True)
+    limited = limited_groups(keys, groups, kept, score="best_two")
+    routing = _deepseek_routing(
+        keys,
+        score="sigmoid",
+        normalized=True,
+        expert_bias=True,
+        scaling=scaling,
+        **(limited if groups > 1 else {}),
+    )
+    return _deepseek(
+        keys,
+        routing=routing,
+        interleaved=keys.flag("rope_interleave", True),
+        num_dense=REQUIRED,
+        mtp_layers=keys.integer("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0),
+    )
+
+
+def _write(spec: ModelSpec) -> dict[str, Any]:
+    assert spec.mla is not None
+    routing, is_v3 = spec.routing, spec.family == "deepseek_v3"
+    groups = routing.num_groups or 1
+    own: dict[str, Any] = {
+        "architectures": ["DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM"],
+        "attention_bias": False,
+        "aux_loss_alpha": routing.aux_loss_coeff,
+        "first_k_dense_replace": spec.moe_layers.index(True),
+        "intermediate_size": spec.dense_ffn_dim or spec.expert_ffn_dim,
+        "kv_lora_rank": spec.mla.kv_lora_rank,
+        "moe_intermediate_size": spec.expert_ffn_dim,
+        "moe_layer_freq": 1,
+        "n_group": groups,
+        "n_routed_experts": routing.num_experts,
+        "n_shared_experts": (spec.shared_ffn_dim or 0) // spec.expert_ffn_dim or None,
+        "norm_topk_prob": routing.normalized,
+        "q_lora_rank": spec.mla.q_lora_rank,
+        "qk_nope_head_dim": spec.mla.qk_nope_head_dim,
+        "qk_rope_head_dim": spec.mla.qk_rope_head_dim,
+        "routed_scaling_factor": routing.scaling,
+        "scoring_func": routing.score,
+        "seq_aux": routing.aux_loss_per_sequence,
+        "topk_group": routing.group_topk or 1,
+        "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy" if routing.num_groups else "greedy",
+        "v_head_dim": spec.mla.v_head_dim,
+    }
+    if is_v3:
+        own |= {"num_nextn_predict_layers": spec.mtp_layers, "rope_interleave": spec.rope.interleaved}
+    return own
+
+
+DEEPSEEK_V2 = Family(read=_deepseek_v2, write=_write, is_latent=True)
+DEEPSEEK_V3 = Family(read=_deepseek_v3, write=_write, is_latent=True)

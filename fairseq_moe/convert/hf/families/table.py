@@ -1,0 +1,18 @@
+"""List the families, by transformers' ``model_type``; where several have a model, it is written as the first."""
+
+from fairseq_moe.convert.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from fairseq_moe.convert.hf.families.family import Family
+from fairseq_moe.convert.hf.families.mixtral import MIXTRAL
+from fairseq_moe.convert.hf.families.olmoe import OLMOE
+from fairseq_moe.convert.hf.families.qwen import QWEN2_MOE, QWEN3_MOE
+
+__all__ = ["FAMILIES"]
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": MIXTRAL,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
+    "qwen2_moe": QWEN2_MOE,
+    "olmoe": OLMOE,
+    "qwen3_moe": QWEN3_MOE,
+}
