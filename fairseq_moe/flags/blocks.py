@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from fairseq_moe.flags.layer_pattern import layer_pattern
 from fairseq_moe.flags.records import Group, flag, given_fields
 from fairseq_moe.modules.blocks.grouped import GroupedAttentionConfig
 from fairseq_moe.modules.blocks.latent import LatentAttentionConfig
@@ -47,6 +48,9 @@ class BlocksConfig:
     rope_attention_factor: float | None = _flag(
         None, "yarn: factor of cosines and sines (default: follows from the others)"
     )
+    rope_untruncated: bool = _flag(
+        False, "yarn: the bounds between kept and slowed pairs are not rounded to whole pairs"
+    )
     decoder_kv_heads: int | None = _flag(
         None, "key and value heads, shared by groups of query heads (default: --decoder-attention-heads)"
     )
@@ -60,6 +64,15 @@ class BlocksConfig:
         None, "normalise queries and keys: none (default), head (each head) or full (the whole projection)"
     )
     clip_qkv: float | None = _flag(None, "bound of the values of queries, keys and values")
+    attention_sinks: bool = _flag(
+        False, "each query head has one more score, learned, that joins the softmax and takes no value"
+    )
+    attention_window: int | None = _flag(
+        None, "tokens that a query sees, itself included (default: all earlier ones)"
+    )
+    attention_window_layers: str | None = _flag(
+        None, "which layers have the window: N, or zeros and ones such as ([1,0]*12) (default: all)"
+    )
     kv_lora_rank: int | None = _flag(
         None, "latent attention: size of the vector that keys and values are made from"
     )
@@ -127,6 +140,7 @@ class BlocksConfig:
             mscale=self.rope_mscale,
             mscale_all_dim=self.rope_mscale_all_dim,
             attention_factor=self.rope_attention_factor,
+            truncate=not self.rope_untruncated,
         )
 
     def rotary_head_dim(self, *, model_dim: int, num_heads: int) -> int:
@@ -137,10 +151,21 @@ class BlocksConfig:
         """Return the size of a head of grouped attention."""
         return self.decoder_head_dim or model_dim // num_heads
 
+    def windows(self, num_layers: int) -> list[int | None]:
+        """List the window of each decoder layer; None: it sees all earlier tokens.
+
+        Raises:
+            ValueError: a sentence that refuses --attention-window-layers.
+        """
+        if self.attention_window is None:
+            return [None] * num_layers
+        marks = layer_pattern(self.attention_window_layers or "1", num_layers, "attention_window_layers")
+        return [self.attention_window if mark else None for mark in marks]
+
     def attention_config(
-        self, *, model_dim: int, num_heads: int, dropout: float
+        self, *, model_dim: int, num_heads: int, dropout: float, window: int | None
     ) -> GroupedAttentionConfig | LatentAttentionConfig:
-        """Describe the attention of every layer, grouped or latent."""
+        """Describe the attention of a layer with this window, grouped or latent."""
         if self.kv_lora_rank is None:
             return GroupedAttentionConfig(
                 model_dim=model_dim,
@@ -152,6 +177,8 @@ class BlocksConfig:
                 norm_eps=self.eps,
                 clip=self.clip_qkv,
                 dropout=dropout,
+                sinks=self.attention_sinks,
+                window=window,
             )
         assert self.qk_nope_head_dim and self.qk_rope_head_dim and self.v_head_dim
         return LatentAttentionConfig(

@@ -180,6 +180,7 @@ def build_blocks_layer(
     rotary: Rotary | None = None,
     moe_layer: MoELayer | None = None,
     shards: Shards | None = None,
+    window: int | None = None,
 ) -> BlocksDecoderLayer:
     """Build a layer whole, with new weights.
 
@@ -189,11 +190,12 @@ def build_blocks_layer(
         rotary: turns heads, shared by all layers; None: nothing turns.
         moe_layer: experts in the place of the dense network.
         shards: the ranks of a micro-batch; None: this one alone.
+        window: tokens that a query sees, itself included; None: all earlier ones.
     """
     shards = shards or LocalShards()
     dim, hidden_dim = cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim
     config = blocks.attention_config(
-        model_dim=dim, num_heads=cfg.decoder.attention_heads, dropout=cfg.attention_dropout
+        model_dim=dim, num_heads=cfg.decoder.attention_heads, dropout=cfg.attention_dropout, window=window
     )
     attention: GroupedAttention | LatentAttention
     if isinstance(config, LatentAttentionConfig):
@@ -245,10 +247,12 @@ def ffn_activation(cfg: TransformerConfig, blocks: BlocksConfig) -> Any:
 
 
 def init_weights(module: nn.Module, std: float) -> None:
-    """Draw normal weights and zero biases for linear maps, routers and embeddings inside; experts start themselves."""
+    """Draw normal weights, sinks and zero biases for what is inside; experts start themselves."""
     for part in module.modules():
         is_cosine = isinstance(part, Router) and part.scorer.cosine
         if isinstance(part, nn.Linear | nn.Embedding | Router) and not is_cosine:
             nn.init.normal_(part.weight, std=std)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
+        if isinstance(part, GroupedAttention) and part.sinks is not None:
+            nn.init.normal_(part.sinks, std=std)

@@ -65,6 +65,8 @@ def _attention_parts(attention: nn.Module) -> Iterator[_Placed]:
             yield module, "weight", TENSOR_ROWS
             yield module, "bias", TENSOR_ROWS
     yield attention.get_submodule("out_proj"), "weight", TENSOR_COLUMNS
+    if isinstance(attention, GroupedAttention):
+        yield attention, "sinks", TENSOR_ROWS
     if isinstance(attention, GroupedAttention) and attention.config.qk_norm == "full":
         yield attention.q_norm, "weight", TENSOR_ROWS
         yield attention.k_norm, "weight", TENSOR_ROWS
