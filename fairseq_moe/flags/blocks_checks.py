@@ -31,6 +31,7 @@ _RANGES: dict[str, Range] = {
             "norm_eps", "rope_theta", "rope_scaling_factor", "rope_original_max_positions", "rope_beta_fast",
             "rope_beta_slow", "rope_attention_factor", "decoder_kv_heads", "decoder_head_dim", "clip_qkv",
             "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "init_std",
+            "swiglu_limit", "swiglu_alpha",
         ),
         POSITIVE,
     ),
@@ -105,7 +106,7 @@ def _own_problems(config: BlocksConfig, *, model_dim: int, num_heads: int) -> li
     found = one_of(config, _CHOICES) + ranges(config, _RANGES)
     if found:
         return found
-    found = _rotary_problems(config) + _latent_problems(config)
+    found = _rotary_problems(config) + _latent_problems(config) + _gated_problems(config)
     if not config.is_latent and not found:
         found += _head_problems(config, model_dim, num_heads)
     if config.mtp_loss_weight and not config.mtp_layers:
@@ -148,6 +149,16 @@ def _latent_problems(config: BlocksConfig) -> list[str]:
         found.append("--kv-lora-rank needs --position-embedding rope; add it.")
     if not missing and config.qk_rope_head_dim is not None and config.qk_rope_head_dim % 2:
         found.append(f"--qk-rope-head-dim is {config.qk_rope_head_dim}, expected an even number.")
+    return found
+
+
+def _gated_problems(config: BlocksConfig) -> list[str]:
+    found = []
+    given = [name for name in ("gated_ffn_bias", "swiglu_limit") if getattr(config, name)]
+    if given and not config.gated_ffn:
+        found.append(f"{_listed(given)} describe SwiGLU networks; give --gated-ffn.")
+    if config.swiglu_alpha is not None and config.swiglu_limit is None:
+        found.append("--swiglu-alpha needs --swiglu-limit; add it.")
     return found
 
 
