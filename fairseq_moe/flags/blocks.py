@@ -6,20 +6,25 @@ with biases. Layers normalise before each block, as every stock language model d
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from fairseq_moe.flags.layer_pattern import layer_pattern
 from fairseq_moe.flags.records import Group, flag, given_fields
 from fairseq_moe.modules.blocks.grouped import GroupedAttentionConfig
 from fairseq_moe.modules.blocks.latent import LatentAttentionConfig
 from fairseq_moe.modules.blocks.rope import RotaryConfig, YarnConfig
+from fairseq_moe.modules.kernels.swiglu import ClampedSwiglu, swiglu
 
 __all__ = ["BlocksConfig"]
 
 _DEFAULT_INIT_STD = 0.02
 _DEFAULT_EPS = 1e-5
 _DEFAULT_THETA = 10_000.0
+_DEFAULT_ALPHA = 1.702  # of gpt-oss
 
 _flag = functools.partial(flag, Group.BLOCKS)
 
@@ -84,6 +89,13 @@ class BlocksConfig:
         False,
         "SwiGLU networks without biases, dense and expert ones; their activation is SiLU, not --activation-fn",
     )
+    gated_ffn_bias: bool = _flag(False, "SwiGLU networks have biases, dense, shared and expert ones")
+    swiglu_limit: float | None = _flag(
+        None,
+        "clamped SwiGLU, (u + 1) g sigmoid(alpha g): the bound of g, the gate's values, from above, and of u, those "
+        "that it opens, on both sides (gpt-oss: 7)",
+    )
+    swiglu_alpha: float | None = _flag(None, "clamped SwiGLU: alpha (default: 1.702)")
     mtp_layers: int = _flag(0, "blocks that predict further tokens (multi-token prediction)")
     mtp_loss_weight: float = _flag(
         0.0, "weight of their mean loss in training; 0: they are kept as they are and not computed"
@@ -116,6 +128,13 @@ class BlocksConfig:
     def std(self) -> float:
         """Return the standard deviation of initial weights."""
         return _DEFAULT_INIT_STD if self.init_std is None else self.init_std
+
+    def gated_activation(self) -> Callable[[Tensor], Tensor]:
+        """Return the activation of SwiGLU networks, plain or clamped."""
+        if self.swiglu_limit is None:
+            return swiglu
+        alpha = _DEFAULT_ALPHA if self.swiglu_alpha is None else self.swiglu_alpha
+        return ClampedSwiglu(alpha=alpha, limit=self.swiglu_limit)
 
     def rotary_config(self) -> RotaryConfig | None:
         """Describe how heads turn with their position; None: they do not."""

@@ -29,8 +29,9 @@ _RANGES: dict[str, Range] = {
     **dict.fromkeys(
         (
             "norm_eps", "rope_theta", "rope_scaling_factor", "rope_original_max_positions", "rope_beta_fast",
-            "rope_beta_slow", "rope_attention_factor", "attention_window", "decoder_kv_heads", "decoder_head_dim", "clip_qkv",
+            "rope_beta_slow", "rope_attention_factor", "attention_window", "decoder_kv_heads", "decoder_head_dim",
             "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "init_std",
+            "clip_qkv", "swiglu_limit", "swiglu_alpha",
         ),
         POSITIVE,
     ),
@@ -106,7 +107,7 @@ def _own_problems(config: BlocksConfig, *, model_dim: int, num_heads: int) -> li
     found = one_of(config, _CHOICES) + ranges(config, _RANGES)
     if found:
         return found
-    found = _rotary_problems(config) + _latent_problems(config)
+    found = _rotary_problems(config) + _latent_problems(config) + _gated_problems(config)
     if not config.is_latent and not found:
         found += _head_problems(config, model_dim, num_heads)
     if config.mtp_loss_weight and not config.mtp_layers:
@@ -173,6 +174,16 @@ def _window_problems(config: BlocksConfig, num_layers: int) -> list[str]:
         found.append(
             f"--attention-window-layers {config.attention_window_layers} gives no layer the window; mark at least one."
         )
+    return found
+
+
+def _gated_problems(config: BlocksConfig) -> list[str]:
+    found = []
+    given = [name for name in ("gated_ffn_bias", "swiglu_limit") if getattr(config, name)]
+    if given and not config.gated_ffn:
+        found.append(f"{_listed(given)} describe SwiGLU networks; give --gated-ffn.")
+    if config.swiglu_alpha is not None and config.swiglu_limit is None:
+        found.append("--swiglu-alpha needs --swiglu-limit; add it.")
     return found
 
 

@@ -95,6 +95,9 @@ class MegatronConfig:
     moe_router_bias_update_rate: float | None = _routing(
         None, "step of the expert bias per update (default: 1e-3)"
     )
+    moe_router_bias: bool = _routing(
+        False, "router logits have a learned bias, which weights and losses see (gpt-oss)"
+    )
     moe_router_force_load_balancing: str | None = _routing(
         None,
         "for benchmarks: random (the default), round_robin or hash (of the token's id) choice",
@@ -220,6 +223,7 @@ class MegatronConfig:
             cosine=self.use_xmoe,
             dtype=dtypes[self.moe_router_dtype],
             jitter_eps=self.moe_input_jitter_eps,
+            bias=self.moe_router_bias,
         )
 
     def bias_config(self) -> BiasConfig | None:

@@ -20,7 +20,6 @@ from fairseq_moe.modules.blocks.grouped import GroupedAttention
 from fairseq_moe.modules.blocks.latent import LatentAttention, LatentAttentionConfig
 from fairseq_moe.modules.blocks.norm import RMSNorm
 from fairseq_moe.modules.blocks.rope import Rotary
-from fairseq_moe.modules.kernels.swiglu import swiglu
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.modules.shards import LocalShards, Shards
 
@@ -206,7 +205,8 @@ def build_blocks_layer(
     attention_norm, network_norm = build_norm(blocks, dim), build_norm(blocks, dim)
     network: MoELayer | DenseNetwork | None = moe_layer
     if network is None:
-        rows, has_bias = (2 * hidden_dim, False) if blocks.gated_ffn else (hidden_dim, True)
+        rows = 2 * hidden_dim if blocks.gated_ffn else hidden_dim
+        has_bias = blocks.gated_ffn_bias or not blocks.gated_ffn
         network = DenseNetwork(
             fc1=nn.Linear(dim, rows, bias=has_bias),
             activation=ffn_activation(cfg, blocks),
@@ -242,16 +242,21 @@ def build_norm(blocks: BlocksConfig, dim: int) -> nn.Module:
 def ffn_activation(cfg: TransformerConfig, blocks: BlocksConfig) -> Any:
     """Choose the activation between the matrices of dense networks and experts."""
     if blocks.gated_ffn:
-        return swiglu
+        return blocks.gated_activation()
     return expert_activation(utils.get_activation_fn(cfg.activation_fn))
 
 
 def init_weights(module: nn.Module, std: float) -> None:
-    """Draw normal weights, sinks and zero biases for what is inside; experts start themselves."""
+    """Draw normal weights, sinks and zero biases for what is inside; experts start themselves.
+
+    A router's bias is drawn like its weights, as gpt-oss's is.
+    """
     for part in module.modules():
         is_cosine = isinstance(part, Router) and part.scorer.cosine
         if isinstance(part, nn.Linear | nn.Embedding | Router) and not is_cosine:
             nn.init.normal_(part.weight, std=std)
+        if isinstance(part, Router) and part.bias is not None:
+            nn.init.normal_(part.bias, std=std)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
         if isinstance(part, GroupedAttention) and part.sinks is not None:

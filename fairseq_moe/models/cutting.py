@@ -13,7 +13,7 @@ from fairseq_moe.distributed.mesh import ParallelMesh
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.models.block_layer import BlocksDecoderLayer
 from fairseq_moe.modules.blocks.grouped import GroupedAttention
-from fairseq_moe.modules.kernels.swiglu import swiglu
+from fairseq_moe.modules.kernels.swiglu import is_gated
 from fairseq_moe.parallel.placement import (
     TENSOR_COLUMNS,
     TENSOR_GATED_ROWS,
@@ -75,7 +75,7 @@ def _attention_parts(attention: nn.Module) -> Iterator[_Placed]:
 def _network_parts(layer: BlocksDecoderLayer) -> Iterator[_Placed]:
     if layer.moe_layer is not None:
         return
-    rows = TENSOR_GATED_ROWS if layer.activation_fn is swiglu else TENSOR_ROWS
+    rows = TENSOR_GATED_ROWS if is_gated(layer.activation_fn) else TENSOR_ROWS
     yield layer.fc1, "weight", rows
     yield layer.fc1, "bias", rows
     yield layer.fc2, "weight", TENSOR_COLUMNS

@@ -183,6 +183,7 @@ class MoEDecoder(TransformerDecoder):
                 activation_dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0),
                 dropout=cfg.dropout,
                 init_std=self.blocks.std,
+                gated_bias=self.blocks.gated_ffn_bias,
             )
         layer = build_blocks_layer(
             cfg, self.blocks, rotary=self.rotary, moe_layer=moe_layer, shards=self.shards, window=window

@@ -32,7 +32,9 @@ def windows(
     if types is None:
         layers = tuple(default)
     elif (
-        isinstance(types, list) and len(types) == num_layers and all(kind in (_FULL, _SLIDING) for kind in types)
+        isinstance(types, list)
+        and len(types) == num_layers
+        and all(kind in (_FULL, _SLIDING) for kind in types)
     ):
         layers = tuple(kind == _SLIDING for kind in types)
     else:
@@ -43,7 +45,9 @@ def windows(
     if not any(layers):
         return {}
     if window is None:
-        keys.problems.append(f"{keys.source} has layers with {_SLIDING}, but no sliding_window that says how wide.")
+        keys.problems.append(
+            f"{keys.source} has layers with {_SLIDING}, but no sliding_window that says how wide."
+        )
     return {"window": window, "window_layers": layers}
 
 
