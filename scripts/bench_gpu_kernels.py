@@ -21,7 +21,7 @@ from fairseq_moe.fused import (
     weighted_activation,
 )
 from fairseq_moe.fused.adam import AdamStep, adam_step_, adam_step_slowly_
-from fairseq_moe.fused.weighted_activation import ActivationKind
+from fairseq_moe.fused.weighted_activation import ActivationKind, Clamp
 
 __all__ = ["KernelCase", "kernel_cases", "optimizer_steps"]
 
@@ -136,25 +136,25 @@ def _of_rows(given: _Inputs) -> Iterator[KernelCase]:
 
 
 def _of_activations(given: _Inputs) -> Iterator[KernelCase]:
-    rows, hidden, weights = given.rows, given.hidden, given.random(given.rows)
+    rows, hidden = given.rows, given.hidden
+    options: dict[str, Any] = {"weights_R": given.random(given.rows)}
     for kind in ActivationKind:
-        h, g = (
-            given.random(rows, hidden * (2 if kind is ActivationKind.SWIGLU else 1)),
-            given.random(rows, hidden),
-        )
+        h, g = given.random(rows, hidden * (2 if kind.is_gated else 1)), given.random(rows, hidden)
+        if kind is ActivationKind.CLAMPED_SWIGLU:
+            options["clamp"] = Clamp(alpha=1.702, limit=7.0)
         yield KernelCase(
             f"weighted {kind}",
-            lambda kind=kind, h=h: weighted_activation.weighted_activation(kind, h, weights_R=weights),
-            lambda kind=kind, h=h: weighted_activation.weighted_activation_slowly(kind, h, weights_R=weights),
+            lambda kind=kind, h=h: weighted_activation.weighted_activation(kind, h, **options),
+            lambda kind=kind, h=h: weighted_activation.weighted_activation_slowly(kind, h, **options),
             _bytes(h, g),
         )
         yield KernelCase(
             f"weighted {kind}, backward",
             lambda kind=kind, h=h, g=g: weighted_activation.weighted_activation_backward(
-                kind, g, h, weights_R=weights
+                kind, g, h, **options
             ),
             lambda kind=kind, h=h, g=g: weighted_activation.weighted_activation_backward_slowly(
-                kind, g, h, weights_R=weights
+                kind, g, h, **options
             ),
             2 * _bytes(h, g),
         )

@@ -105,7 +105,7 @@ def build(row: Row, args: argparse.Namespace) -> MoELayer:
             num_experts=args.experts,
             config=row.config,
             scorer=row.scorer,
-            bias=row.bias,
+            balance=row.bias,
         ),
         experts=Experts(
             num_local_experts=args.experts,

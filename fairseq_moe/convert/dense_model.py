@@ -31,6 +31,7 @@ class DenseModel:
         model_dim: D.
         hidden_dim: of the network of every layer.
         is_gated: the networks are SwiGLU.
+        has_bias: they have biases.
     """
 
     tensors: dict[str, Tensor]
@@ -40,6 +41,7 @@ class DenseModel:
     model_dim: int
     hidden_dim: int
     is_gated: bool
+    has_bias: bool
 
     @classmethod
     def read(cls, path: Path) -> "DenseModel":
@@ -64,6 +66,7 @@ class DenseModel:
                 model_dim=int(flags["decoder_embed_dim"]),
                 hidden_dim=int(flags["decoder_ffn_embed_dim"]),
                 is_gated=bool(flags.get("gated_ffn")),
+                has_bias=bool(flags.get("gated_ffn_bias") or not flags.get("gated_ffn")),
             )
             problems = list(found._problems())
         if problems:
@@ -91,13 +94,13 @@ class DenseModel:
                 yield f"has {name}"
 
     def _networks(self) -> dict[str, tuple[int, ...]]:
-        """List the shapes of all layers' networks; SwiGLU has no biases."""
+        """List the shapes of all layers' networks."""
         rows = 2 * self.hidden_dim if self.is_gated else self.hidden_dim
         shapes: dict[str, tuple[int, ...]] = {
             "fc1.weight": (rows, self.model_dim),
             "fc2.weight": (self.model_dim, self.hidden_dim),
         }
-        if not self.is_gated:
+        if self.has_bias:
             shapes |= {"fc1.bias": (rows,), "fc2.bias": (self.model_dim,)}
         return {
             f"decoder.layers.{index}.{part}": shape

@@ -57,6 +57,7 @@ class Routing:
         group_topk: groups from which a token may choose.
         group_score: ``max`` or ``best_two``.
         expert_bias: a bias per expert moves choices, not weights.
+        logits_bias: the router's map has a learned bias.
         aux_loss_coeff: weight of the balancing loss.
         aux_loss_per_sequence: the loss balances each sequence.
     """
@@ -70,6 +71,7 @@ class Routing:
     group_topk: int | None = None
     group_score: str | None = None
     expert_bias: bool = False
+    logits_bias: bool = False
     aux_loss_coeff: float = field(default=0.0, compare=False)
     aux_loss_per_sequence: bool = field(default=False, compare=False)
 
@@ -91,9 +93,15 @@ class ModelSpec:
         attention_bias: ``none``, ``qkv`` or ``all``.
         qk_norm: ``none``, ``head`` (over each head) or ``full`` (over all of a projection).
         clip_qkv: bound of queries, keys and values; None: none.
+        sinks: each head has a learned logit that takes part in the softmax and has no value.
+        window: tokens that a query sees in the layers of ``window_layers``, itself included; None: all earlier ones.
+        window_layers: for each layer whether it has the window; empty without one.
         mla: sizes of latent attention; None: grouped-query attention.
         rope: positions.
         norm_eps: of every norm but those inside MLA.
+        ffn_bias: networks and experts have biases.
+        swiglu_limit: bound of the values that SwiGLU multiplies, in gpt-oss's form of it; None: the usual form.
+        swiglu_alpha: factor within the sigmoid of that form.
         dense_ffn_dim: width of the feed-forward network in layers without experts; None: there are none.
         expert_ffn_dim: width of an expert.
         shared_ffn_dim: width of the network that every token passes; None: none.
@@ -117,9 +125,15 @@ class ModelSpec:
     attention_bias: str = "none"
     qk_norm: str = "none"
     clip_qkv: float | None = None
+    sinks: bool = False
+    window: int | None = None
+    window_layers: tuple[bool, ...] = ()
     mla: Mla | None = None
     rope: Rope
     norm_eps: float
+    ffn_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float | None = None
     dense_ffn_dim: int | None = None
     expert_ffn_dim: int
     shared_ffn_dim: int | None = None

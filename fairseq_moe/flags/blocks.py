@@ -6,19 +6,25 @@ with biases. Layers normalise before each block, as every stock language model d
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from fairseq_moe.flags.layer_pattern import layer_pattern
 from fairseq_moe.flags.records import Group, flag, given_fields
 from fairseq_moe.modules.blocks.grouped import GroupedAttentionConfig
 from fairseq_moe.modules.blocks.latent import LatentAttentionConfig
 from fairseq_moe.modules.blocks.rope import RotaryConfig, YarnConfig
+from fairseq_moe.modules.kernels.swiglu import ClampedSwiglu, swiglu
 
 __all__ = ["BlocksConfig"]
 
 _DEFAULT_INIT_STD = 0.02
 _DEFAULT_EPS = 1e-5
 _DEFAULT_THETA = 10_000.0
+_DEFAULT_ALPHA = 1.702  # of gpt-oss
 
 _flag = functools.partial(flag, Group.BLOCKS)
 
@@ -47,6 +53,9 @@ class BlocksConfig:
     rope_attention_factor: float | None = _flag(
         None, "yarn: factor of cosines and sines (default: follows from the others)"
     )
+    rope_untruncated: bool = _flag(
+        False, "yarn: the bounds between kept and slowed pairs are not rounded to whole pairs"
+    )
     decoder_kv_heads: int | None = _flag(
         None, "key and value heads, shared by groups of query heads (default: --decoder-attention-heads)"
     )
@@ -60,6 +69,15 @@ class BlocksConfig:
         None, "normalise queries and keys: none (default), head (each head) or full (the whole projection)"
     )
     clip_qkv: float | None = _flag(None, "bound of the values of queries, keys and values")
+    attention_sinks: bool = _flag(
+        False, "each query head has one more score, learned, that joins the softmax and takes no value"
+    )
+    attention_window: int | None = _flag(
+        None, "tokens that a query sees, itself included (default: all earlier ones)"
+    )
+    attention_window_layers: str | None = _flag(
+        None, "which layers have the window: N, or zeros and ones such as ([1,0]*12) (default: all)"
+    )
     kv_lora_rank: int | None = _flag(
         None, "latent attention: size of the vector that keys and values are made from"
     )
@@ -71,6 +89,13 @@ class BlocksConfig:
         False,
         "SwiGLU networks without biases, dense and expert ones; their activation is SiLU, not --activation-fn",
     )
+    gated_ffn_bias: bool = _flag(False, "SwiGLU networks have biases, dense, shared and expert ones")
+    swiglu_limit: float | None = _flag(
+        None,
+        "clamped SwiGLU, (u + 1) g sigmoid(alpha g): the bound of g, the gate's values, from above, and of u, those "
+        "that it opens, on both sides (gpt-oss: 7)",
+    )
+    swiglu_alpha: float | None = _flag(None, "clamped SwiGLU: alpha (default: 1.702)")
     mtp_layers: int = _flag(0, "blocks that predict further tokens (multi-token prediction)")
     mtp_loss_weight: float = _flag(
         0.0, "weight of their mean loss in training; 0: they are kept as they are and not computed"
@@ -104,6 +129,13 @@ class BlocksConfig:
         """Return the standard deviation of initial weights."""
         return _DEFAULT_INIT_STD if self.init_std is None else self.init_std
 
+    def gated_activation(self) -> Callable[[Tensor], Tensor]:
+        """Return the activation of SwiGLU networks, plain or clamped."""
+        if self.swiglu_limit is None:
+            return swiglu
+        alpha = _DEFAULT_ALPHA if self.swiglu_alpha is None else self.swiglu_alpha
+        return ClampedSwiglu(alpha=alpha, limit=self.swiglu_limit)
+
     def rotary_config(self) -> RotaryConfig | None:
         """Describe how heads turn with their position; None: they do not."""
         if self.position_embedding != "rope":
@@ -127,6 +159,7 @@ class BlocksConfig:
             mscale=self.rope_mscale,
             mscale_all_dim=self.rope_mscale_all_dim,
             attention_factor=self.rope_attention_factor,
+            truncate=not self.rope_untruncated,
         )
 
     def rotary_head_dim(self, *, model_dim: int, num_heads: int) -> int:
@@ -137,10 +170,21 @@ class BlocksConfig:
         """Return the size of a head of grouped attention."""
         return self.decoder_head_dim or model_dim // num_heads
 
+    def windows(self, num_layers: int) -> list[int | None]:
+        """List the window of each decoder layer; None: it sees all earlier tokens.
+
+        Raises:
+            ValueError: a sentence that refuses --attention-window-layers.
+        """
+        if self.attention_window is None:
+            return [None] * num_layers
+        marks = layer_pattern(self.attention_window_layers or "1", num_layers, "attention_window_layers")
+        return [self.attention_window if mark else None for mark in marks]
+
     def attention_config(
-        self, *, model_dim: int, num_heads: int, dropout: float
+        self, *, model_dim: int, num_heads: int, dropout: float, window: int | None
     ) -> GroupedAttentionConfig | LatentAttentionConfig:
-        """Describe the attention of every layer, grouped or latent."""
+        """Describe the attention of a layer with this window, grouped or latent."""
         if self.kv_lora_rank is None:
             return GroupedAttentionConfig(
                 model_dim=model_dim,
@@ -152,6 +196,8 @@ class BlocksConfig:
                 norm_eps=self.eps,
                 clip=self.clip_qkv,
                 dropout=dropout,
+                sinks=self.attention_sinks,
+                window=window,
             )
         assert self.qk_nope_head_dim and self.qk_rope_head_dim and self.v_head_dim
         return LatentAttentionConfig(

@@ -29,8 +29,9 @@ _RANGES: dict[str, Range] = {
     **dict.fromkeys(
         (
             "norm_eps", "rope_theta", "rope_scaling_factor", "rope_original_max_positions", "rope_beta_fast",
-            "rope_beta_slow", "rope_attention_factor", "decoder_kv_heads", "decoder_head_dim", "clip_qkv",
+            "rope_beta_slow", "rope_attention_factor", "attention_window", "decoder_kv_heads", "decoder_head_dim",
             "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "init_std",
+            "clip_qkv", "swiglu_limit", "swiglu_alpha",
         ),
         POSITIVE,
     ),
@@ -40,7 +41,7 @@ _RANGES: dict[str, Range] = {
 
 _YARN_FLAGS = {
     "rope_scaling_factor", "rope_original_max_positions", "rope_beta_fast", "rope_beta_slow", "rope_mscale",
-    "rope_mscale_all_dim", "rope_attention_factor",
+    "rope_mscale_all_dim", "rope_attention_factor", "rope_untruncated",
 }  # fmt: skip
 
 # Stock's flags that change blocks which are not there, and their values that mean "not given".
@@ -75,6 +76,7 @@ def block_problems(model: Any) -> list[str]:
         model_dim=int(get("decoder_embed_dim") or 0),
         num_heads=int(get("decoder_attention_heads") or 1),
     )
+    found += _window_problems(config, int(get("decoder_layers") or 0))
     given = flag_name(changed_fields(config)[0])
     found += replaced_block_problems(model, given)
     for name in ("decoder_input_dim", "decoder_output_dim"):
@@ -105,7 +107,7 @@ def _own_problems(config: BlocksConfig, *, model_dim: int, num_heads: int) -> li
     found = one_of(config, _CHOICES) + ranges(config, _RANGES)
     if found:
         return found
-    found = _rotary_problems(config) + _latent_problems(config)
+    found = _rotary_problems(config) + _latent_problems(config) + _gated_problems(config)
     if not config.is_latent and not found:
         found += _head_problems(config, model_dim, num_heads)
     if config.mtp_loss_weight and not config.mtp_layers:
@@ -138,8 +140,11 @@ def _latent_problems(config: BlocksConfig) -> list[str]:
     missing = [name for name in sizes if getattr(config, name) is None]
     if missing:
         found.append(f"--kv-lora-rank needs {_listed(missing)}; add them.")
-    rivals = ("decoder_kv_heads", "decoder_head_dim", "qk_norm", "clip_qkv", "rotary_fraction")
-    given = [name for name in rivals if getattr(config, name) is not None]
+    rivals = (
+        "decoder_kv_heads", "decoder_head_dim", "qk_norm", "clip_qkv", "rotary_fraction", "attention_sinks",
+        "attention_window",
+    )  # fmt: skip
+    given = [name for name in changed_fields(config) if name in rivals]
     if given:
         found.append(f"--kv-lora-rank asks for latent attention, which has no {_listed(given)}.")
     if config.attention_bias == "qkv":
@@ -148,6 +153,37 @@ def _latent_problems(config: BlocksConfig) -> list[str]:
         found.append("--kv-lora-rank needs --position-embedding rope; add it.")
     if not missing and config.qk_rope_head_dim is not None and config.qk_rope_head_dim % 2:
         found.append(f"--qk-rope-head-dim is {config.qk_rope_head_dim}, expected an even number.")
+    return found
+
+
+def _window_problems(config: BlocksConfig, num_layers: int) -> list[str]:
+    if config.attention_window is None:
+        stray = config.attention_window_layers is not None
+        return ["--attention-window-layers needs --attention-window; add it."] if stray else []
+    found = []
+    if config.mtp_layers:
+        found.append(
+            "--attention-window does not say what the blocks of --mtp-layers see, which are no decoder layers; leave "
+            "one out."
+        )
+    try:
+        windows = config.windows(num_layers)
+    except ValueError as error:
+        return [*found, str(error)]
+    if not any(windows):
+        found.append(
+            f"--attention-window-layers {config.attention_window_layers} gives no layer the window; mark at least one."
+        )
+    return found
+
+
+def _gated_problems(config: BlocksConfig) -> list[str]:
+    found = []
+    given = [name for name in ("gated_ffn_bias", "swiglu_limit") if getattr(config, name)]
+    if given and not config.gated_ffn:
+        found.append(f"{_listed(given)} describe SwiGLU networks; give --gated-ffn.")
+    if config.swiglu_alpha is not None and config.swiglu_limit is None:
+        found.append("--swiglu-alpha needs --swiglu-limit; add it.")
     return found
 
 

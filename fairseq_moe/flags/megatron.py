@@ -5,13 +5,13 @@ is min(ranks, experts) and the dispatcher is alltoall unless said otherwise. Wit
 are used, and the arguments that describe Megatron's routing are refused (``megatron_checks``).
 """
 
-import ast
 import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fairseq_moe.flags.layer_pattern import layer_pattern
 from fairseq_moe.flags.megatron_aliases import resolve_aliases
 from fairseq_moe.flags.records import Group, flag, given_fields, words
 from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule
@@ -42,7 +42,6 @@ DISPATCHERS = ("alltoall", "allgather")
 # --moe-router-force-load-balancing -> who chooses
 FORCED_CHOICES = {"random": Choice.RANDOM, "round_robin": Choice.ROUND_ROBIN, "hash": Choice.HASH}
 
-_MAX_PATTERN = 100_000  # layers
 
 _experts = functools.partial(flag, Group.EXPERTS)
 _routing = functools.partial(flag, Group.ROUTING)
@@ -95,6 +94,9 @@ class MegatronConfig:
     moe_router_enable_expert_bias: bool = _routing(False, "balance by a bias on the choice instead of a loss")
     moe_router_bias_update_rate: float | None = _routing(
         None, "step of the expert bias per update (default: 1e-3)"
+    )
+    moe_router_bias: bool = _routing(
+        False, "router logits have a learned bias, which weights and losses see (gpt-oss)"
     )
     moe_router_force_load_balancing: str | None = _routing(
         None,
@@ -221,6 +223,7 @@ class MegatronConfig:
             cosine=self.use_xmoe,
             dtype=dtypes[self.moe_router_dtype],
             jitter_eps=self.moe_input_jitter_eps,
+            bias=self.moe_router_bias,
         )
 
     def bias_config(self) -> BiasConfig | None:
@@ -238,41 +241,5 @@ class MegatronConfig:
 
 
 def moe_layer_pattern(text: str, num_layers: int) -> list[bool]:
-    """Mark the layers that have experts.
-
-    Args:
-        text: N (layers 0, N, 2N, ...; Megatron's rule), or a list of 0 and 1 such as ``([0]+[1]*23)``.
-        num_layers: decoder layers.
-
-    Raises:
-        ValueError: one sentence.
-    """
-    problem = (
-        f"--moe-layer-freq is {text!r}, expected a number N or {num_layers} zeros and ones such as "
-        f"([0]+[1]*{num_layers - 1})."
-    )
-    try:
-        value = _evaluate(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, TypeError, ValueError) as error:
-        raise ValueError(problem) from error
-    if isinstance(value, int) and value >= 1:
-        return [index % value == 0 for index in range(num_layers)]
-    if isinstance(value, list) and len(value) == num_layers and all(mark in (0, 1) for mark in value):
-        return [bool(mark) for mark in value]
-    raise ValueError(problem)
-
-
-def _evaluate(node: ast.expr) -> Any:
-    """Evaluate lists of integers, added and repeated: nothing else, and no list grows beyond reason."""
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.List):
-        return [_evaluate(item) for item in node.elts]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _evaluate(node.left) + _evaluate(node.right)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        left, right = _evaluate(node.left), _evaluate(node.right)
-        sizes = [len(value) if isinstance(value, list) else value for value in (left, right)]
-        if sizes[0] * sizes[1] <= _MAX_PATTERN:
-            return left * right
-    raise TypeError("not a list of integers")
+    """Mark the layers that have experts; see ``layer_pattern``."""
+    return layer_pattern(text, num_layers, "moe_layer_freq")

@@ -146,6 +146,8 @@ def _choice_problems(config: MegatronConfig) -> list[str]:
 
 def _bias_problems(config: MegatronConfig) -> list[str]:
     found = []
+    if config.moe_router_bias and config.use_xmoe:
+        found.append("--moe-router-bias is of a linear router, which --use-xmoe replaces; leave one out.")
     quantile = "quantile_balancing" in config.balancing_types
     if config.moe_router_enable_expert_bias:
         if config.score_function == "softmax":

@@ -9,15 +9,18 @@ one H200 (2026-11-27) whole layers (T, D, F, E, K) with it, and with kernels suc
 """
 
 from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_moe.fused.launch import block_of, cdiv, jit, runs_triton, tl
+from fairseq_moe.fused.launch import block_of, cdiv, runs_triton
+from fairseq_moe.fused.weighted_activation_kernels import activate, activate_backward
 
 __all__ = [
     "ActivationKind",
+    "Clamp",
     "weighted_activation",
     "weighted_activation_backward",
     "weighted_activation_backward_slowly",
@@ -33,17 +36,37 @@ _BLOCKS_F = (512, 256)
 
 
 class ActivationKind(StrEnum):
-    """Name the activations that have kernels; gelu is the exact one, swiglu is silu(gate) * up of [gate | up]."""
+    """Name the activations that have kernels; gelu is the exact one, swiglu is silu(gate) * up of [gate | up].
+
+    clamped_swiglu is (u + 1) * g * sigmoid(alpha * g), where g = min(gate, limit) and u is up within +-limit (gpt-oss).
+    """
 
     GELU = "gelu"
     RELU = "relu"
     SWIGLU = "swiglu"
+    CLAMPED_SWIGLU = "clamped_swiglu"
+
+    @property
+    def is_gated(self) -> bool:
+        """Tell whether it makes F values of 2F."""
+        return self in (ActivationKind.SWIGLU, ActivationKind.CLAMPED_SWIGLU)
+
+
+class Clamp(NamedTuple):
+    """Hold the two numbers of ``clamped_swiglu``; no other activation has them."""
+
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+_NO_CLAMP = Clamp()
 
 
 def weighted_activation(
     kind: ActivationKind,
     hidden_RH: Tensor,
     *,
+    clamp: Clamp = _NO_CLAMP,
     bias_LH: Tensor | None = None,
     expert_R: Tensor | None = None,
     weights_R: Tensor | None = None,
@@ -52,8 +75,9 @@ def weighted_activation(
     """Compute w act(h + b) for each row.
 
     Args:
-        kind: the activation; H is 2F for ``swiglu`` and F for the others.
+        kind: the activation; H is 2F for gated ones and F for the others.
         hidden_RH: float32, float16 or bfloat16.
+        clamp: the numbers of ``clamped_swiglu``.
         bias_LH: float, of each expert; None: no bias.
         expert_R: int64, the expert of each row, where there is a bias.
         weights_R: float, of each row; None: 1.
@@ -64,7 +88,7 @@ def weighted_activation(
     """
     if not runs_triton(hidden_RH):
         return weighted_activation_slowly(
-            kind, hidden_RH, bias_LH=bias_LH, expert_R=expert_R, weights_R=weights_R
+            kind, hidden_RH, clamp=clamp, bias_LH=bias_LH, expert_R=expert_R, weights_R=weights_R
         )
     hidden_RH, bias_LH, expert_R, weights_R = _contiguous(hidden_RH, bias_LH, expert_R, weights_R)
     total, width = len(hidden_RH), _width(kind, hidden_RH)
@@ -72,7 +96,7 @@ def weighted_activation(
     if total * width == 0:
         return active_RF
     block, rows = _tile(width)
-    _activate[(cdiv(total, rows), cdiv(width, block))](
+    activate[(cdiv(total, rows), cdiv(width, block))](
         hidden_RH,
         bias_LH,
         expert_R,
@@ -81,7 +105,10 @@ def weighted_activation(
         active_RF,
         total,
         width,
+        clamp.alpha,
+        clamp.limit,
         KIND=str(kind),
+        IS_GATED=kind.is_gated,
         HAS_BIAS=bias_LH is not None,
         HAS_WEIGHTS=weights_R is not None,
         IS_COUNTED=num_rows is not None,
@@ -96,6 +123,7 @@ def weighted_activation_backward(
     grad_RF: Tensor,
     hidden_RH: Tensor,
     *,
+    clamp: Clamp = _NO_CLAMP,
     bias_LH: Tensor | None = None,
     expert_R: Tensor | None = None,
     weights_R: Tensor | None = None,
@@ -112,6 +140,7 @@ def weighted_activation_backward(
             kind,
             grad_RF,
             hidden_RH,
+            clamp=clamp,
             bias_LH=bias_LH,
             expert_R=expert_R,
             weights_R=weights_R,
@@ -127,7 +156,7 @@ def weighted_activation_backward(
     block, rows = _tile(width)
     # A program has whole rows, so that the sum over a row needs no second kernel and no atomic addition, and is the
     # same in every run. Programs are many still: 16384 for 131072 rows of F 768 (8 each) and 65536 of 14336 (4).
-    _activate_backward[(cdiv(total, rows),)](
+    activate_backward[(cdiv(total, rows),)](
         grad_RF,
         hidden_RH,
         bias_LH,
@@ -139,7 +168,10 @@ def weighted_activation_backward(
         grad_weights_R,
         total,
         width,
+        clamp.alpha,
+        clamp.limit,
         KIND=str(kind),
+        IS_GATED=kind.is_gated,
         HAS_BIAS=bias_LH is not None,
         HAS_WEIGHTS=weights_R is not None,
         IS_COUNTED=num_rows is not None,
@@ -151,7 +183,7 @@ def weighted_activation_backward(
 
 
 def _width(kind: ActivationKind, hidden_RH: Tensor) -> int:
-    return hidden_RH.shape[1] // (2 if kind is ActivationKind.SWIGLU else 1)
+    return hidden_RH.shape[1] // (2 if kind.is_gated else 1)
 
 
 def _contiguous(
@@ -172,145 +204,17 @@ def _tile(width: int) -> tuple[int, int]:
     return block, _TILE // block
 
 
-@jit
-def _inner_activate(hidden: tl.tensor, up: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """Compute the activation, its derivative by ``hidden`` and, for swiglu, by ``up``."""
-    if KIND == "gelu":
-        # cdf and density of the standard normal distribution.
-        below = 0.5 * (1.0 + tl.erf(hidden * 0.7071067811865476))
-        active = hidden * below
-        slope = below + hidden * 0.3989422804014327 * tl.exp(-0.5 * hidden * hidden)
-        slope_up = slope
-    elif KIND == "relu":
-        # Not by a maximum, which makes a number of NaN: whoever looks for overflows must find them.
-        active = tl.where(hidden <= 0.0, 0.0, hidden)
-        slope = tl.where(hidden <= 0.0, 0.0, 1.0)
-        slope_up = slope
-    else:
-        opened = tl.sigmoid(hidden)
-        slope_up = hidden * opened
-        active = slope_up * up
-        slope = up * opened * (1.0 + hidden * (1.0 - opened))
-    return active, slope, slope_up
-
-
-@jit
-def _inner_load(
-    source: tl.tensor, at: tl.tensor, width: tl.tensor, inside: tl.tensor, KIND: tl.constexpr
-) -> tl.tensor:
-    """Load what the activation is of and, for swiglu, what it is multiplied by; else the same again."""
-    values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
-    up = values
-    if KIND == "swiglu":
-        up = tl.load(source + at + width, mask=inside, other=0.0).to(tl.float32)
-    return values, up
-
-
-@jit
-def _activate(
-    hidden: tl.tensor,
-    bias: tl.tensor,
-    expert_of: tl.tensor,
-    weights: tl.tensor,
-    num_rows: tl.tensor,
-    active: tl.tensor,
-    total: tl.tensor,
-    width: tl.tensor,
-    KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    IS_COUNTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-) -> None:
-    hidden_width = width * 2 if KIND == "swiglu" else width
-    last = tl.load(num_rows).to(tl.int32) if IS_COUNTED else total
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    inside = (row < last)[:, None] & (column < width)[None, :]
-    long_row = row.to(tl.int64)[:, None]
-    at = long_row * hidden_width + column[None, :]
-    values, up = _inner_load(hidden, at, width, inside, KIND)
-    if HAS_BIAS:
-        expert = tl.load(expert_of + row, mask=row < last, other=0).to(tl.int64)[:, None]
-        bias_values, bias_up = _inner_load(bias, expert * hidden_width + column[None, :], width, inside, KIND)
-        values += bias_values
-        up += bias_up
-    result, _slope, _slope_up = _inner_activate(values, up, KIND)
-    if HAS_WEIGHTS:
-        result *= tl.load(weights + row, mask=row < last, other=0.0).to(tl.float32)[:, None]
-    tl.store(active + long_row * width + column[None, :], result.to(active.dtype.element_ty), mask=inside)
-
-
-@jit
-def _activate_backward(
-    grad: tl.tensor,
-    hidden: tl.tensor,
-    bias: tl.tensor,
-    expert_of: tl.tensor,
-    weights: tl.tensor,
-    num_rows: tl.tensor,
-    active: tl.tensor,
-    grad_hidden: tl.tensor,
-    grad_weights: tl.tensor,
-    total: tl.tensor,
-    width: tl.tensor,
-    KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    IS_COUNTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-) -> None:
-    hidden_width = width * 2 if KIND == "swiglu" else width
-    last = tl.load(num_rows).to(tl.int32) if IS_COUNTED else total
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    long_row = row.to(tl.int64)[:, None]
-    weight = tl.full((ROWS, 1), 1.0, tl.float32)
-    if HAS_WEIGHTS:
-        weight = tl.load(weights + row, mask=row < last, other=0.0).to(tl.float32)[:, None]
-    expert = tl.zeros((ROWS, 1), tl.int64)
-    if HAS_BIAS:
-        expert = tl.load(expert_of + row, mask=row < last, other=0).to(tl.int64)[:, None]
-    products = tl.zeros((ROWS, BLOCK_F), tl.float32)
-    for block in range(BLOCKS):
-        column = block * BLOCK_F + tl.arange(0, BLOCK_F)
-        inside = (row < last)[:, None] & (column < width)[None, :]
-        at = long_row * hidden_width + column[None, :]
-        values, up = _inner_load(hidden, at, width, inside, KIND)
-        if HAS_BIAS:
-            bias_at = expert * hidden_width + column[None, :]
-            bias_values, bias_up = _inner_load(bias, bias_at, width, inside, KIND)
-            values += bias_values
-            up += bias_up
-        result, slope, slope_up = _inner_activate(values, up, KIND)
-        narrow_at = long_row * width + column[None, :]
-        upper = tl.load(grad + narrow_at, mask=inside, other=0.0).to(tl.float32)
-        products += upper * result
-        tl.store(active + narrow_at, (result * weight).to(active.dtype.element_ty), mask=inside)
-        upper *= weight
-        tl.store(grad_hidden + at, (upper * slope).to(grad_hidden.dtype.element_ty), mask=inside)
-        if KIND == "swiglu":
-            tl.store(
-                grad_hidden + at + width, (upper * slope_up).to(grad_hidden.dtype.element_ty), mask=inside
-            )
-    if HAS_WEIGHTS:
-        # Rows that are nobody's were read as zeros.
-        sums = tl.sum(products, axis=1)
-        tl.store(grad_weights + row, sums.to(grad_weights.dtype.element_ty), mask=row < total)
-
-
 def weighted_activation_slowly(
     kind: ActivationKind,
     hidden_RH: Tensor,
     *,
+    clamp: Clamp = _NO_CLAMP,
     bias_LH: Tensor | None = None,
     expert_R: Tensor | None = None,
     weights_R: Tensor | None = None,
 ) -> Tensor:
     """Compute ``weighted_activation`` in plain torch."""
-    active_RF = _plain(kind, _biased(hidden_RH, bias_LH, expert_R))
+    active_RF = _plain(kind, _biased(hidden_RH, bias_LH, expert_R), clamp)
     if weights_R is not None:
         active_RF = active_RF * weights_R.to(active_RF.dtype).unsqueeze(1)
     return active_RF.to(hidden_RH.dtype)
@@ -321,6 +225,7 @@ def weighted_activation_backward_slowly(
     grad_RF: Tensor,
     hidden_RH: Tensor,
     *,
+    clamp: Clamp = _NO_CLAMP,
     bias_LH: Tensor | None = None,
     expert_R: Tensor | None = None,
     weights_R: Tensor | None = None,
@@ -329,7 +234,7 @@ def weighted_activation_backward_slowly(
     """Compute ``weighted_activation_backward`` in plain torch, by autograd."""
     with torch.enable_grad():
         leaf_RH = _biased(hidden_RH, bias_LH, expert_R).detach().requires_grad_()
-        active_RF = _plain(kind, leaf_RH)
+        active_RF = _plain(kind, leaf_RH, clamp)
     upper_RF = grad_RF.to(active_RF.dtype)
     (grad_hidden_RH,) = torch.autograd.grad(active_RF, leaf_RH, upper_RF)
     active_RF, grad_weights_R = active_RF.detach(), None
@@ -360,10 +265,13 @@ def _biased(hidden_RH: Tensor, bias_LH: Tensor | None, expert_R: Tensor | None) 
     return wide_RH + bias_LH.to(wide_RH.dtype).index_select(0, expert_R)
 
 
-def _plain(kind: ActivationKind, hidden_RH: Tensor) -> Tensor:
+def _plain(kind: ActivationKind, hidden_RH: Tensor, clamp: Clamp) -> Tensor:
     if kind is ActivationKind.GELU:
         return F.gelu(hidden_RH)
     if kind is ActivationKind.RELU:
         return F.relu(hidden_RH)
     gate_RF, up_RF = hidden_RH.chunk(2, dim=-1)
-    return F.silu(gate_RF) * up_RF
+    if kind is ActivationKind.SWIGLU:
+        return F.silu(gate_RF) * up_RF
+    gate_RF, up_RF = gate_RF.clamp(max=clamp.limit), up_RF.clamp(-clamp.limit, clamp.limit)
+    return (up_RF + 1) * (gate_RF * torch.sigmoid(clamp.alpha * gate_RF))

@@ -20,7 +20,6 @@ from fairseq_moe.modules.blocks.grouped import GroupedAttention
 from fairseq_moe.modules.blocks.latent import LatentAttention, LatentAttentionConfig
 from fairseq_moe.modules.blocks.norm import RMSNorm
 from fairseq_moe.modules.blocks.rope import Rotary
-from fairseq_moe.modules.kernels.swiglu import swiglu
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.modules.shards import LocalShards, Shards
 
@@ -180,6 +179,7 @@ def build_blocks_layer(
     rotary: Rotary | None = None,
     moe_layer: MoELayer | None = None,
     shards: Shards | None = None,
+    window: int | None = None,
 ) -> BlocksDecoderLayer:
     """Build a layer whole, with new weights.
 
@@ -189,11 +189,12 @@ def build_blocks_layer(
         rotary: turns heads, shared by all layers; None: nothing turns.
         moe_layer: experts in the place of the dense network.
         shards: the ranks of a micro-batch; None: this one alone.
+        window: tokens that a query sees, itself included; None: all earlier ones.
     """
     shards = shards or LocalShards()
     dim, hidden_dim = cfg.decoder.embed_dim, cfg.decoder.ffn_embed_dim
     config = blocks.attention_config(
-        model_dim=dim, num_heads=cfg.decoder.attention_heads, dropout=cfg.attention_dropout
+        model_dim=dim, num_heads=cfg.decoder.attention_heads, dropout=cfg.attention_dropout, window=window
     )
     attention: GroupedAttention | LatentAttention
     if isinstance(config, LatentAttentionConfig):
@@ -204,7 +205,8 @@ def build_blocks_layer(
     attention_norm, network_norm = build_norm(blocks, dim), build_norm(blocks, dim)
     network: MoELayer | DenseNetwork | None = moe_layer
     if network is None:
-        rows, has_bias = (2 * hidden_dim, False) if blocks.gated_ffn else (hidden_dim, True)
+        rows = 2 * hidden_dim if blocks.gated_ffn else hidden_dim
+        has_bias = blocks.gated_ffn_bias or not blocks.gated_ffn
         network = DenseNetwork(
             fc1=nn.Linear(dim, rows, bias=has_bias),
             activation=ffn_activation(cfg, blocks),
@@ -240,15 +242,22 @@ def build_norm(blocks: BlocksConfig, dim: int) -> nn.Module:
 def ffn_activation(cfg: TransformerConfig, blocks: BlocksConfig) -> Any:
     """Choose the activation between the matrices of dense networks and experts."""
     if blocks.gated_ffn:
-        return swiglu
+        return blocks.gated_activation()
     return expert_activation(utils.get_activation_fn(cfg.activation_fn))
 
 
 def init_weights(module: nn.Module, std: float) -> None:
-    """Draw normal weights and zero biases for linear maps, routers and embeddings inside; experts start themselves."""
+    """Draw normal weights, sinks and zero biases for what is inside; experts start themselves.
+
+    A router's bias is drawn like its weights, as gpt-oss's is.
+    """
     for part in module.modules():
         is_cosine = isinstance(part, Router) and part.scorer.cosine
         if isinstance(part, nn.Linear | nn.Embedding | Router) and not is_cosine:
             nn.init.normal_(part.weight, std=std)
+        if isinstance(part, Router) and part.bias is not None:
+            nn.init.normal_(part.bias, std=std)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
+        if isinstance(part, GroupedAttention) and part.sinks is not None:
+            nn.init.normal_(part.sinks, std=std)

@@ -13,7 +13,7 @@ from fairseq_moe.distributed.mesh import ParallelMesh
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.models.block_layer import BlocksDecoderLayer
 from fairseq_moe.modules.blocks.grouped import GroupedAttention
-from fairseq_moe.modules.kernels.swiglu import swiglu
+from fairseq_moe.modules.kernels.swiglu import is_gated
 from fairseq_moe.parallel.placement import (
     TENSOR_COLUMNS,
     TENSOR_GATED_ROWS,
@@ -65,6 +65,8 @@ def _attention_parts(attention: nn.Module) -> Iterator[_Placed]:
             yield module, "weight", TENSOR_ROWS
             yield module, "bias", TENSOR_ROWS
     yield attention.get_submodule("out_proj"), "weight", TENSOR_COLUMNS
+    if isinstance(attention, GroupedAttention):
+        yield attention, "sinks", TENSOR_ROWS
     if isinstance(attention, GroupedAttention) and attention.config.qk_norm == "full":
         yield attention.q_norm, "weight", TENSOR_ROWS
         yield attention.k_norm, "weight", TENSOR_ROWS
@@ -73,7 +75,7 @@ def _attention_parts(attention: nn.Module) -> Iterator[_Placed]:
 def _network_parts(layer: BlocksDecoderLayer) -> Iterator[_Placed]:
     if layer.moe_layer is not None:
         return
-    rows = TENSOR_GATED_ROWS if layer.activation_fn is swiglu else TENSOR_ROWS
+    rows = TENSOR_GATED_ROWS if is_gated(layer.activation_fn) else TENSOR_ROWS
     yield layer.fc1, "weight", rows
     yield layer.fc1, "bias", rows
     yield layer.fc2, "weight", TENSOR_COLUMNS

@@ -114,7 +114,7 @@ class MoEDecoder(TransformerDecoder):
             self.mtp = nn.ModuleList(self._build_mtp(cfg) for _ in range(self.blocks.mtp_layers))
 
     def _build_mtp(self, cfg: TransformerConfig) -> nn.Module:
-        layer = self._wrapped(self._build_blocks_layer(cfg, has_experts=self.moe.enabled), cfg)
+        layer = self._wrapped(self._build_blocks_layer(cfg, has_experts=self.moe.enabled, window=None), cfg)
         block = MTPBlock(self.blocks, self.embed_dim, layer)
         if self.blocks.mtp_loss_weight > 0:
             return block
@@ -153,7 +153,8 @@ class MoEDecoder(TransformerDecoder):
         cfg = TransformerConfig.from_namespace(args)
         if self.blocks.enabled:
             has_experts = self.moe.enabled and self.moe.is_moe_layer(index)
-            return self._wrapped(self._build_blocks_layer(cfg, has_experts=has_experts), cfg)
+            window = self.blocks.windows(self.moe.decoder_layers)[index]
+            return self._wrapped(self._build_blocks_layer(cfg, has_experts=has_experts, window=window), cfg)
         if self.is_sharded:
             assert self.mesh is not None
             moe = self.moe if self.moe.is_moe_layer(index) else None
@@ -167,7 +168,9 @@ class MoEDecoder(TransformerDecoder):
         assert self.mesh is not None
         return self._wrapped(MoEDecoderLayer(cfg, self.moe, self.mesh), cfg)
 
-    def _build_blocks_layer(self, cfg: TransformerConfig, *, has_experts: bool) -> BlocksDecoderLayer:
+    def _build_blocks_layer(
+        self, cfg: TransformerConfig, *, has_experts: bool, window: int | None
+    ) -> BlocksDecoderLayer:
         moe_layer = None
         if has_experts:
             assert self.mesh is not None
@@ -180,9 +183,10 @@ class MoEDecoder(TransformerDecoder):
                 activation_dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0),
                 dropout=cfg.dropout,
                 init_std=self.blocks.std,
+                gated_bias=self.blocks.gated_ffn_bias,
             )
         layer = build_blocks_layer(
-            cfg, self.blocks, rotary=self.rotary, moe_layer=moe_layer, shards=self.shards
+            cfg, self.blocks, rotary=self.rotary, moe_layer=moe_layer, shards=self.shards, window=window
         )
         return cut_layer(layer, self.mesh) if self.is_sharded and self.mesh is not None else layer
 

@@ -26,7 +26,7 @@ from fairseq_moe.modules.dispatch.allgather import AllGatherDispatcher
 from fairseq_moe.modules.dispatch.dispatcher import plan_kept
 from fairseq_moe.modules.dispatch.exchange import Exchange, NoExchange, TimedExchange
 from fairseq_moe.modules.dispatch.padded import plan_padded
-from fairseq_moe.modules.kernels.swiglu import swiglu
+from fairseq_moe.modules.kernels.swiglu import is_gated
 from fairseq_moe.modules.moe_layer import RoutingMemo
 from fairseq_moe.parallel.placement import EXPERT, expert_placements, marks_of, place
 
@@ -153,6 +153,7 @@ def build_moe_layer(
     activation_dropout: float,
     dropout: float,
     init_std: float | None = None,
+    gated_bias: bool = False,
 ) -> MoELayer:
     """Build router, this rank's experts (wrapped by FSDP over their replicas where fairseq wraps) and dispatcher."""
     router = Router(
@@ -160,14 +161,14 @@ def build_moe_layer(
         num_experts=moe.num_experts,
         config=moe.router_config(),
         scorer=moe.scorer_config(),
-        bias=moe.bias_config(),
+        balance=moe.bias_config(),
         # Routers of other stages are other ones.
         sum_over_ranks=None if mesh.stage is None else mesh.sum_over_stage,
         shards=shards_of(mesh),
     )
     local_ids = mesh.layout.local_ids(mesh.rank)
     part = mesh.ranks.coordinate(mesh.rank, "expert_tensor"), mesh.ranks.expert_tensor
-    placements = expert_placements(is_gated=activation is swiglu, is_cut=part[1] > 1)
+    placements = expert_placements(is_gated=is_gated(activation), is_cut=part[1] > 1)
     experts = Experts(
         num_local_experts=len(local_ids),
         first_expert_id=local_ids[0],
@@ -182,6 +183,7 @@ def build_moe_layer(
         init_std=init_std,
         fp8=moe.fp8,
         marks={name: marks_of(placement) for name, placement in placements.items()},
+        gated_bias=gated_bias,
         part=part,
     )
     # In a single process the wrapper takes the model's own group, which has one rank.
@@ -196,6 +198,7 @@ def build_moe_layer(
             model_dim=model_dim,
             hidden_dim=moe.megatron.moe_shared_expert_intermediate_size,
             activation=activation,
+            gated_bias=gated_bias,
             gated=moe.megatron.moe_shared_expert_gate,
             activation_dropout=activation_dropout,
             dropout=dropout,

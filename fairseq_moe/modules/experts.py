@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fairseq_moe.modules.dispatch.rows import ExpertWork
 from fairseq_moe.modules.kernels.fp8 import Fp8Mode
-from fairseq_moe.modules.kernels.swiglu import swiglu
+from fairseq_moe.modules.kernels.swiglu import is_gated
 from fairseq_moe.modules.kernels.table import Kernel, Stacks, choose_kernel, run_experts, under_autocast
 from fairseq_moe.modules.parts import take_part
 from fairseq_moe.modules.recompute import recomputed
@@ -26,15 +26,15 @@ class Experts(nn.Module):
     """Apply L two-layer feed-forward networks: dropout(W2 activation_dropout(act(W1 x + b1)) + b2).
 
     The stacks are the only parameters: ``fc1_weight`` (L, F, D), ``fc1_bias`` (L, F), ``fc2_weight``
-    (L, D, F), ``fc2_bias`` (L, D). Gated experts (``activation`` is ``swiglu``) have 2F outputs in ``fc1_weight``,
-    those of the gate first, and no biases.
+    (L, D, F), ``fc2_bias`` (L, D). Gated experts have 2F outputs in ``fc1_weight`` and ``fc1_bias``, those of the gate
+    first, and biases where they are asked for.
 
     Args:
         num_local_experts: L.
         first_expert_id: global id of the first local expert.
         model_dim: D.
         hidden_dim: F.
-        activation: elementwise function, not in place, without parameters; or ``swiglu``.
+        activation: elementwise function, not in place, without parameters; or a gated one (``kernels.swiglu``).
         activation_dropout: probability, after the activation.
         dropout: probability, on each expert's output.
         seed: expert e starts from the generator seeded with ``seed + e``, so that any spread of the experts
@@ -44,6 +44,7 @@ class Experts(nn.Module):
         fp8: compute products in FP8 in this way, where it pays; None: not.
         marks: attributes of each parameter by its name, which it carries also after a copy or a conversion; whoever
             builds the layer says with them where these values lie on the ranks.
+        gated_bias: gated experts have biases, too.
         part: (index, number) of the parts into which each expert's width F is divided; the stacks hold this one, and
             the output is a part of the sum that all give. The first part adds the second bias.
     """
@@ -68,6 +69,7 @@ class Experts(nn.Module):
         init_std: float | None = None,
         fp8: Fp8Mode | None = None,
         marks: Mapping[str, Mapping[str, Any]] | None = None,
+        gated_bias: bool = False,
         part: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
@@ -78,13 +80,13 @@ class Experts(nn.Module):
         self.dropout = dropout
         self.recompute = recompute
         self.fp8 = fp8
-        is_glu = activation is swiglu
-        width = hidden_dim // part[1]
+        has_gate, width = is_gated(activation), hidden_dim // part[1]
+        rows, has_bias = 2 * width if has_gate else width, gated_bias or not has_gate
         shapes = {
-            "fc1_weight": (2 * width if is_glu else width, model_dim),
-            "fc1_bias": None if is_glu else (width,),
+            "fc1_weight": (rows, model_dim),
+            "fc1_bias": (rows,) if has_bias else None,
             "fc2_weight": (model_dim, width),
-            "fc2_bias": None if is_glu else (model_dim,),
+            "fc2_bias": (model_dim,) if has_bias else None,
         }
         for name, shape in shapes.items():
             stack = None if shape is None else nn.Parameter(torch.empty(num_local_experts, *shape))
@@ -143,7 +145,7 @@ class Experts(nn.Module):
                 nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
             else:
                 nn.init.normal_(whole, std=std, generator=generator)
-            blocks = 2 if dim == 0 and self.activation is swiglu else 1
+            blocks = 2 if dim == 0 and is_gated(self.activation) else 1
             self._keep_part(weight[local], whole, dim, blocks)
             if bias is not None:
                 whole_bias = bias[local] if dim == 1 or self.part[1] == 1 else bias.new_empty(shape[0])

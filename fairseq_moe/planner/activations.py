@@ -146,7 +146,8 @@ class Activations:
     def _gated_or_not(self, hidden: int, *, is_stock: bool) -> int:
         """Count the bytes of a token in a dense network of a width."""
         if self.shape.is_gated:
-            return 4 * hidden * self.value_bytes  # gate and up, the opened gate, their product
+            # Gate and up, the opened gate, the product; clamped also the held gate, its sigmoid and the raised half.
+            return (7 if self.shape.is_clamped else 4) * hidden * self.value_bytes
         if self.shape.activation == "relu":
             return hidden * self.value_bytes
         before = _WIDE if is_stock and self.shape.activation == "gelu" else self.value_bytes

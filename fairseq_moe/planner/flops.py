@@ -118,7 +118,8 @@ def active_parameters(shape: ModelShape, total: int) -> int:
         total: parameters of the whole model, without blocks that guess further.
     """
     matrices = shape.num_expert_matrices * shape.dim * shape.expert_dim
-    biases = 0 if shape.is_gated else shape.expert_dim + shape.dim
+    rows = (2 if shape.is_gated else 1) * shape.expert_dim
+    biases = rows + shape.dim if shape.has_ffn_bias else 0
     return total - sum(shape.is_moe) * (shape.num_experts - shape.top_k) * (matrices + biases)
 
 

@@ -126,8 +126,8 @@ def _latent_attention(shape: ModelShape) -> Iterator[Entry]:
 
 def _dense_network(shape: ModelShape, hidden: int) -> Iterator[Entry]:
     first, placement = (2 * hidden, TENSOR_GATED_ROWS) if shape.is_gated else (hidden, TENSOR_ROWS)
-    yield from _linear("fc1", first, shape.dim, placement, bias=not shape.is_gated)
-    yield from _linear("fc2", shape.dim, hidden, TENSOR_COLUMNS, bias=not shape.is_gated)
+    yield from _linear("fc1", first, shape.dim, placement, bias=shape.has_ffn_bias)
+    yield from _linear("fc2", shape.dim, hidden, TENSOR_COLUMNS, bias=shape.has_ffn_bias)
 
 
 def _experts(shape: ModelShape, *, is_cut: bool) -> Iterator[Entry]:
@@ -137,19 +137,22 @@ def _experts(shape: ModelShape, *, is_cut: bool) -> Iterator[Entry]:
         yield Entry(name="router.projection", shape=(_COSINE_DIM, dim), is_trained=trains_router)
     columns = _COSINE_DIM if shape.is_cosine else dim
     yield Entry(name="router.weight", shape=(count, columns), is_trained=trains_router)
+    if shape.has_router_bias:
+        yield Entry(name="router.bias", shape=(count,), is_trained=trains_router)
     placements = expert_placements(is_gated=shape.is_gated, is_cut=is_cut)
+    rows = 2 * hidden if shape.is_gated else hidden
     shapes: dict[str, tuple[int, ...]] = {
-        "fc1_weight": (count, 2 * hidden if shape.is_gated else hidden, dim),
+        "fc1_weight": (count, rows, dim),
         "fc2_weight": (count, dim, hidden),
     }
-    if not shape.is_gated:
-        shapes |= {"fc1_bias": (count, hidden), "fc2_bias": (count, dim)}
+    if shape.has_ffn_bias:
+        shapes |= {"fc1_bias": (count, rows), "fc2_bias": (count, dim)}
     for name, size in shapes.items():
         yield Entry(name=f"experts.{name}", shape=size, placement=placements[name], is_trained=trains_experts)
     if shape.shared_dim:
         first = 2 * shape.shared_dim if shape.is_gated else shape.shared_dim
-        yield from _linear("shared_experts.fc1", first, dim, DENSE, bias=not shape.is_gated)
-        yield from _linear("shared_experts.fc2", dim, shape.shared_dim, DENSE, bias=not shape.is_gated)
+        yield from _linear("shared_experts.fc1", first, dim, DENSE, bias=shape.has_ffn_bias)
+        yield from _linear("shared_experts.fc2", dim, shape.shared_dim, DENSE, bias=shape.has_ffn_bias)
         if shape.has_shared_gate:
             yield from _linear("shared_experts.gate", 1, dim, DENSE, bias=False)
 

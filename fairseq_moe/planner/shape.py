@@ -58,7 +58,10 @@ class ModelShape:
         is_cosine: X-MoE's router.
         scores_apart: whether each expert is scored by itself (sigmoid), not beside the others.
         has_expert_bias: whether choices are balanced by a bias, a buffer.
-        is_gated: SwiGLU networks without biases.
+        has_router_bias: whether logits have a learned bias, a parameter.
+        is_gated: SwiGLU networks.
+        has_ffn_bias: whether networks have biases, dense, shared and expert ones.
+        is_clamped: SwiGLU with both halves clamped.
         own_blocks: our blocks, not stock's.
         is_rms: RMSNorm, one vector per norm, not LayerNorm with two.
         attention_bias: which projections have a bias: ``none``, ``qkv`` or ``all``.
@@ -99,7 +102,10 @@ class ModelShape:
     is_cosine: bool
     scores_apart: bool
     has_expert_bias: bool
+    has_router_bias: bool
     is_gated: bool
+    has_ffn_bias: bool
+    is_clamped: bool
     own_blocks: bool
     is_rms: bool
     attention_bias: str
@@ -202,7 +208,10 @@ def shape_of(args: Any, *, num_words: int, padding_index: int) -> ModelShape:
         is_cosine=moe.megatron.use_xmoe,
         scores_apart=moe.megatron.score_function != "softmax",
         has_expert_bias=moe.bias_config() is not None,
+        has_router_bias=moe.megatron.moe_router_bias,
         is_gated=blocks.gated_ffn,
+        has_ffn_bias=blocks.gated_ffn_bias or not blocks.gated_ffn,
+        is_clamped=blocks.swiglu_limit is not None,
         own_blocks=blocks.enabled,
         is_rms=blocks.decoder_normalization == "rmsnorm",
         attention_bias=blocks.attention_bias or ("none" if blocks.is_latent else "all"),

@@ -23,6 +23,7 @@ from fairseq_moe.fused.sort_rows import sort_assignments
 from fairseq_moe.fused.top_k import Scoring, top_k
 from fairseq_moe.fused.weighted_activation import (
     ActivationKind,
+    Clamp,
     weighted_activation,
     weighted_activation_backward,
 )
@@ -71,9 +72,11 @@ def _add_bias(make: Make, size: Sizes) -> KernelCase:
 
 def _activation(kind: ActivationKind, *, backward: bool, full: bool) -> Maker:
     def maker(make: Make, size: Sizes) -> KernelCase:
-        width = size.hidden * (2 if kind is ActivationKind.SWIGLU else 1)
+        width = size.hidden * (2 if kind.is_gated else 1)
         hidden, grad = make(size.rows, width), make(size.rows, size.hidden)
         options: dict[str, Any] = {"weights_R": make(size.rows)}
+        if kind is ActivationKind.CLAMPED_SWIGLU:
+            options["clamp"] = Clamp(alpha=1.702, limit=0.75)  # which half of the values exceed
         present = size.rows
         if full:
             present = size.rows * 9 // 10

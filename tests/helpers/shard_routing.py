@@ -50,7 +50,7 @@ ALL = SecondExpertPolicy.ALL
 
 def _topk(score: ScoreRule, bias: BiasRule | None = None, **options: Any) -> dict[str, Any]:
     config = TopKConfig(score=score, aux_losses=ALL_LOSSES, **options)
-    return {"config": config, "bias": None if bias is None else BiasConfig(rule=bias, update_rate=0.05)}
+    return {"config": config, "balance": None if bias is None else BiasConfig(rule=bias, update_rate=0.05)}
 
 
 # Options of a ``Router``, and what its tokens are for.

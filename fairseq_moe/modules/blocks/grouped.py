@@ -6,15 +6,18 @@ With as many key heads as query heads it is the usual one.
 import functools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from fairseq_moe.modules.blocks.attend import Cache, attend, extended, num_cached
+from fairseq_moe.modules.blocks.attend import Cache, attend, extended, forget, num_seen
 from fairseq_moe.modules.blocks.norm import RMSNorm, normalize_over_tensor
 from fairseq_moe.modules.blocks.over_context import attend_over_context
 from fairseq_moe.modules.blocks.rope import Rotary
 from fairseq_moe.modules.shards import LocalShards, Shards
 
 __all__ = ["GroupedAttention", "GroupedAttentionConfig"]
+
+_CACHED = {"key": 2, "value": 2, "padding": 1}  # along which dimension positions lie
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class GroupedAttentionConfig:
         clip: bound of the values of queries, keys and values (OLMoE); None: none.
         dropout: probability, on attention weights.
         padded_see_themselves: see ``attend``.
+        sinks: each query head has one more score, learned, whose weight takes no value (gpt-oss).
+        window: positions that a query sees, its own included; None: all earlier ones.
     """
 
     model_dim: int
@@ -45,6 +50,8 @@ class GroupedAttentionConfig:
     clip: float | None = None
     dropout: float = 0.0
     padded_see_themselves: bool = True
+    sinks: bool = False
+    window: int | None = None
 
 
 class GroupedAttention(nn.Module):
@@ -75,6 +82,7 @@ class GroupedAttention(nn.Module):
             is_full = config.qk_norm == "full"
             self.q_norm = RMSNorm(query_dim if is_full else head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(key_dim if is_full else head_dim, eps=config.norm_eps)
+        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
 
     def forward(
         self,
@@ -90,7 +98,8 @@ class GroupedAttention(nn.Module):
             x_BSD: float, of this rank's own tokens.
             causal: no token sees later ones.
             padding_BT: bool, True = padding, over earlier and new tokens, on all ranks of a micro-batch.
-            cache: keys and values of earlier tokens; those of ``x_BSD`` are added.
+            cache: keys and values of earlier tokens; those of ``x_BSD`` are added. In a window it keeps what later
+                tokens can see, of padding as well, if that is there.
 
         Returns:
             float (B, S, D).
@@ -106,7 +115,7 @@ class GroupedAttention(nn.Module):
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            start = num_cached(cache, "key", dim=2)
+            start = num_seen(cache, "key", dim=2)
             spans = shards.part_of(x_BSD.shape[1] * shards.context).spans if shards.context > 1 else None
             q, k = (self.rotary(value, start=start, spans=spans) for value in (q, k))
         look = functools.partial(
@@ -115,12 +124,22 @@ class GroupedAttention(nn.Module):
             causal=causal,
             padded_see_themselves=config.padded_see_themselves,
             dropout=config.dropout if self.training else 0.0,
+            sinks_H=self.sinks,
+            window=config.window,
         )
         if shards.context > 1:
             y_BSN = attend_over_context(
-                look, q, (k, v), lambda *both: both, shards=shards, padding_BT=padding_BT
+                look,
+                q,
+                (k, v),
+                lambda *both: both,
+                shards=shards,
+                padding_BT=padding_BT,
+                window=config.window,
             )
         else:
             k, v = extended(cache, "key", k, dim=2), extended(cache, "value", v, dim=2)
             y_BSN = look(q, k, v, padding_BT=padding_BT)
+            if config.window is not None:
+                forget(cache, num_kept=config.window - 1, dims=_CACHED)
         return shards.project_back(self.out_proj, y_BSN)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fairseq_moe.modules.blocks.attend import Cache, attend, extended, num_cached
+from fairseq_moe.modules.blocks.attend import Cache, attend, extended, num_seen
 from fairseq_moe.modules.blocks.norm import RMSNorm
 from fairseq_moe.modules.blocks.over_context import attend_over_context
 from fairseq_moe.modules.blocks.rope import Rotary
@@ -93,7 +93,7 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Attend, with the arguments of ``GroupedAttention.forward``; the cache keeps ``latent`` and ``rope_key``."""
         config, shards, num_new = self.config, self.shards, x_BSD.shape[1]
-        start = num_cached(cache, "latent", dim=1)
+        start = num_seen(cache, "latent", dim=1)
         q_nope, q_rope = self._by_head(self._queries(x_BSD), config.nope_dim, config.rope_dim)
         c_BSr, rope_key_BSt = self.kv_a_proj(x_BSD).split([config.kv_rank, config.rope_dim], dim=-1)
         c_BSr, rope_key_BSt = shards.gather(self.kv_a_norm(c_BSr)), shards.gather(rope_key_BSt)

@@ -2,7 +2,7 @@
 
 Keys and values (or latents, which are smaller) are gathered over context. That is cheaper than passing blocks round a
 ring until sequences are so long that keys do not fit, and any kernel for causal attention will do. The two chunks of a
-rank's queries each see the keys up to their own end.
+rank's queries each see the keys up to their own end, in a window from where it begins.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ def attend_over_context(
     *,
     shards: Shards,
     padding_BT: Tensor | None,
+    window: int | None = None,
 ) -> Tensor:
     """Attend causally over the positions of all context ranks.
 
@@ -37,6 +38,7 @@ def attend_over_context(
         keys_and_values: makes both of the gathered sources: (..., T, any) each.
         shards: the context ranks.
         padding_BT: bool, True = padding, of all positions.
+        window: positions that a query sees, its own included; None: all earlier ones.
 
     Returns:
         float (B, S, heads * size of a value).
@@ -49,7 +51,7 @@ def attend_over_context(
         found = []
         spans = shards.part_of(k_BGTd.shape[-2]).spans
         for chunk_BHSd, span in zip(q_BHSd.chunk(len(spans), -2), spans, strict=True):
-            seen = slice(0, span.stop)
+            seen = slice(0 if window is None else max(span.start - window + 1, 0), span.stop)
             found.append(
                 look(
                     chunk_BHSd,

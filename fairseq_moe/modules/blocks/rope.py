@@ -25,6 +25,7 @@ class YarnConfig:
         mscale: weight of the logarithm that scales cosines and sines; see ``attention_factor``.
         mscale_all_dim: the same for the scores of latent attention.
         attention_factor: multiplies cosines and sines; None: follows from the others.
+        truncate: the bounds of the pairs in between are rounded outwards to whole pairs.
     """
 
     factor: float
@@ -34,6 +35,7 @@ class YarnConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
+    truncate: bool = True
 
     def magnitude(self) -> float:
         """Factor of cosines and sines."""
@@ -137,8 +139,10 @@ def _stretched_share(yarn: YarnConfig, theta: float, dim: int) -> Tensor:
         ratio = yarn.original_max_positions / (2 * math.pi * times)
         return dim * math.log(ratio) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
-    high: float = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
+    low, high = pair_turning(yarn.beta_fast), pair_turning(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
     return ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairseq_moe.fused import weighted_activation as fused
-from fairseq_moe.fused.weighted_activation import ActivationKind
-from fairseq_moe.modules.kernels.swiglu import swiglu, swiglu_backward
+from fairseq_moe.fused.weighted_activation import ActivationKind, Clamp
+from fairseq_moe.modules.kernels.swiglu import ClampedSwiglu, swiglu, swiglu_backward
 
 __all__ = ["Activation", "activate", "activate_backward", "through_activation", "weigh_activation"]
 
@@ -24,13 +24,20 @@ _KINDS: dict[Activation, ActivationKind] = {
 }
 
 
+def _kind(activation: Activation) -> tuple[ActivationKind | None, Clamp]:
+    """Find the kernel of an activation, and its numbers; None: it has none."""
+    if isinstance(activation, ClampedSwiglu):
+        return ActivationKind.CLAMPED_SWIGLU, Clamp(activation.alpha, activation.limit)
+    return _KINDS.get(activation), Clamp()
+
+
 def through_activation(
     activation: Activation, hidden: Tensor, active: Tensor | None, grad_active: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Pass a gradient back through the activation.
 
     Args:
-        activation: elementwise, or ``swiglu``.
+        activation: elementwise, or gated.
         hidden: values before it.
         active: values after it, where they were kept; None: they are computed again.
         grad_active: gradient of those.
@@ -47,6 +54,8 @@ def through_activation(
         return active, torch.ops.aten.threshold_backward(grad_active, active, 0)
     if activation is swiglu:
         return swiglu_backward(grad_active, hidden)
+    if isinstance(activation, ClampedSwiglu):
+        return activation.backward(grad_active, hidden)
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         active = activation(leaf)
@@ -90,17 +99,23 @@ def activate(
     """Compute w act(hidden + bias) of each row's weight and expert, without a gradient: (R, H) -> (R, F).
 
     Args:
-        activation: elementwise, or ``swiglu``.
+        activation: elementwise, or gated.
         hidden_RH: float.
         bias_LH: float, of the first matrix; None: no bias.
         expert_R: int64, each row's expert, with a bias.
         weights_R: float; None: 1.
         num_rows: int64 scalar on the device, rows that there are; None: all.
     """
-    kind = _KINDS.get(activation)
+    kind, clamp = _kind(activation)
     if kind is not None:
         return fused.weighted_activation(
-            kind, hidden_RH, bias_LH=bias_LH, expert_R=expert_R, weights_R=weights_R, num_rows=num_rows
+            kind,
+            hidden_RH,
+            clamp=clamp,
+            bias_LH=bias_LH,
+            expert_R=expert_R,
+            weights_R=weights_R,
+            num_rows=num_rows,
         )
     active_RF = activation(_biased(hidden_RH, bias_LH, expert_R))
     return active_RF if weights_R is None else active_RF * weights_R.unsqueeze(1)
@@ -129,12 +144,13 @@ def activate_backward(
     Returns:
         the values, the gradient of ``hidden_RH``, and that of the weights, 0 in rows that are nobody's.
     """
-    kind = _KINDS.get(activation)
+    kind, clamp = _kind(activation)
     if kind is not None:
         return fused.weighted_activation_backward(
             kind,
             grad_RF,
             hidden_RH,
+            clamp=clamp,
             bias_LH=bias_LH,
             expert_R=expert_R,
             weights_R=weights_R,

@@ -28,7 +28,7 @@ class Network(NamedTuple):
     """dropout(W2 activation_dropout(act(W1 x (+ b1))) (+ b2)): all of it but its parameters.
 
     Args:
-        activation: of each row, not in place, without parameters; elementwise or ``swiglu``.
+        activation: of each row, not in place, without parameters; elementwise or gated.
         activation_dropout: probability, on the activation's values; 0 outside training.
         dropout: probability, on the outputs; 0 outside training.
         wide: dtype of the products, at least as wide as that of the rows.

@@ -33,7 +33,7 @@ class _Setup(NamedTuple):
     Args:
         counts_L: rows of each expert.
         token_R: int64, the input's row that each row is; None: the input's rows in their order.
-        activation: of the hidden layer; its values may be fewer (``swiglu``).
+        activation: of the hidden layer; its values may be fewer (gated ones).
         dropout: probability, on the outputs; 0 outside training.
         wide: dtype of the products.
         needs_grad: a backward pass may follow.

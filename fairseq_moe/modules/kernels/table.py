@@ -227,7 +227,7 @@ def run_experts(
         source_SD: float, rows sorted by expert, or what ``work.plan`` takes rows from.
         stacks: parameters, in the dtype of the rows.
         work: how many rows each expert has, where results go, and with what weight.
-        activation: of each row, not in place, without parameters; elementwise or ``swiglu``.
+        activation: of each row, not in place, without parameters; elementwise or gated.
         activation_dropout: probability, 0 outside training.
         dropout: probability, 0 outside training.
         fp8: how the kernel ``fp8`` multiplies.

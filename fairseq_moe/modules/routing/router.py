@@ -42,11 +42,14 @@ class ScorerConfig:
         cosine: X-MoE's scorer in place of the linear map.
         dtype: precision of the product; None: that of the tokens.
         jitter_eps: while training the router's input is multiplied by uniform(1 - eps, 1 + eps); None: not.
+        bias: the linear map has a learned bias, of logits: weights and losses see it, as they do not see the balancing
+            ``expert_bias``.
     """
 
     cosine: bool = False
     dtype: torch.dtype | None = None
     jitter_eps: float | None = None
+    bias: bool = False
 
 
 class Router(nn.Module):
@@ -57,13 +60,14 @@ class Router(nn.Module):
         num_experts: E.
         config: the rule, of the moe branch or of the top-k family.
         scorer: how logits are computed.
-        bias: how the expert bias follows the load; None: no bias.
+        balance: how the expert bias follows the load; None: no expert bias.
         sum_over_ranks: adds up a vector over all ranks, in place (None: a single process); used by the
             global balance loss on every training pass and by the expert bias once per update.
         shards: joins the ranks that have tokens of the same micro-batch; None: this rank has all.
     """
 
     weight: Tensor
+    bias: nn.Parameter | None
     projection: Tensor
     expert_bias: Tensor | None
     thresholds: Tensor
@@ -77,7 +81,7 @@ class Router(nn.Module):
         num_experts: int,
         config: BranchConfig | TopKConfig,
         scorer: ScorerConfig | None = None,
-        bias: BiasConfig | None = None,
+        balance: BiasConfig | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
         shards: Shards | None = None,
     ) -> None:
@@ -85,7 +89,7 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.config = config
         self.scorer = scorer or ScorerConfig()
-        self.bias = bias
+        self.balance = balance
         self.sum_over_ranks = sum_over_ranks or (lambda counts: counts)
         self.shards = shards or LocalShards()
         if self.scorer.cosine:
@@ -97,7 +101,8 @@ class Router(nn.Module):
                     self.weight.copy_(_COSINE_NORM * F.normalize(self.weight, dim=-1))
         else:
             self.weight = nn.Linear(model_dim, num_experts, bias=False).weight
-        self.register_buffer("expert_bias", None if bias is None else torch.zeros(num_experts))
+        self.bias = nn.Parameter(torch.zeros(num_experts)) if self.scorer.bias else None
+        self.register_buffer("expert_bias", None if balance is None else torch.zeros(num_experts))
         # Sum of the quantile rule's thresholds over the update's passes (E,), and their number (last).
         self.register_buffer("thresholds", torch.zeros(num_experts + 1), persistent=False)
         # Choices since the update began, before drops: here, and on all ranks. They are not saved.
@@ -125,14 +130,14 @@ class Router(nn.Module):
         """
         logits_TE = self._logits(self._jittered(x_TD, tokens))
         routed = self.rule.route(logits_TE, tokens, decision, bias_E=self.expert_bias)
-        if self.bias is not None and decision is None and tokens.mode is RouterMode.TRAIN:
+        if self.balance is not None and decision is None and tokens.mode is RouterMode.TRAIN:
             self._observe(logits_TE.detach(), routed.decision, tokens)
         return routed
 
     def _observe(self, logits_TE: Tensor, decision: RoutingDecision, tokens: TokenInfo) -> None:
         """Note of this pass what the next bias follows from."""
-        assert self.bias is not None
-        if self.bias.rule is BiasRule.SIGN:
+        assert self.balance is not None
+        if self.balance.rule is BiasRule.SIGN:
             self.local_counts_E += decision.counts.requested_E
             return
         assert isinstance(self.config, TopKConfig) and self.expert_bias is not None
@@ -158,11 +163,11 @@ class Router(nn.Module):
 
         The bias of a router whose parameters are frozen is frozen, too.
         """
-        if self.bias is None or self.expert_bias is None or not self.weight.requires_grad:
+        if self.balance is None or self.expert_bias is None or not self.weight.requires_grad:
             return
-        if self.bias.rule is BiasRule.SIGN:
+        if self.balance.rule is BiasRule.SIGN:
             counts_E = self.sum_over_ranks(self.local_counts_E.clone())
-            self.expert_bias += sign_step(counts_E, rate=self.bias.update_rate)
+            self.expert_bias += sign_step(counts_E, rate=self.balance.update_rate)
         else:
             *sums, passes = self.sum_over_ranks(self.thresholds.clone()).split([self.num_experts, 1])
             mean_E = sums[0] / passes.clamp(min=1)
@@ -203,7 +208,8 @@ class Router(nn.Module):
 
     def _products(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.scorer.cosine:
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            bias_E = None if self.bias is None else self.bias.to(dtype)
+            return F.linear(x_TD.to(dtype), self.weight.to(dtype), bias_E)
         projected = F.linear(x_TD.to(dtype), self.projection.to(dtype))
         projected = projected.to(torch.promote_types(dtype, torch.float32))
         logits_TE = projected @ F.normalize(self.weight.to(projected.dtype), dim=-1, eps=1e-4).t()

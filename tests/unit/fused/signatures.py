@@ -136,35 +136,37 @@ CALLS: dict[str, list[Call]] = {
         )
         for dtype, codes in (("*bf16", "*fp8e4nv"), ("*fp32", "*fp8e4nv"), ("*fp16", "*u8"))
     ],
-    "weighted_activation._activate": [
+    "weighted_activation_kernels.activate": [
         (
             {
                 "hidden": dtype, "bias": dtype, "expert_of": "*i64", "weights": dtype, "num_rows": "*i64",
-                "active": dtype, "total": "i32", "width": "i32",
+                "active": dtype, "total": "i32", "width": "i32", "alpha": "fp32", "limit": "fp32",
             },
             {
-                "KIND": kind, "HAS_BIAS": full, "HAS_WEIGHTS": full, "IS_COUNTED": full, "ROWS": 2048 // block,
-                "BLOCK_F": block,
+                "KIND": kind, "IS_GATED": "swiglu" in kind, "HAS_BIAS": full, "HAS_WEIGHTS": full, "IS_COUNTED": full,
+                "ROWS": 2048 // block, "BLOCK_F": block,
             },
         )
         for dtype, kind, full, block in (
             ("*bf16", "swiglu", True, 256), ("*fp16", "gelu", True, 512), ("*fp32", "relu", False, 512),
+            ("*bf16", "clamped_swiglu", True, 512),
         )
     ],
-    "weighted_activation._activate_backward": [
+    "weighted_activation_kernels.activate_backward": [
         (
             {
                 "grad": dtype, "hidden": dtype, "bias": dtype, "expert_of": "*i64", "weights": dtype,
                 "num_rows": "*i64", "active": dtype, "grad_hidden": dtype, "grad_weights": dtype, "total": "i32",
-                "width": "i32",
+                "width": "i32", "alpha": "fp32", "limit": "fp32",
             },
             {
-                "KIND": kind, "HAS_BIAS": full, "HAS_WEIGHTS": full, "IS_COUNTED": full, "ROWS": 2048 // block,
-                "BLOCKS": blocks, "BLOCK_F": block,
+                "KIND": kind, "IS_GATED": "swiglu" in kind, "HAS_BIAS": full, "HAS_WEIGHTS": full, "IS_COUNTED": full,
+                "ROWS": 2048 // block, "BLOCKS": blocks, "BLOCK_F": block,
             },
         )
         for dtype, kind, full, blocks, block in (
             ("*bf16", "swiglu", True, 3, 256), ("*fp16", "gelu", True, 28, 512), ("*fp32", "relu", False, 1, 512),
+            ("*bf16", "clamped_swiglu", True, 6, 512),
         )
     ],
     "sort_rows._count_bins": [

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fairseq_moe.fused.weighted_activation import (
     ActivationKind,
+    Clamp,
     weighted_activation,
     weighted_activation_backward,
     weighted_activation_backward_slowly,
@@ -17,6 +18,7 @@ from fairseq_moe.fused.weighted_activation import (
 # To bfloat16 the interpreter (triton 3.9) rounds towards zero: twice the error of the nearest.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7 + 1e-5, torch.float16: 2**-11 + 1e-5}
 L = 3
+CLAMP = Clamp(alpha=1.702, limit=0.75)  # which half of the values exceed
 PAIRS = (
     (weighted_activation, weighted_activation_backward),
     (weighted_activation_slowly, weighted_activation_backward_slowly),
@@ -43,7 +45,7 @@ class Case:
             return torch.randn(shape, generator=generator).to(dtype)
 
         self.kind, self.rows = ActivationKind(kind), rows
-        self.hidden = random(rows + nobodys, 2 * width if kind == "swiglu" else width)
+        self.hidden = random(rows + nobodys, 2 * width if self.kind.is_gated else width)
         self.grad = random(rows + nobodys, width)
         for values in (self.hidden, self.grad):
             values[rows:] = float("nan")
@@ -52,6 +54,8 @@ class Case:
             "expert_R": torch.arange(rows + nobodys) * L // (rows + nobodys + 1) if biased else None,
             "weights_R": random(rows + nobodys).abs() if weighted else None,
         }
+        if self.kind is ActivationKind.CLAMPED_SWIGLU:
+            self.options["clamp"] = CLAMP
         self.num_rows = torch.tensor(rows) if nobodys else None
 
     def exact(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -65,6 +69,11 @@ class Case:
         if self.kind == "swiglu":
             gate, up = x.chunk(2, dim=1)
             active = gate / (1 + torch.exp(-gate)) * up
+        elif self.kind == "clamped_swiglu":
+            gate, up = x.chunk(2, dim=1)
+            gate = torch.where(gate > CLAMP.limit, CLAMP.limit, gate)
+            up = torch.where(up.abs() > CLAMP.limit, CLAMP.limit * up.sign().detach(), up)
+            active = gate / (1 + torch.exp(-CLAMP.alpha * gate)) * (1 + up)
         else:
             active = {"gelu": F.gelu, "relu": lambda h: h * (h > 0)}[str(self.kind)](x)
         if weights is not None:
@@ -152,10 +161,15 @@ def strided(values: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ActivationKind)
 def test_strange_strides(kind: str) -> None:
     case = Case(kind, 5, 6, torch.float32, biased=True, weighted=True)
-    options = {name: strided(values) for name, values in case.options.items()}
+    options = {
+        name: strided(values) if isinstance(values, Tensor) else values
+        for name, values in case.options.items()
+    }
     case.grad = torch.ones(1, 1).expand(5, 6)
     for hidden in (strided(case.hidden), case.hidden.t().contiguous().t()):
-        assert not hidden.is_contiguous() and not any(v.is_contiguous() for v in options.values())
+        assert not hidden.is_contiguous() and not any(
+            v.is_contiguous() for v in options.values() if isinstance(v, Tensor)
+        )
         for forward, backward in PAIRS:
             active = forward(case.kind, hidden, **options)
             again, *grads = backward(case.kind, case.grad, hidden, **options)
@@ -166,9 +180,28 @@ def test_strange_strides(kind: str) -> None:
 @pytest.mark.parametrize("kind", ActivationKind)
 def test_zero_and_large_values(kind: str) -> None:
     hidden = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4, 1.0], [0.0, -0.0, 1e4, -1e4, 0.0, -90.0]])
-    grad = torch.ones(2, 3 if kind == "swiglu" else 6)
-    found = weighted_activation_backward(ActivationKind(kind), grad, hidden)[:2]
-    expected = weighted_activation_backward_slowly(ActivationKind(kind), grad, hidden)[:2]
+    grad, clamp = torch.ones(2, 3 if ActivationKind(kind).is_gated else 6), Clamp(alpha=1.702, limit=90.0)
+    found = weighted_activation_backward(ActivationKind(kind), grad, hidden, clamp=clamp)[:2]
+    expected = weighted_activation_backward_slowly(ActivationKind(kind), grad, hidden, clamp=clamp)[:2]
     for a, b in zip(found, expected, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_derivative_at_the_bounds_of_a_clamp_and_beyond() -> None:
+    # As torch.clamp's: 1 at a bound, 0 beyond it, and nothing of a NaN, which the value keeps.
+    limit, nan = CLAMP.limit, float("nan")
+    gates = torch.tensor([limit, limit + 1e-6, -limit - 1e-6, nan, float("inf"), 0.5])
+    ups = torch.tensor([limit, -limit, limit + 1e-6, -limit - 1e-6, nan, float("inf"), -float("inf"), 0.5])
+    gate, up = (values.flatten().double() for values in torch.meshgrid(gates, ups, indexing="ij"))
+    leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    held_gate, held_up = leaves[0].clamp(max=limit), leaves[1].clamp(-limit, limit)
+    values = held_gate / (1 + torch.exp(-CLAMP.alpha * held_gate)) * (1 + held_up)
+    expected = torch.cat(torch.autograd.grad(values, leaves, torch.ones_like(values)))
+    assert (expected[:48] == 0).any() and (expected[48:] == 0).any()
+    hidden, grad = torch.cat([gate, up]).float().unsqueeze(0), torch.ones(1, len(gate))
+    for _, backward in PAIRS:
+        active, grad_hidden, _ = backward(ActivationKind.CLAMPED_SWIGLU, grad, hidden, clamp=CLAMP)
+        torch.testing.assert_close(active[0], values.detach().float(), equal_nan=True)
+        torch.testing.assert_close(grad_hidden[0], expected.float(), equal_nan=True)
+        assert active.isnan().any()

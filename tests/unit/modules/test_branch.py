@@ -299,6 +299,6 @@ def test_count_ids() -> None:
 
 
 def test_no_expert_bias() -> None:
-    router = Router(model_dim=4, num_experts=2, config=BranchConfig(), bias=BiasConfig(rule=BiasRule.SIGN))
+    router = Router(model_dim=4, num_experts=2, config=BranchConfig(), balance=BiasConfig(rule=BiasRule.SIGN))
     with pytest.raises(ValueError, match="no expert bias"):
         router(torch.randn(3, 4), tokens=TokenInfo(mode=RouterMode.TRAIN))

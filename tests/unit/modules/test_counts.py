@@ -90,13 +90,13 @@ LAYERS: dict[str, dict[str, Any]] = {
     },
     "bias": {
         "config": TopKConfig(score=ScoreRule(top_k=2, function=ScoreFunction.SIGMOID)),
-        "bias": BiasConfig(rule=BiasRule.SIGN),
+        "balance": BiasConfig(rule=BiasRule.SIGN),
     },
 }
 # Here the loss goes by plain choices, which are not the choices made.
 BIAS_AND_LOSS = {
     "config": TopKConfig(score=ScoreRule(top_k=2, function=ScoreFunction.SIGMOID), aux_losses=LOSSES),
-    "bias": BiasConfig(rule=BiasRule.SIGN),
+    "balance": BiasConfig(rule=BiasRule.SIGN),
 }
 
 

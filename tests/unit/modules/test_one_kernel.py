@@ -32,12 +32,12 @@ RULES: dict[str, dict[str, Any]] = {
         "config": TopKConfig(
             score=ScoreRule(top_k=3, function=SIGMOID, scaling_factor=2.5), aux_losses=LOSSES
         ),
-        "bias": BiasConfig(rule=BiasRule.SIGN),
+        "balance": BiasConfig(rule=BiasRule.SIGN),
     },
     "one of them": {"config": TopKConfig(score=ScoreRule(top_k=1, function=SIGMOID))},
     "quantile": {
         "config": TopKConfig(score=ScoreRule(top_k=2)),
-        "bias": BiasConfig(rule=BiasRule.QUANTILE),
+        "balance": BiasConfig(rule=BiasRule.QUANTILE),
     },
 }
 

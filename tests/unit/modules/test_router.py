@@ -48,7 +48,7 @@ def make_router(
         score=score, choice=choice, capacity=capacity or CapacityConfig(), aux_losses=frozenset(losses or ())
     )
     return Router(
-        model_dim=D, num_experts=num_experts, config=config, scorer=ScorerConfig(**scorer), bias=bias
+        model_dim=D, num_experts=num_experts, config=config, scorer=ScorerConfig(**scorer), balance=bias
     )
 
 
