@@ -14,6 +14,7 @@ from fairseq_moe.errors import CheckpointError, ConfigError
 
 __all__ = ["fp8_block", "is_mxfp4", "refuse_other_directories"]
 
+MXFP4_FAMILIES = {"gpt_oss"}  # published so, and read by transformers
 # Notes of quantising tools outside config.json's quantization_config.
 _QUANTISER_FILES = {
     "quantize_config.json": "GPTQ",
@@ -165,7 +166,7 @@ def is_mxfp4(values: dict[str, Any]) -> bool:
     """Tell whether a config.json says that weights are MXFP4, in the one family that is published so."""
     settings = values.get("quantization_config")
     is_declared = isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
-    return is_declared and values.get("model_type") == "gpt_oss"
+    return is_declared and values.get("model_type") in MXFP4_FAMILIES
 
 
 def fp8_block(values: dict[str, Any], *, source: str = "config.json") -> tuple[int, int] | None:
