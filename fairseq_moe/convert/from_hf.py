@@ -19,9 +19,12 @@ from fairseq_moe.convert.directories import appearing, copy_companions
 from fairseq_moe.convert.hf.directory import TensorDir, digest_of, read_json
 from fairseq_moe.convert.hf.families import read_keys
 from fairseq_moe.convert.hf.file import read_tensor
-from fairseq_moe.convert.hf.kinds import fp8_block, refuse_other_directories
+from fairseq_moe.convert.hf.fp8 import FP8
+from fairseq_moe.convert.hf.kinds import fp8_block, is_mxfp4, refuse_other_directories
+from fairseq_moe.convert.hf.layout import OUR_WAY, take
 from fairseq_moe.convert.hf.leftovers import are_other_frequencies, is_leftover, is_leftover_name
 from fairseq_moe.convert.hf.names import OurTensor, copied_names, is_fused, mtp_prefix, tensor_table
+from fairseq_moe.convert.original_blocks import BlockKeeper
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.convert.spec_flags import command_line
 from fairseq_moe.convert.store import CHECKPOINT, COMPANIONS, CONVERSION, Assembled, write_model
@@ -69,7 +72,7 @@ def from_hf(
         source: directory with config.json and safetensors files.
         target: directory to be made.
         expert_parallel_size: shards over which the experts are spread; any number of ranks reads them.
-        fp8_to: dtype of weights that are FP8 there.
+        fp8_to: dtype of weights that are FP8 or MXFP4 there.
         ignored_keys: keys of config.json that nobody here knows and that the user says change nothing.
 
     Raises:
@@ -89,11 +92,12 @@ def from_hf(
             f"{expert_parallel_size}."
         )
     with appearing(target) as directory:
-        tensors = TensorDir.open(source, fp8_block=block, fp8_to=fp8_to)
+        tensors = TensorDir.open(source, fp8_block=block, fp8_to=fp8_to, mxfp4=is_mxfp4(values))
+        keeper = BlockKeeper(tensors)
         notes = _without_leftovers(spec, tensors) + _carried_along(carried)
         spec, more = _without_absent_mtp(spec, tensors)
         notes += more
-        table = tensor_table(spec, fused=is_fused(tensors.stored))
+        table = tensor_table(spec, fused=is_fused(tensors.names()))
         copies = {copy: name for copy, name in copied_names(spec).items() if copy in tensors.stored}
         check_tensors(tensors, table, copies)
         num_bytes = sum(tensor.num_bytes for tensor in tensors.stored.values())
@@ -101,15 +105,15 @@ def from_hf(
             write_model(
                 directory,
                 spec=spec,
-                tensors=[_assembled(tensors, tensor, advance) for tensor in table],
+                tensors=[_assembled(tensors, tensor, keeper, advance) for tensor in table],
                 num_shards=expert_parallel_size,
             )
         _check_copies(tensors, copies)
         digest = digest_of(
             tensors.digests, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.stored.items()}
         )
-        _write_companions(source, directory, values, spec, tensors, digest, ignored_keys)
-    notes += _missing_end(values, spec)
+        _write_companions(source, directory, values, spec, tensors, digest, ignored_keys, keeper)
+    notes += _missing_end(values, spec) + keeper.notes()
     if block is not None:
         notes.append(
             f"FP8 weights are now {str(fp8_to).removeprefix('torch.')}; the way back does not quantise."
@@ -191,7 +195,7 @@ def check_tensors(tensors: TensorDir, table: Sequence[OurTensor], copies: dict[s
     """
     expected = {block.name: block.shape for tensor in table for block in tensor.blocks}
     expected |= {copy: expected[name] for copy, name in copies.items()}
-    found = {name: tensors.stored[name].shape for name in tensors.names()}
+    found = {name: tensors.shape(name) for name in tensors.names()}
     problems = []
     if missing := [name for name in expected if name not in found]:
         problems.append(f"lacks {_listed(missing)}")
@@ -225,7 +229,9 @@ def _check_copies(tensors: TensorDir, copies: dict[str, str]) -> None:
             )
 
 
-def _assembled(tensors: TensorDir, tensor: OurTensor, advance: Callable[[int], None]) -> Assembled:
+def _assembled(
+    tensors: TensorDir, tensor: OurTensor, keeper: BlockKeeper, advance: Callable[[int], None]
+) -> Assembled:
     dtype = tensors.dtype(tensor.blocks[0].name)
 
     def load(expert_ids: Sequence[int] | None) -> Tensor:
@@ -233,16 +239,24 @@ def _assembled(tensors: TensorDir, tensor: OurTensor, advance: Callable[[int], N
         if expert_ids is not None and blocks[0].expert is not None:
             blocks = tuple(block for block in blocks if block.expert in expert_ids)
         for block in blocks:
-            stored = tensors.stored[block.name]
+            num_bytes = sum(stored.num_bytes for stored in tensors.parts(block.name).values())
             share = (
                 1.0 if block.expert is not None or expert_ids is None else len(expert_ids) / tensor.shape[0]
             )
-            advance(int(stored.num_bytes * share))
-        if len(blocks) == 1 and blocks[0].expert is None:
+            advance(int(num_bytes * share))
+        one = blocks[0]
+        if len(blocks) == 1 and one.expert is None and one.layout == OUR_WAY:
             rows = None if expert_ids is None else (expert_ids[0], expert_ids[-1] + 1)
-            return tensors.read(blocks[0].name, rows=rows)
+            return tensors.read(one.name, rows=rows)
         shape = tensor.shape if expert_ids is None else (len(expert_ids), *tensor.shape[1:])
         whole = torch.empty(shape, dtype=dtype)
+        if one.layout != OUR_WAY:
+            assert expert_ids is not None
+            # One at a time: a whole stack and its other form would be twice as much.
+            for row, expert in zip(whole, expert_ids, strict=True):
+                row.copy_(take(tensors.read(one.name, rows=(expert, expert + 1))[0], one.layout))
+                keeper.note(one.name, expert, row)
+            return whole
         for block in blocks:
             place = (
                 whole if block.expert is None or expert_ids is None else whole[block.expert - expert_ids[0]]
@@ -261,15 +275,20 @@ def _write_companions(
     tensors: TensorDir,
     digest: str,
     ignored_keys: Collection[str],
+    keeper: BlockKeeper,
 ) -> None:
     companions = directory / COMPANIONS
     companions.mkdir()
     copy_companions(source, companions)
-    record = {
+    record: dict[str, Any] = {
         "digest": digest,
-        "quantized": any(tensors.dtype(name) != tensors.stored[name].dtype for name in tensors.names()),
-        "weight_map": {name: tensors.file_of(name) for name in tensors.names()},
+        "quantized": any(stored.dtype == FP8 for stored in tensors.stored.values()),
+        "weight_map": {
+            part: stored.path.name for name in tensors.names() for part, stored in tensors.parts(name).items()
+        },
     }
+    if kept := keeper.write(companions):
+        record["mxfp4"] = kept
     if ignored_keys:
         record["ignored_config_keys"] = sorted(ignored_keys)
     (companions / CONVERSION).write_text(json.dumps(record, indent=1), encoding="utf-8")

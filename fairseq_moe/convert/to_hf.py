@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq_moe.checkpoint import has_expert_rows
 from fairseq_moe.checkpoint.safetensors_bytes import bytes_of
 from fairseq_moe.convert.directories import appearing, copy_companions
 from fairseq_moe.convert.finite import refuse_not_finite
 from fairseq_moe.convert.from_hf import Conversion
 from fairseq_moe.convert.hf.config_writer import as_family_of, write_config
 from fairseq_moe.convert.hf.directory import INDEX, SINGLE, digest_of, read_json, read_weight_map
-from fairseq_moe.convert.hf.file import SafetensorsWriter
+from fairseq_moe.convert.hf.file import SafetensorsWriter, StoredTensor
+from fairseq_moe.convert.hf.layout import put
+from fairseq_moe.convert.hf.mxfp4 import SCALES, parts_of, unpacked_names
 from fairseq_moe.convert.hf.names import Block, OurTensor, copied_names, is_fused, tensor_table
+from fairseq_moe.convert.original_blocks import OriginalBlocks, rows_of
 from fairseq_moe.convert.store import COMPANIONS, CONVERSION, StoredModel
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.models.fitting import is_bookkeeping
@@ -31,11 +35,16 @@ _BIAS = ".expert_bias"
 
 @dataclass(frozen=True, kw_only=True)
 class _Output:
-    """Say where a tensor that is to be written comes from."""
+    """Say where a tensor that is to be written comes from; ``original``: from the files that the model came with."""
 
     source: OurTensor
     block: Block
     dtype: torch.dtype
+    original: StoredTensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.block.shape if self.original is None else self.original.shape
 
 
 def to_hf(
@@ -69,17 +78,22 @@ def to_hf(
         like, record, weight_map = _read_companions(beside)
         ignored = {*ignored_keys, *record.get("ignored_config_keys", ())}
         model = replace(model, spec=as_family_of(model.spec, like, ignored=ignored))
-        table = tensor_table(model.spec, fused=is_fused(weight_map))
+        table = tensor_table(model.spec, fused=is_fused(unpacked_names(weight_map)))
         _check_names(model, table)
-        outputs = _outputs(model, table, weight_map, dtype)
+        originals = _originals(beside, record, dtype)
+        untouched = originals.untouched(model, table)
+        outputs = _with_originals(_outputs(model, table, weight_map, dtype), originals, untouched)
         files = _files(outputs, weight_map, max_shard_bytes)
         if beside is not None:
             copy_companions(beside, directory)
             (directory / CONVERSION).unlink(missing_ok=True)
         config = write_config(model.spec, like=like, dtype=_main_dtype(outputs), ignored=ignored)
+        if like is not None and untouched:
+            config["quantization_config"] = originals.settings(like, untouched)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         digests = _write_files(model, outputs, files, directory, target.name)
-    stored = {name: (output.dtype, output.block.shape) for name, output in outputs.items()}
+        originals.check(digests)
+    stored = {name: (output.dtype, output.shape) for name, output in outputs.items()}
     digest = digest_of(digests, stored)
     return Conversion(
         target=target,
@@ -87,7 +101,7 @@ def to_hf(
         digest=digest,
         num_tensors=len(outputs),
         num_bytes=sum(_num_bytes(output) for output in outputs.values()),
-        notes=_notes(beside, record, digest),
+        notes=originals.notes(untouched) + _notes(beside, record, digest),
     )
 
 
@@ -113,6 +127,13 @@ def _read_companions(
         return None, {}, {}
     config, path = read_json(beside / "config.json"), beside / CONVERSION
     return (config, read_json(path), read_weight_map(path)) if path.is_file() else (config, {}, {})
+
+
+def _originals(beside: Path | None, record: dict[str, Any], dtype: torch.dtype | None) -> OriginalBlocks:
+    """Find the blocks that the model came with; where weights are converted, there are none."""
+    if beside is None or dtype is not None:
+        return OriginalBlocks(record=Path(), kept={}, parts={})
+    return OriginalBlocks.open(beside, record.get("mxfp4", {}))
 
 
 def _notes(beside: Path | None, record: dict[str, Any], digest: str) -> list[str]:
@@ -157,16 +178,31 @@ def _outputs(
     return found | {copy: found[name] for copy, name in copies.items()}
 
 
+def _with_originals(
+    outputs: dict[str, _Output], originals: OriginalBlocks, untouched: Collection[str]
+) -> dict[str, _Output]:
+    """Put blocks and scales in the places of these weights."""
+    found: dict[str, _Output] = {}
+    for name, output in outputs.items():
+        if name not in untouched:
+            found[name] = output
+            continue
+        for part in parts_of(name):
+            stored = originals.parts[part]
+            found[part] = replace(output, dtype=stored.dtype, original=stored)
+    return found
+
+
 def _main_dtype(outputs: Mapping[str, _Output]) -> str:
-    """Name the dtype that most of the bytes have."""
+    """Name the dtype that most of the bytes have, blocks left out."""
     sizes: dict[torch.dtype, int] = {}
-    for output in outputs.values():
+    for output in (output for output in outputs.values() if output.original is None):
         sizes[output.dtype] = sizes.get(output.dtype, 0) + _num_bytes(output)
     return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
 
 
 def _num_bytes(output: _Output) -> int:
-    return int(torch.Size(output.block.shape).numel()) * output.dtype.itemsize
+    return int(torch.Size(output.shape).numel()) * output.dtype.itemsize
 
 
 def _files(
@@ -206,7 +242,7 @@ def _write_files(
     num_bytes = sum(_num_bytes(output) for output in outputs.values())
     with progress(f"{model.path.name} to {label}", num_bytes) as advance:
         for file in sorted(files):
-            shapes = {name: (outputs[name].dtype, outputs[name].block.shape) for name in files[file]}
+            shapes = {name: (outputs[name].dtype, outputs[name].shape) for name in files[file]}
             writer = SafetensorsWriter(directory / file, shapes)
             writer.write(_tensors(model, outputs, writer.names, digests, advance))
     if set(files) != {SINGLE}:
@@ -215,8 +251,9 @@ def _write_files(
                 # A router's bias is a buffer, no parameter.
                 "total_parameters": sum(
                     torch.Size(output.block.shape).numel()
-                    for output in outputs.values()
+                    for name, output in outputs.items()
                     if not output.source.name.endswith(_BIAS)
+                    and not (output.original and name.endswith(SCALES))
                 ),
                 "total_size": num_bytes,
             },
@@ -234,16 +271,31 @@ def _tensors(
     advance: Callable[[int], None],
 ) -> Iterator[Tensor]:
     for name in names:
-        output = outputs[name]
-        block, source = output.block, output.source
-        whole = model.tensor(source.name) if block.expert is None else model.row(source.name, block.expert)
+        digest = hashlib.sha256()
+        for piece in _pieces(model, outputs[name]):
+            digest.update(bytes_of(piece))
+            advance(piece.nbytes)
+            yield piece
+        digests[name] = digest.hexdigest()
+
+
+def _pieces(model: StoredModel, output: _Output) -> Iterator[Tensor]:
+    """Make a tensor, a stack of experts one by one."""
+    if output.original is not None:
+        yield from rows_of(output.original)
+        return
+    block, source = output.block, output.source
+    experts: Iterable[int | None] = [block.expert]
+    if block.expert is None and has_expert_rows(source.name):
+        experts = range(model.shape(source.name)[0])
+    for expert in experts:
+        whole = model.tensor(source.name) if expert is None else model.row(source.name, expert)
         if len(source.blocks) > 1:
             whole = whole[block.first_row : block.first_row + block.shape[0]]
-        tensor = whole.to(output.dtype).contiguous()
-        file = model.file_of(source.name, block.expert)
+        theirs = put(whole, block.layout)
+        tensor = theirs.to(output.dtype).contiguous()
+        file = model.file_of(source.name, expert)
         refuse_not_finite(
-            tensor, name=source.name, file=file, before=functools.partial(torch.clone, whole), flag="--dtype"
+            tensor, name=source.name, file=file, before=functools.partial(torch.clone, theirs), flag="--dtype"
         )
-        digests[name] = hashlib.sha256(bytes_of(tensor)).hexdigest()
-        advance(tensor.nbytes)
         yield tensor

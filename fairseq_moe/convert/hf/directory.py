@@ -1,4 +1,4 @@
-"""A Hugging Face directory: its tensors, in one file or in shards with an index, FP8 weights as what they mean."""
+"""A Hugging Face directory: its weights, in one file or in shards with an index, quantised ones as what they mean."""
 
 import functools
 import hashlib
@@ -13,14 +13,24 @@ from torch import Tensor
 from fairseq_moe.checkpoint.safetensors_bytes import bytes_of
 from fairseq_moe.convert.finite import refuse_not_finite
 from fairseq_moe.convert.hf.file import StoredTensor, read_header, read_tensor
+from fairseq_moe.convert.hf.fp8 import FP8, SCALE, check_scales, dequantized
 from fairseq_moe.convert.hf.leftovers import is_leftover_name
+from fairseq_moe.convert.hf.mxfp4 import (
+    BLOCKS,
+    NAN_SCALE,
+    check_blocks,
+    decoded,
+    is_part,
+    parts_of,
+    unpacked_names,
+    unpacked_shape,
+)
 from fairseq_moe.errors import CheckpointError
 
 __all__ = [
     "INDEX",
     "SINGLE",
     "TensorDir",
-    "dequantized",
     "digest_of",
     "read_json",
     "read_weight_map",
@@ -28,10 +38,7 @@ __all__ = [
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SCALE = "_scale_inv"
-_FP8 = torch.float8_e4m3fn
-_FP8_VALUES = torch.arange(256, dtype=torch.uint8).view(_FP8).float()
-_OF_WEIGHTS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16, _FP8})
+_OF_WEIGHTS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16, FP8})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,11 +78,13 @@ def read_weight_map(path: Path) -> dict[str, str]:
 class TensorDir:
     """The tensors of a directory, read one at a time.
 
+    A weight has one name, by which it is read, even if it lies in several tensors: FP8 with scales, MXFP4 in blocks.
+
     Args:
         path: of the directory.
-        stored: where each tensor lies, scales of FP8 weights included.
-        fp8_block: rows and columns that share a scale; None: nothing is quantised.
-        fp8_to: what FP8 weights become.
+        stored: where each tensor lies, scales and blocks as well.
+        fp8_block: rows and columns that share a scale; None: nothing is FP8.
+        fp8_to: what FP8 and MXFP4 weights become.
         digests: sha256 of each tensor that was read, as it lies in its file.
     """
 
@@ -88,9 +97,20 @@ class TensorDir:
 
     @classmethod
     def open(
-        cls, path: Path, *, fp8_block: tuple[int, int] | None = None, fp8_to: torch.dtype = torch.bfloat16
+        cls,
+        path: Path,
+        *,
+        fp8_block: tuple[int, int] | None = None,
+        fp8_to: torch.dtype = torch.bfloat16,
+        mxfp4: bool = False,
     ) -> "TensorDir":
         """Read the index and the headers of all files.
+
+        Args:
+            path: of the directory.
+            fp8_block: see the class.
+            fp8_to: see the class.
+            mxfp4: its config.json says that weights are MXFP4.
 
         Raises:
             CheckpointError: a file is missing, damaged, or not what the index says.
@@ -104,77 +124,95 @@ class TensorDir:
                 f"{path} has neither {SINGLE} nor {INDEX}; give a directory with one of them."
             )
         found = cls(path=path, stored=stored, fp8_block=fp8_block, fp8_to=fp8_to)
+        check_blocks(path, stored, is_declared=mxfp4)
         found._check_dtypes()
-        found._check_scales()
+        check_scales(path, stored, fp8_block)
         return found
 
     def _check_dtypes(self) -> None:
         for name, tensor in self.stored.items():
-            if tensor.dtype not in _OF_WEIGHTS and not is_leftover_name(name):
+            if tensor.dtype not in _OF_WEIGHTS and not is_leftover_name(name) and not is_part(name, tensor):
                 raise CheckpointError(
                     f"{name} of {self.path} is {tensor.dtype}, expected float32, another dtype of weights, or "
                     "FP8 of the kind e4m3."
                 )
 
-    def _check_scales(self) -> None:
-        for name, tensor in self.stored.items():
-            if tensor.dtype == _FP8:
-                scale = self.stored.get(name + _SCALE)
-                if scale is None:
-                    raise CheckpointError(
-                        f"{name} of {self.path} is FP8 and has no {name}{_SCALE}; without it its values are "
-                        "unknown."
-                    )
-                if self.fp8_block is None:
-                    raise CheckpointError(
-                        f"{name} of {self.path} is FP8, and config.json has no quantization_config."
-                    )
-                grid = tuple(
-                    -(-size // block) for size, block in zip(tensor.shape, self.fp8_block, strict=False)
-                )
-                if len(tensor.shape) != 2 or scale.shape != grid or scale.dtype != torch.float32:
-                    raise CheckpointError(
-                        f"{name}{_SCALE} of {self.path} is {scale.dtype} of shape {scale.shape}, expected "
-                        f"float32 of shape {grid} for a weight of shape {tensor.shape}."
-                    )
-            elif name.endswith(_SCALE) and self.stored.get(name.removesuffix(_SCALE)) is None:
-                raise CheckpointError(f"{name} of {self.path} scales a weight that is not there.")
-
     def names(self) -> list[str]:
-        """Names of all tensors but the scales of FP8 weights."""
-        return [name for name in self.stored if not self._is_scale(name)]
+        """List the names of all weights."""
+        return list(unpacked_names([name for name in self.stored if not self._is_scale(name)]))
 
     def _is_scale(self, name: str) -> bool:
-        weight = self.stored.get(name.removesuffix(_SCALE)) if name.endswith(_SCALE) else None
-        return weight is not None and weight.dtype == _FP8
+        weight = self.stored.get(name.removesuffix(SCALE)) if name.endswith(SCALE) else None
+        return weight is not None and weight.dtype == FP8
+
+    def is_mxfp4(self, name: str) -> bool:
+        """Tell whether a weight lies in blocks."""
+        return name not in self.stored and name + BLOCKS in self.stored
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype that ``read`` gives a tensor."""
+        """Return the dtype that ``read`` gives a weight."""
+        if self.is_mxfp4(name):
+            return self.fp8_to
         dtype = self.stored[name].dtype
-        return self.fp8_to if dtype == _FP8 else dtype
+        return self.fp8_to if dtype == FP8 else dtype
 
-    def file_of(self, name: str) -> str:
-        """Name of the file that holds a tensor."""
-        return self.stored[name].path.name
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that ``read`` gives a whole weight."""
+        return unpacked_shape(self.stored[name + BLOCKS]) if self.is_mxfp4(name) else self.stored[name].shape
+
+    def parts(self, name: str) -> dict[str, StoredTensor]:
+        """List the tensors in which a weight lies, scales of FP8 left out."""
+        names = parts_of(name) if self.is_mxfp4(name) else (name,)
+        return {part: self.stored[part] for part in names}
 
     def read(self, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor, dequantised if it is FP8; one that is not finite is refused.
+        """A weight, dequantised if it is FP8 or MXFP4; one that is not finite is refused.
 
         Args:
-            name: of the tensor.
-            rows: first and end of those wanted (None: all); parts must be read in their order.
+            name: of the weight.
+            rows: first and end of those wanted (None: all); parts must be read in their order. Of MXFP4 they are
+                experts, and the result is a view, transposed.
         """
+        if self.is_mxfp4(name):
+            return self._read_mxfp4(name, rows)
         tensor, file = self._read(name, rows), self.stored[name].path
-        if tensor.dtype != _FP8:
+        if tensor.dtype != FP8:
             refuse_not_finite(tensor, name=name, file=file)
             return tensor
         assert self.fp8_block is not None
-        scale = self._read(name + _SCALE, None)
-        refuse_not_finite(scale, name=name + _SCALE, file=self.stored[name + _SCALE].path)
+        scale = self._read(name + SCALE, None)
+        refuse_not_finite(scale, name=name + SCALE, file=self.stored[name + SCALE].path)
         dequantize = functools.partial(dequantized, tensor, scale, block=self.fp8_block)
         rounded = dequantize(dtype=self.fp8_to)
         refuse_not_finite(rounded, name=name, file=file, before=dequantize, flag="--fp8-to")
         return rounded
+
+    def _read_mxfp4(self, name: str, rows: tuple[int, int] | None) -> Tensor:
+        num_experts, inputs, outputs = self.shape(name)
+        first, end = rows or (0, num_experts)
+        experts = torch.empty((end - first, outputs, inputs), dtype=self.fp8_to)
+        for place, expert in enumerate(range(first, end)):
+            blocks, scales = (self._read(part, (expert, expert + 1))[0] for part in parts_of(name))
+            self._refuse_nan_scale(name, expert, scales)
+            decode = functools.partial(decoded, blocks, scales)
+            experts[place] = decode(dtype=self.fp8_to)
+            file = self.stored[name + BLOCKS].path
+            refuse_not_finite(
+                experts[place],
+                name=f"{name} (expert {expert})",
+                file=file,
+                before=decode,
+                flag="--fp8-to",
+            )
+        return experts.transpose(1, 2)
+
+    def _refuse_nan_scale(self, name: str, expert: int, scales: Tensor) -> None:
+        if (count := int((scales == NAN_SCALE).sum())) > 0:
+            part = parts_of(name)[1]
+            raise CheckpointError(
+                f"{self.stored[part].path} has {part} with the scale {NAN_SCALE}, which means no number ({count} of "
+                f"{scales.numel()} scales of expert {expert}), expected 0 to {NAN_SCALE - 1}; fetch the file again."
+            )
 
     def _read(self, name: str, rows: tuple[int, int] | None) -> Tensor:
         stored = self.stored[name]
@@ -217,30 +255,6 @@ def _indexed(path: Path) -> dict[str, StoredTensor]:
             f"{path / weight_map[absent[0]]} lacks {absent[0]}, which {INDEX} expects in it."
         )
     return stored
-
-
-def dequantized(
-    weight: Tensor, scale: Tensor, *, block: tuple[int, int], dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Multiply FP8 values with the scales of their blocks.
-
-    Args:
-        weight: float8 (rows, columns).
-        scale: float32, one per block; blocks at the lower and right edge may be smaller.
-        block: rows and columns of a block.
-        dtype: of the result; each product is rounded to float32, and then to it.
-
-    Returns:
-        (rows, columns).
-    """
-    codes, num_columns = weight.view(torch.uint8), weight.shape[1]
-    result = torch.empty(weight.shape, dtype=dtype)
-    for i in range(scale.shape[0]):  # a block of rows stays in the cache
-        rows = slice(i * block[0], (i + 1) * block[0])
-        # Looking 256 values up is four times as fast as torch's own conversion (one core, 2026-11-27).
-        values = _FP8_VALUES.index_select(0, codes[rows].reshape(-1).int()).view(-1, num_columns)
-        result[rows] = values * scale[i].repeat_interleave(block[1])[:num_columns]
-    return result
 
 
 def digest_of(digests: dict[str, str], stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:

@@ -1,4 +1,4 @@
-"""Say what a Hugging Face directory holds: a whole model, plain or as FP8 in blocks, or something that is not read.
+"""Say what a Hugging Face directory holds: a whole model, plain, FP8 or MXFP4 in blocks, or what is not read.
 
 This comes before any setting is judged: of an adapter or of quantised weights nobody wants to hear that some key is
 unknown.
@@ -12,8 +12,9 @@ from fairseq_moe.convert.hf.directory import INDEX, SINGLE, read_json, read_weig
 from fairseq_moe.convert.hf.file import read_header
 from fairseq_moe.errors import CheckpointError, ConfigError
 
-__all__ = ["fp8_block", "refuse_other_directories"]
+__all__ = ["fp8_block", "is_mxfp4", "refuse_other_directories"]
 
+MXFP4_FAMILIES = {"gpt_oss"}  # published so, and read by transformers
 # Notes of quantising tools outside config.json's quantization_config.
 _QUANTISER_FILES = {
     "quantize_config.json": "GPTQ",
@@ -69,7 +70,7 @@ def refuse_other_directories(path: Path) -> None:
     if method is not None:
         raise CheckpointError(
             f"{path} holds weights quantised by {method}, which are not read here ({where} says so); convert the model "
-            "that they were made from (FP8 in blocks, as DeepSeek publishes it, is read)."
+            "that they were made from (FP8 in blocks, as DeepSeek publishes it, and MXFP4 of gpt_oss are read)."
         )
     if has_weights:
         _refuse_pointers(path)
@@ -147,7 +148,7 @@ _MERGE = "merge it into its base model first (peft: merge_and_unload) and conver
 
 
 def _quantiser(path: Path, values: dict[str, Any]) -> tuple[str | None, str]:
-    """Name what quantised the weights, and what says so; None: nothing, or FP8, which ``fp8_block`` judges."""
+    """Name what quantised the weights, and what says so; None: nothing, or a kind that may be read."""
     for key, tool in _QUANTISER_KEYS.items():
         if values.get(key):
             return tool, f"{key} in config.json"
@@ -157,17 +158,25 @@ def _quantiser(path: Path, values: dict[str, Any]) -> tuple[str | None, str]:
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if method is None and any(key.startswith(("load_in_", "bnb_")) for key in settings):
         method = "bitsandbytes"
-    return None if method in (None, "fp8") else str(method), "quantization_config in config.json"
+    is_read = method in (None, "fp8") or is_mxfp4(values)
+    return None if is_read else str(method), "quantization_config in config.json"
+
+
+def is_mxfp4(values: dict[str, Any]) -> bool:
+    """Tell whether a config.json says that weights are MXFP4, in the one family that is published so."""
+    settings = values.get("quantization_config")
+    is_declared = isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
+    return is_declared and values.get("model_type") in MXFP4_FAMILIES
 
 
 def fp8_block(values: dict[str, Any], *, source: str = "config.json") -> tuple[int, int] | None:
-    """Read rows and columns of the blocks of FP8 weights that share a scale; None: the weights are not quantised.
+    """Read rows and columns of the blocks of FP8 weights that share a scale; None: no weights are FP8.
 
     Raises:
         ConfigError: another kind of quantisation.
     """
     settings = values.get("quantization_config")
-    if settings is None:
+    if settings is None or is_mxfp4(values):
         return None
     if not isinstance(settings, dict):
         settings = {"quant_method": settings}
@@ -178,7 +187,7 @@ def fp8_block(values: dict[str, Any], *, source: str = "config.json") -> tuple[i
             [
                 f"{source} has quantization_config with quant_method {settings.get('quant_method')!r}, fmt "
                 f"{settings.get('fmt')!r} and weight_block_size {block!r}, expected fp8, e4m3 and two sizes: quantised "
-                "weights are read as FP8 in blocks alone, as DeepSeek publishes them."
+                "weights are read as FP8 in blocks alone, as DeepSeek publishes them (and MXFP4 of gpt_oss)."
             ]
         )
     assert isinstance(block, list)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fairseq_moe.convert.hf.families import FAMILIES
+from fairseq_moe.convert.hf.layout import OUR_WAY, Layout, stored_shape
 from fairseq_moe.convert.spec import ModelSpec
 
 __all__ = ["Block", "OurTensor", "copied_names", "is_fused", "mtp_prefix", "tensor_table"]
@@ -20,15 +21,17 @@ class Block:
 
     Args:
         name: Hugging Face's.
-        shape: of the block.
+        shape: of the block, Hugging Face's.
         expert: global id of the expert whose row of our stack this is; None: not of one expert.
         first_row: where it starts on the axis of output features.
+        layout: how each expert of a stack lies on the other side.
     """
 
     name: str
     shape: tuple[int, ...]
     expert: int | None = None
     first_row: int = 0
+    layout: Layout = OUR_WAY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +74,9 @@ def tensor_table(spec: ModelSpec, *, fused: bool) -> list[OurTensor]:
 
     Args:
         spec: what the model is.
-        fused: experts are stacked on the other side too.
+        fused: experts are stacked on the other side too; always those of a family that is published so.
     """
+    fused = fused or FAMILIES[spec.family].is_stacked
     dim, vocab = spec.model_dim, spec.vocab_size
     table = [_same("decoder.embed_tokens.weight", "model.embed_tokens.weight", (vocab, dim))]
     for index, is_moe in enumerate(spec.moe_layers):
@@ -94,6 +98,11 @@ def tensor_table(spec: ModelSpec, *, fused: bool) -> list[OurTensor]:
 
 def _same(ours: str, theirs: str, shape: tuple[int, ...]) -> OurTensor:
     return OurTensor(name=ours, shape=shape, blocks=(Block(name=theirs, shape=shape),))
+
+
+def _stack(ours: str, theirs: str, shape: tuple[int, ...], layout: Layout) -> OurTensor:
+    block = Block(name=theirs, shape=stored_shape(shape, layout), layout=layout)
+    return OurTensor(name=ours, shape=shape, blocks=(block,))
 
 
 def _layer(spec: ModelSpec, ours: str, theirs: str, is_moe: bool, fused: bool) -> Iterator[OurTensor]:
@@ -163,15 +172,16 @@ def _glu(ours: str, theirs: str, dim: int, hidden: int) -> Iterator[OurTensor]:
 
 def _moe(spec: ModelSpec, ours: str, theirs: str, fused: bool) -> Iterator[OurTensor]:
     dim, hidden, num_experts = spec.model_dim, spec.expert_ffn_dim, spec.routing.num_experts
-    names = FAMILIES[spec.family].names(fused=fused)
+    family = FAMILIES[spec.family]
+    names = family.names(fused=fused)
     theirs += names.network
     yield _same(f"{ours}router.weight", f"{theirs}{names.router}", (num_experts, dim))
     if spec.routing.expert_bias:
         yield _same(f"{ours}router.expert_bias", f"{theirs}{names.expert_bias}", (num_experts,))
     stacked = (num_experts, 2 * hidden, dim), (num_experts, dim, hidden)
     if fused:
-        yield _same(f"{ours}experts.fc1_weight", f"{theirs}experts.gate_up_proj", stacked[0])
-        yield _same(f"{ours}experts.fc2_weight", f"{theirs}experts.down_proj", stacked[1])
+        yield _stack(f"{ours}experts.fc1_weight", f"{theirs}experts.gate_up_proj", stacked[0], family.gate_up)
+        yield _stack(f"{ours}experts.fc2_weight", f"{theirs}experts.down_proj", stacked[1], family.down)
     else:
         fc1, fc2 = [], []
         for expert in range(num_experts):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fairseq_moe.checkpoint.safetensors_bytes import DTYPES
 from fairseq_moe.convert.directories import appearing
-from fairseq_moe.convert.hf.directory import INDEX, SINGLE, TensorDir, dequantized
+from fairseq_moe.convert.hf.directory import INDEX, SINGLE, TensorDir
 from fairseq_moe.convert.hf.file import SafetensorsWriter, read_header, read_tensor
+from fairseq_moe.convert.hf.fp8 import dequantized
 from fairseq_moe.convert.store import StoredModel
 from fairseq_moe.errors import CheckpointError
 from tests.helpers.formats import model, write_ours

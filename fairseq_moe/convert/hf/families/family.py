@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fairseq_moe.convert.hf.config_keys import ConfigKeys
+from fairseq_moe.convert.hf.layout import OUR_WAY, Layout
 from fairseq_moe.convert.spec import ModelSpec
 
 __all__ = ["ExpertNames", "Family"]
@@ -46,6 +47,9 @@ class Family:
         published: names of the experts in published files.
         fused: names where experts are stacked, as transformers 5 holds them in memory; None: as in ``published``, in
             the network ``mlp``.
+        gate_up: how gate and up lie where experts are stacked.
+        down: how the matrix back lies there.
+        is_stacked: experts are stacked in published files too.
         num_experts_key: of the names of the number of experts that are read, the one that every transformers knows;
             None: there is one alone.
     """
@@ -55,6 +59,9 @@ class Family:
     is_latent: bool = False
     published: ExpertNames = ExpertNames()
     fused: ExpertNames | None = None
+    gate_up: Layout = OUR_WAY
+    down: Layout = OUR_WAY
+    is_stacked: bool = False
     num_experts_key: str | None = None
 
     def names(self, *, fused: bool) -> ExpertNames:

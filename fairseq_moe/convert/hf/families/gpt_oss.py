@@ -6,6 +6,7 @@ from fairseq_moe.convert.hf.config_keys import ConfigKeys
 from fairseq_moe.convert.hf.families.common import common_sizes, grouped_heads
 from fairseq_moe.convert.hf.families.family import ExpertNames, Family
 from fairseq_moe.convert.hf.families.windows import layer_types, window_of, windows
+from fairseq_moe.convert.hf.layout import Layout
 from fairseq_moe.convert.spec import ModelSpec, Routing
 
 __all__ = ["GPT_OSS"]
@@ -57,5 +58,8 @@ GPT_OSS = Family(
     read=_read,
     write=_write,
     published=ExpertNames(router="router.weight"),
+    gate_up=Layout(transposed=True, interleaved=True),
+    down=Layout(transposed=True),
+    is_stacked=True,
     num_experts_key="num_local_experts",
 )
