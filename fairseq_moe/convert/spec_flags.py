@@ -13,6 +13,7 @@ from fairseq_moe.flags.blocks_checks import block_problems
 from fairseq_moe.flags.megatron import MegatronConfig
 from fairseq_moe.flags.megatron_checks import megatron_problems
 from fairseq_moe.flags.moe import MoEConfig
+from fairseq_moe.modules.kernels.swiglu import ClampedSwiglu
 
 __all__ = ["command_line", "flags_of", "spec_of"]
 
@@ -68,6 +69,13 @@ def flags_of(spec: ModelSpec) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": spec.shared_ffn_dim,
         "moe_shared_expert_gate": spec.shared_gate,
         "clip_qkv": spec.clip_qkv,
+        "attention_sinks": spec.sinks,
+        "attention_window": spec.window,
+        "attention_window_layers": None if spec.window is None else _pattern(spec.window_layers),
+        "gated_ffn_bias": spec.ffn_bias,
+        "swiglu_limit": spec.swiglu_limit,
+        "swiglu_alpha": spec.swiglu_alpha,
+        "moe_router_bias": routing.logits_bias,
     }
     if routing.scaling != 1.0:
         found["moe_router_topk_scaling_factor"] = routing.scaling
@@ -83,13 +91,17 @@ def flags_of(spec: ModelSpec) -> dict[str, Any]:
     if yarn is not None:
         found["rope_scaling"] = "yarn"
         found |= {flag: getattr(yarn, name) for name, flag in _YARN.items()}
+        found["rope_untruncated"] = not yarn.truncate
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _pattern(moe_layers: tuple[bool, ...]) -> str:
-    if all(moe_layers):
+def _pattern(layers: tuple[bool, ...]) -> str:
+    if all(layers):
         return "1"
-    runs = ((int(is_moe), len(list(run))) for is_moe, run in groupby(moe_layers))
+    for period in range(2, len(layers) // 2 + 1):
+        if layers == layers[:period] * (len(layers) // period):
+            return f"({[int(marked) for marked in layers[:period]]}*{len(layers) // period})".replace(" ", "")
+    runs = ((int(marked), len(list(run))) for marked, run in groupby(layers))
     return "(" + "+".join(f"[{is_moe}]*{length}" for is_moe, length in runs) + ")"
 
 
@@ -189,6 +201,8 @@ def _described(
         attention_bias=bias,
         qk_norm=blocks.qk_norm or "none",
         clip_qkv=blocks.clip_qkv,
+        sinks=blocks.attention_sinks,
+        **_windows(blocks, moe.decoder_layers),
         mla=mla,
         rope=Rope(
             theta=1.0 if rotary is None else rotary.theta,
@@ -197,6 +211,8 @@ def _described(
             yarn=None if rotary is None else rotary.yarn,
         ),
         norm_eps=blocks.eps,
+        ffn_bias=blocks.gated_ffn_bias,
+        **_clamp(blocks),
         dense_ffn_dim=None if all(moe_layers) else ffn_dim,
         expert_ffn_dim=moe.expert_dim or ffn_dim,
         shared_ffn_dim=megatron.moe_shared_expert_intermediate_size,
@@ -209,6 +225,20 @@ def _described(
         init_std=blocks.std,
         attention_dropout=float(flags.get("attention_dropout") or 0.0),
     )
+
+
+def _windows(blocks: BlocksConfig, num_layers: int) -> dict[str, Any]:
+    if blocks.attention_window is None:
+        return {}
+    layers = tuple(window is not None for window in blocks.windows(num_layers))
+    return {"window": blocks.attention_window, "window_layers": layers}
+
+
+def _clamp(blocks: BlocksConfig) -> dict[str, Any]:
+    activation = blocks.gated_activation()
+    if not isinstance(activation, ClampedSwiglu):
+        return {}
+    return {"swiglu_limit": activation.limit, "swiglu_alpha": activation.alpha}
 
 
 def _routing(megatron: MegatronConfig) -> Routing:
@@ -224,6 +254,7 @@ def _routing(megatron: MegatronConfig) -> Routing:
         group_topk=megatron.moe_router_group_topk,
         group_score=megatron.moe_router_group_score,
         expert_bias=megatron.moe_router_enable_expert_bias,
+        logits_bias=megatron.moe_router_bias,
         aux_loss_coeff=coefficients.get("aux") or coefficients.get("seq_aux") or 0.0,
         aux_loss_per_sequence="seq_aux" in coefficients,
     )

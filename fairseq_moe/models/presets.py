@@ -109,6 +109,33 @@ _QWEN3: dict[str, Any] = {
     "rope_theta": 1e6, "qk_norm": "head", "decoder_head_dim": 128, "decoder_kv_heads": 4, "init_std": 0.02,
 }  # fmt: skip
 
+
+def _gpt_oss(layers: int, num_experts: int) -> dict[str, Any]:
+    return {
+        **_sizes(layers, 2880, 64, 2880, 2880),
+        **_experts(num_experts, 4, aux=1e-3),
+        "moe_router_bias": True,
+        "decoder_kv_heads": 8,
+        "decoder_head_dim": 64,
+        "attention_bias": "all",
+        "attention_sinks": True,
+        "attention_window": 128,
+        "attention_window_layers": f"([1,0]*{layers // 2})",
+        "gated_ffn_bias": True,
+        "swiglu_limit": 7.0,
+        "swiglu_alpha": 1.702,
+        "norm_eps": 1e-5,
+        "rope_theta": 150_000.0,
+        "rope_scaling": "yarn",
+        "rope_scaling_factor": 32.0,
+        "rope_original_max_positions": 4096,
+        "rope_beta_fast": 32.0,
+        "rope_beta_slow": 1.0,
+        "rope_untruncated": True,
+        "init_std": 0.02,
+    }
+
+
 PRESETS: dict[str, Preset] = {
     "mixtral_8x2b": Preset(
         title="Mixtral-8x2B",
@@ -235,6 +262,18 @@ PRESETS: dict[str, Preset] = {
         vocab_size=151_936,
         num_parameters=235_093_634_560,
         flags={**_sizes(94, 4096, 64, 12288, 1536), **_experts(128, 8, aux=1e-3), **_QWEN3},
+    ),
+    "gpt_oss_20b": Preset(
+        title="gpt-oss-20b",
+        vocab_size=201_088,
+        num_parameters=20_914_757_184,
+        flags=_gpt_oss(24, 32),
+    ),
+    "gpt_oss_120b": Preset(
+        title="gpt-oss-120b",
+        vocab_size=201_088,
+        num_parameters=116_829_156_672,
+        flags=_gpt_oss(36, 128),
     ),
 }
 

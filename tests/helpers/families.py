@@ -75,6 +75,53 @@ class Family:
 
 
 FAMILIES = {
+    "mixtral_window": Family(
+        kind="Mixtral",
+        config={
+            **_GQA,
+            "intermediate_size": 20,
+            "num_local_experts": 8,
+            "sliding_window": 5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        arch="mixtral_8x7b",
+        flags=_GQA_FLAGS + " --attention-window 5",
+    ),
+    "qwen2_window": Family(
+        kind="Qwen2Moe",
+        config={
+            **_GQA,
+            "intermediate_size": 24,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 40,
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        arch="qwen2_57b_a14b",
+        flags=_GQA_FLAGS + " --moe-router-topk 4 --moe-shared-expert-intermediate-size 40"
+        " --attention-window 7 --attention-window-layers [1,0,0]",
+    ),
+    "gpt_oss": Family(
+        kind="GptOss",
+        config={
+            **_GQA,
+            "head_dim": 12,
+            "intermediate_size": 20,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 4,
+            "sliding_window": 6,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {**_YARN, "factor": 8.0, "beta_slow": 0.25, "truncate": False},
+        },
+        arch="gpt_oss_20b",
+        flags=_GQA_FLAGS + " --decoder-head-dim 12 --moe-router-topk 4 --attention-window 6"
+        " --attention-window-layers [1,0,1] --swiglu-limit 1.5 --rope-theta 10000 --rope-scaling-factor 8"
+        " --rope-original-max-positions 16 --rope-beta-slow 0.25",
+    ),
     "mixtral": Family(
         kind="Mixtral",
         config={
@@ -212,6 +259,9 @@ def build_pair(name: str, more_flags: str = "") -> tuple[Any, Any]:
 
 
 _PARTS = {
+    "mlp.experts.gate_up_proj_bias": "moe_layer.experts.fc1_bias",
+    "mlp.experts.down_proj_bias": "moe_layer.experts.fc2_bias",
+    "mlp.router": "moe_layer.router",
     "self_attn.o_proj": "self_attn.out_proj",
     "self_attn.q_a_layernorm": "self_attn.q_a_norm",
     "self_attn.kv_a_layernorm": "self_attn.kv_a_norm",
@@ -237,6 +287,8 @@ _PARTS = {
 def our_state(state: dict[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
     """Convert transformers' tensors (or their gradients) to our names: gate rows, then up rows, in one matrix."""
     found: dict[str, Tensor] = {}
+    if any("gate_up_proj_bias" in key for key in state):
+        state = {key: _of_gpt_oss(key, value) for key, value in state.items()}
     for key, value in state.items():
         if key.endswith("up_proj.weight"):
             continue
@@ -249,3 +301,12 @@ def our_state(state: dict[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
     if tied:
         del found["decoder.output_projection.weight"]
     return found
+
+
+def _of_gpt_oss(key: str, value: Tensor) -> Tensor:
+    """Turn matrices round, and sort the alternating outputs of gate and up, as the other families have both."""
+    if key.endswith(("gate_up_proj", "down_proj")):
+        value = value.transpose(1, 2)
+    if "gate_up_proj" in key:
+        value = torch.cat([value[:, 0::2], value[:, 1::2]], 1)
+    return value.contiguous()

@@ -7,6 +7,8 @@ __all__ = [
     "DEEPSEEK_V2",
     "DEEPSEEK_V2_LITE",
     "DEEPSEEK_V3",
+    "GPT_OSS_20B",
+    "GPT_OSS_120B",
     "MIXTRAL",
     "OLMOE",
     "PUBLISHED",
@@ -82,6 +84,27 @@ OLMOE = {
     "rope_scaling": None, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False,
     "vocab_size": 50304,
 }  # fmt: skip
+GPT_OSS_20B: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "eos_token_id": 200002,
+    "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,
+    "initializer_range": 0.02, "intermediate_size": 2880, "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072, "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4,
+    "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False,
+    "pad_token_id": 199999, "rms_norm_eps": 1e-05, "rope_scaling": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+        "rope_type": "yarn", "truncate": False,
+    }, "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+    "tie_word_embeddings": False, "use_cache": True, "vocab_size": 201088,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+}  # fmt: skip
+GPT_OSS_120B = GPT_OSS_20B | {
+    "layer_types": ["sliding_attention", "full_attention"] * 18, "num_hidden_layers": 36, "num_local_experts": 128,
+}  # fmt: skip
 # Published settings, with the number of values in all tensors: parameters, and for V3 the 58 router biases of 256
 # and the prediction block (with its bias).
 PUBLISHED = {
@@ -92,4 +115,6 @@ PUBLISHED = {
     "qwen2_moe": (QWEN2, 57_408_658_944),
     "qwen3_moe": (QWEN3, 30_532_122_624),
     "olmoe": (OLMOE, 6_919_161_856),
+    "gpt_oss_20b": (GPT_OSS_20B, 20_914_757_184),
+    "gpt_oss_120b": (GPT_OSS_120B, 116_829_156_672),
 }

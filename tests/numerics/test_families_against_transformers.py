@@ -186,12 +186,63 @@ def no_head_norm(ours: Any) -> None:
             part.config = replace(part.config, qk_norm="none")
 
 
+def change_attention(**values: Any) -> Callable[[Any], None]:
+    def change(ours: Any) -> None:
+        for part in ours.modules():
+            if isinstance(part, GroupedAttention):
+                part.config = replace(part.config, **values)
+
+    return change
+
+
+def windows_everywhere(ours: Any) -> None:
+    widths = [layer.self_attn.config.window for layer in ours.decoder.layers]
+    (width,) = {width for width in widths if width is not None}
+    change_attention(window=width)(ours)
+
+
+def no_sinks(ours: Any) -> None:
+    for part in ours.modules():
+        if isinstance(part, GroupedAttention):
+            part.sinks = None
+
+
+def change_activation(**values: Any) -> Callable[[Any], None]:
+    def change(ours: Any) -> None:
+        for layer in ours.decoder.layers:
+            experts = layer.moe_layer.experts
+            experts.activation = replace(experts.activation, **values)
+
+    return change
+
+
+def no_router_bias(ours: Any) -> None:
+    for router in ours.decoder.routers():
+        router.bias = None
+
+
+def truncated(ours: Any) -> None:
+    for part in ours.modules():
+        if isinstance(part, GroupedAttention):
+            yarn = replace(part.rotary.config.yarn, truncate=True)
+            part.rotary = Rotary(replace(part.rotary.config, yarn=yarn), part.rotary.dim)
+
+
 def mask_id_one(ours: Any) -> None:
     """What fairseq's own dictionary would do to the token 1."""
     ours.decoder.padding_idx = 1
 
 
 WRONG_RULES: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "gpt-oss: no sinks": ("gpt_oss", no_sinks),
+    "gpt-oss: window off by one": ("gpt_oss", change_attention(window=7)),
+    "gpt-oss: window in all layers": ("gpt_oss", windows_everywhere),
+    "gpt-oss: no limit": ("gpt_oss", change_activation(limit=1e3)),
+    "gpt-oss: alpha 1": ("gpt_oss", change_activation(alpha=1.0)),
+    "gpt-oss: no bias of logits": ("gpt_oss", no_router_bias),
+    "gpt-oss: truncated YaRN": ("gpt_oss", truncated),
+    "mixtral: no window": ("mixtral_window", change_attention(window=None)),
+    "qwen2: window in all layers": ("qwen2_window", windows_everywhere),
     "mixtral: not renormalised": ("mixtral", change_rule(pre_softmax=True)),
     "mixtral: theta 10000": ("mixtral", change_rotary(theta=1e4)),
     "mixtral: token 1 is padding": ("mixtral", mask_id_one),

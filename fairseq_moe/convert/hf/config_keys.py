@@ -50,7 +50,10 @@ _YARN_KEYS = {
     "attention_factor": ("attention_factor", _POSITIVE),
 }
 _YARN_NEEDS = ("factor", "original_max_position_embeddings")
-_OWN_THETA = {"mixtral": 1_000_000.0}  # transformers' default_theta; 10,000 for the others
+_OWN_THETA = {
+    "mixtral": 1_000_000.0,
+    "gpt_oss": 150_000.0,
+}  # transformers' default_theta; 10,000 for the others
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 # By the dictionary and by the writer of config.json.
 _READ_ELSEWHERE = frozenset({"bos_token_id", "dtype", "eos_token_id", "torch_dtype"})
@@ -234,12 +237,10 @@ class ConfigKeys:
                     settings[ours] = value
             elif key in _YARN_NEEDS:
                 self._refuse(f"rope type yarn without {key}.")
-        if (truncate := form.pop("truncate", True)) is not True:
-            self._refuse(
-                f"the rope setting truncate {_shown(truncate)}, expected true: the stretched pairs are whole "
-                "numbers here."
-            )
-        return YarnConfig(**settings)
+        truncate = form.pop("truncate", True)
+        if not isinstance(truncate, bool | None):
+            self._refuse(f"the rope setting truncate {_shown(truncate)}, expected true or false.")
+        return YarnConfig(**settings, truncate=bool(truncate))
 
     def finish(self) -> list[str]:
         """Refuse what was wrong and what nobody has read; return the keys that are carried along unread.
@@ -292,6 +293,8 @@ def rope_keys(rope: Rope) -> dict[str, Any]:
     else:
         settings = {key: getattr(rope.yarn, ours) for key, (ours, _) in _YARN_KEYS.items()}
         settings = {key: value for key, value in settings.items() if value is not None}
+        if not rope.yarn.truncate:
+            settings["truncate"] = False
         scaling = {"type": "yarn", "rope_type": "yarn", **settings}
     new = {key: value for key, value in (scaling or {"rope_type": "default"}).items() if key != "type"}
     return {

@@ -118,6 +118,7 @@ HARMLESS_KEYS = (
         r"aux_loss_alpha|seq_aux|\w*z_loss(_\w+)?|router_aux_loss_coef",
         "weights of losses that transformers' code of the family does not add; training here has flags for them",
     ),
+    _harmless(r"initial_context_length", "the rope settings say it", "gpt_oss", common=True),
     # Parts that a model of the family never has, or always has, said once more.
     _harmless(
         r"add_cross_attention|tie_encoder_decoder|use_mrope|mlp_bias|use_sliding_window",
@@ -131,7 +132,7 @@ HARMLESS_KEYS = (
         values=(0, 0.0),
     ),
     _harmless(
-        r"max_window_layers", "layers with a sliding window, which is off", "qwen2_moe", "qwen3_moe", common=True
+        r"max_window_layers", "transformers reads it for Qwen2 alone", "qwen3_moe", common=True
     ),
     _harmless(
         r"qkv_bias", "Qwen3 has no such bias; attention_bias says whether there are any", "qwen3_moe", values=(False,)

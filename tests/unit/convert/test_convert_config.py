@@ -16,6 +16,7 @@ from tests.helpers.published_configs import (
     DEEPSEEK_V2,
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V3,
+    GPT_OSS_20B,
     MIXTRAL,
     OLMOE,
     PUBLISHED,
@@ -90,6 +91,29 @@ def test_what_is_absent_means_what_the_published_code_means() -> None:
     assert fp8_block(MIXTRAL) is None
 
 
+def test_windows_are_read_as_transformers_reads_them() -> None:
+    mixtral = read_config(MIXTRAL | {"sliding_window": 4096})
+    assert (mixtral.window, mixtral.window_layers) == (4096, (True,) * 32)
+    on = {"use_sliding_window": True}
+    every_second = read_config(QWEN2 | on | {"max_window_layers": 3})
+    assert (every_second.window, every_second.window_layers[:5]) == (65536, (True, False, True, False, False))
+    assert read_config(QWEN3 | on | {"sliding_window": 512}).window_layers == (True,) * 48
+    assert read_config(QWEN3 | {"sliding_window": 512}).window is None
+    gpt_oss = read_config(GPT_OSS_20B)
+    assert (gpt_oss.window, gpt_oss.window_layers) == (128, (True, False) * 12)
+    for spec in (mixtral, every_second, gpt_oss):
+        assert read_config(write_config(spec, dtype="bfloat16")) == spec
+        assert spec_of(flags_of(spec), vocab_size=spec.vocab_size, max_positions=spec.max_positions) == spec
+
+
+def test_untruncated_yarn_is_read_and_written() -> None:
+    for truncate in (False, None):
+        spec = read_config(MIXTRAL | {"rope_scaling": {**YARN_V4, "truncate": truncate}})
+        assert spec.rope.yarn is not None and not spec.rope.yarn.truncate
+        written = write_config(spec, dtype="bfloat16")
+        assert written["rope_parameters"]["truncate"] is written["rope_scaling"]["truncate"] is False
+
+
 REFUSED = {
     "model_type": (
         MIXTRAL,
@@ -107,12 +131,7 @@ REFUSED = {
     "V2 renormalised": (DEEPSEEK_V2, {"norm_topk_prob": True}, "norm_topk_prob True, expected False"),
     "layer step": (DEEPSEEK_V2, {"moe_layer_freq": 2}, "moe_layer_freq 2, expected 1"),
     "rope type": (MIXTRAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
-    "rope setting": (DEEPSEEK_V2, {"rope_scaling": {**YARN_V4, "truncate": False}}, "rope setting truncate"),
-    "rope setting null": (
-        DEEPSEEK_V2,
-        {"rope_scaling": {**YARN_V4, "truncate": None}},
-        "rope setting truncate null, expected true",
-    ),
+    "rope setting": (DEEPSEEK_V2, {"rope_scaling": {**YARN_V4, "truncate": 0}}, "rope setting truncate 0"),
     "yarn without a size": (
         MIXTRAL,
         {"rope_scaling": {"type": "yarn", "factor": 4}},
@@ -140,12 +159,20 @@ REFUSED = {
         {"rope_theta": None, "rope_scaling": {"rope_type": "default"}},
         "rope_theta None, expected a number above 1",
     ),
-    "sliding window": (MIXTRAL, {"sliding_window": 4096}, "sliding_window 4096"),
-    "Qwen's window": (QWEN2, {"use_sliding_window": True}, "use_sliding_window True, expected False"),
     "layer types": (
         QWEN2,
         {"layer_types": ["sliding_attention"]},
-        "layer_types other than full_attention",
+        "expected 28 entries full_attention or sliding_attention",
+    ),
+    "layers with a window that is off": (
+        QWEN2,
+        {"layer_types": ["sliding_attention"] * 28},
+        "layers with sliding_attention, but no sliding_window",
+    ),
+    "layers without the window of all": (
+        QWEN3,
+        {"layer_types": ["full_attention"] * 48, "use_sliding_window": True, "sliding_window": 512},
+        "expected all layers alike",
     ),
     "activation": (MIXTRAL, {"hidden_act": "gelu"}, "hidden_act 'gelu', expected 'silu'"),
     "jitter": (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1"),
@@ -198,7 +225,7 @@ REFUSED = {
     "a window of nothing": (
         MIXTRAL,
         {"sliding_window": 0},
-        "sliding_window 0, expected null: attention here looks at all",
+        "sliding_window 0, expected a whole number from 1 up",
     ),
     "heads": (MIXTRAL, {"num_key_value_heads": 5}, "not a multiple of num_key_value_heads"),
     "one expert": (QWEN3, {"num_experts_per_tok": 1}, "with norm_topk_prob and num_experts_per_tok 1"),
@@ -272,7 +299,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         _yarn(beta_slow=0),
         "the rope setting beta_slow 0, expected a number above 0",
     ),
-    "layer_types": (QWEN2, {"layer_types": 3}, "layer_types 3, expected a list of full_attention"),
+    "layer_types": (QWEN2, {"layer_types": 3}, "layer_types 3, expected 28 entries full_attention"),
     "layers of true": (
         QWEN2,
         {"mlp_only_layers": [True]},

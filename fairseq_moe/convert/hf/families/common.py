@@ -25,17 +25,32 @@ def common_sizes(keys: ConfigKeys, *, max_positions: int) -> dict[str, Any]:
 
 
 def grouped_heads(
-    keys: ConfigKeys, common: dict[str, Any], *, if_null: bool = False, if_absent: bool = False
+    keys: ConfigKeys,
+    common: dict[str, Any],
+    *,
+    if_null: bool = False,
+    if_absent: bool = False,
+    head_dim: int | None = None,
 ) -> dict[str, Any]:
-    """Read the sizes of heads; whether a null or absent number of key heads means as many as query heads."""
+    """Read the sizes of heads.
+
+    Args:
+        keys: of config.json.
+        common: of ``common_sizes``.
+        if_null: a null number of key heads means as many as query heads.
+        if_absent: an absent one does.
+        head_dim: what an absent size of a head means; None: the width divided by the heads, as null does.
+    """
     heads = common["num_heads"]
     means_heads = if_null if "num_key_value_heads" in keys.values else if_absent
     kv_heads = keys.integer(
         "num_key_value_heads", default=heads if means_heads else REQUIRED, null=means_heads
     )
+    if head_dim is None or "head_dim" in keys.values:
+        head_dim = common["model_dim"] // heads
     return {
         "num_kv_heads": kv_heads,
-        "head_dim": keys.integer("head_dim", default=common["model_dim"] // heads, null=if_null),
+        "head_dim": keys.integer("head_dim", default=head_dim, null=if_null),
         "rope": keys.rope(interleaved=False),
     }
 

@@ -18,15 +18,15 @@ def _read(keys: ConfigKeys) -> ModelSpec:
     alternating = [index % 2 == 0 for index in range(num_layers)]
     routing = Routing(
         num_experts=keys.integer("num_local_experts", "num_experts"),
-        top_k=keys.integer("num_experts_per_tok"),
+        top_k=keys.integer("num_experts_per_tok", "experts_per_token"),
         normalized=True,
         logits_bias=True,
         aux_loss_coeff=keys.number("router_aux_loss_coef", 0.0),
     )
     return ModelSpec(
         **common,
-        **grouped_heads(keys, common),
-        **windows(keys, window_of(keys), num_layers=num_layers, default=alternating),
+        **grouped_heads(keys, common, if_null=True, head_dim=64),
+        **windows(keys, window_of(keys, absent=128), num_layers=num_layers, default=alternating),
         attention_bias="all" if keys.flag("attention_bias", True) else "none",
         sinks=True,
         norm_eps=keys.number("rms_norm_eps", 1e-5, positive=True),

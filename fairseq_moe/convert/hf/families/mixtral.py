@@ -5,6 +5,7 @@ from typing import Any
 from fairseq_moe.convert.hf.config_keys import ConfigKeys
 from fairseq_moe.convert.hf.families.common import common_sizes, grouped_heads
 from fairseq_moe.convert.hf.families.family import ExpertNames, Family
+from fairseq_moe.convert.hf.families.windows import window_of
 from fairseq_moe.convert.spec import ModelSpec, Routing
 
 __all__ = ["MIXTRAL"]
@@ -12,7 +13,7 @@ __all__ = ["MIXTRAL"]
 
 def _read(keys: ConfigKeys) -> ModelSpec:
     common = common_sizes(keys, max_positions=131072)
-    keys.fixed("sliding_window", why="attention here looks at all earlier tokens")  # 0: at none of them
+    window, everywhere = window_of(keys), (True,) * common["num_layers"]
     keys.fixed("router_jitter_noise", 0, 0.0, why="experts here get what the router gets")
     routing = Routing(
         num_experts=keys.integer("num_local_experts", "num_experts"),
@@ -23,9 +24,11 @@ def _read(keys: ConfigKeys) -> ModelSpec:
     return ModelSpec(
         **common,
         **grouped_heads(keys, common, if_null=True),
+        window=window,
+        window_layers=() if window is None else everywhere,
         norm_eps=keys.number("rms_norm_eps", 1e-5, positive=True),
         expert_ffn_dim=keys.integer("intermediate_size"),
-        moe_layers=(True,) * common["num_layers"],
+        moe_layers=everywhere,
         routing=routing,
     )
 
@@ -37,7 +40,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         "intermediate_size": spec.expert_ffn_dim,
         "num_local_experts": spec.routing.num_experts,
         "router_aux_loss_coef": spec.routing.aux_loss_coeff,
-        "sliding_window": None,
+        "sliding_window": spec.window,
     }
 
 

@@ -2,6 +2,7 @@
 
 from fairseq_moe.convert.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from fairseq_moe.convert.hf.families.family import Family
+from fairseq_moe.convert.hf.families.gpt_oss import GPT_OSS
 from fairseq_moe.convert.hf.families.mixtral import MIXTRAL
 from fairseq_moe.convert.hf.families.olmoe import OLMOE
 from fairseq_moe.convert.hf.families.qwen import QWEN2_MOE, QWEN3_MOE
@@ -15,4 +16,5 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": QWEN2_MOE,
     "olmoe": OLMOE,
     "qwen3_moe": QWEN3_MOE,
+    "gpt_oss": GPT_OSS,
 }

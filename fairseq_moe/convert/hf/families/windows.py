@@ -11,9 +11,23 @@ __all__ = ["layer_types", "window_of", "windows"]
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def window_of(keys: ConfigKeys, *, is_on: bool = True) -> int | None:
-    """Read ``sliding_window``: tokens that a query sees, itself included; None: it is off, or there is none."""
-    return keys.integer("sliding_window", default=None) if is_on else keys.ignore("sliding_window")
+def window_of(keys: ConfigKeys, *, absent: int | None = None, is_on: bool = True) -> int | None:
+    """Read ``sliding_window``: tokens that a query sees, itself included.
+
+    Args:
+        keys: of config.json.
+        absent: what an absent key means; null always means none.
+        is_on: another key says that windows are used at all.
+
+    Returns:
+        None: there is none.
+    """
+    if not is_on:
+        keys.ignore("sliding_window")
+        return None
+    default = None if "sliding_window" in keys.values else absent
+    window: int | None = keys.integer("sliding_window", default=default)
+    return window
 
 
 def windows(
