@@ -29,8 +29,9 @@ _RANGES: dict[str, Range] = {
     **dict.fromkeys(
         (
             "norm_eps", "rope_theta", "rope_scaling_factor", "rope_original_max_positions", "rope_beta_fast",
-            "rope_beta_slow", "rope_attention_factor", "attention_window", "decoder_kv_heads", "decoder_head_dim", "clip_qkv",
-            "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "init_std",
+            "rope_beta_slow", "rope_attention_factor", "decoder_kv_heads", "decoder_head_dim", "clip_qkv",
+            "attention_window", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+            "init_std",
         ),
         POSITIVE,
     ),
@@ -169,7 +170,7 @@ def _window_problems(config: BlocksConfig, num_layers: int) -> list[str]:
         windows = config.windows(num_layers)
     except ValueError as error:
         return [*found, str(error)]
-    if not any(windows):
+    if all(window is None for window in windows):
         found.append(
             f"--attention-window-layers {config.attention_window_layers} gives no layer the window; mark at least one."
         )
