@@ -170,7 +170,7 @@ def _window_problems(config: BlocksConfig, num_layers: int) -> list[str]:
         windows = config.windows(num_layers)
     except ValueError as error:
         return [*found, str(error)]
-    if not any(windows):
+    if all(window is None for window in windows):
         found.append(
             f"--attention-window-layers {config.attention_window_layers} gives no layer the window; mark at least one."
         )

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fairseq_moe.modules.blocks.sink import num_further_values
+from fairseq_moe.modules.blocks.window import block_size, saves_keys
 from fairseq_moe.parallel.schedule import actions, peak_activations, with_dummies
 from fairseq_moe.planner.mapping import Mapping
 from fairseq_moe.planner.shape import ModelShape
@@ -93,22 +95,43 @@ class Activations:
             return 0
         return tokens * width * (1 if self.on_gpu else self.value_bytes)
 
-    def _attention(self) -> int:
+    def _attention(self, window: int) -> int:
         shape, bytes_of, tensor = self.shape, self.value_bytes, self._tensor
         if shape.latent is not None:
             return self._latent_attention()
         found = self._norm(shape.dim, self._own, is_rms=shape.is_rms) + self._input(shape.dim)
-        projected = (shape.query_width + 2 * shape.key_width) // tensor
         normed = (shape.query_width + shape.key_width) // tensor
         if shape.qk_norm == "full":
             found += self._norm(normed, self._tokens, is_rms=True)
         if shape.qk_norm == "head":
             heads = (shape.num_heads + shape.num_kv_heads) // tensor
             found += self._norm(normed, self._tokens, is_rms=True) + self._tokens * (heads - 1) * _WIDE
-        found += self._tokens * projected * bytes_of
-        return found + self._looked_at(shape.query_width, shape.query_width)
+        if self.mapping.grid.context > 1:
+            found += self._tokens * (shape.query_width + 2 * shape.key_width) // tensor * bytes_of
+            return found + self._looked_at(shape.query_width, shape.query_width)
+        return found + self._grouped(window if window < self.mapping.length else 0)
 
-    def _looked_at(self, padded: int, attended: int) -> int:
+    def _grouped(self, window: int) -> int:
+        """Count what grouped attention keeps from queries, keys and values on.
+
+        Args:
+            window: positions that a query sees, fewer than there are; 0: all.
+        """
+        shape, bytes_of, tensor, length = self.shape, self.value_bytes, self._tensor, self.mapping.length
+        head = shape.head_dim
+        if shape.has_sinks:
+            head += num_further_values(head, shape.num_heads // shape.num_kv_heads)
+        queries, keys = shape.num_heads * head // tensor, 2 * shape.num_kv_heads * head // tensor
+        found, is_cut = self._tokens * queries * bytes_of, window > 0 and saves_keys(length, length, window)
+        if is_cut:  # a block has keys of its own, and a mask
+            per_block = block_size(window) + window - 1 + shape.has_sinks
+            found += self._tokens * per_block * (keys + block_size(window)) // block_size(window) * bytes_of
+        else:
+            mask = length**2 if window else 0
+            found += (self._tokens * keys + mask) * bytes_of
+        return found + self._looked_at(shape.num_heads * head, shape.query_width, is_cut=is_cut)
+
+    def _looked_at(self, padded: int, attended: int, *, is_cut: bool = False) -> int:
         """Count what attention keeps of its output, and the output projection of its input.
 
         Over context ranks attention is computed again, and keeps queries, keys and values alone.
@@ -116,7 +139,7 @@ class Activations:
         own, bytes_of = self._tokens // self._tensor, self.value_bytes
         if self.mapping.grid.context > 1:
             return own * attended * bytes_of
-        is_view = self.on_gpu and padded == attended and self.shape.own_blocks
+        is_view = self.on_gpu and padded == attended and self.shape.own_blocks and not is_cut
         copies = 0 if is_view else attended
         return own * ((padded + copies) * bytes_of + self.shape.num_heads * _WIDE)
 
@@ -195,20 +218,21 @@ class Activations:
             found += (self._own + shape.num_experts) * shape.dim * _WIDE
         return found
 
-    def layer(self, *, is_moe: bool, hidden: int) -> int:
+    def layer(self, *, is_moe: bool, hidden: int, window: int) -> int:
         """Count the bytes that a layer keeps of one pass.
 
         Args:
             is_moe: whether it has experts.
             hidden: width of its dense network.
+            window: positions that a query sees; 0: all earlier ones.
         """
         if "layers" in self.mapping.recompute:
             return self._own * self.shape.dim * self.value_bytes
-        return self._layer_whole(is_moe=is_moe, hidden=hidden)
+        return self._layer_whole(is_moe=is_moe, hidden=hidden, window=window)
 
-    def _layer_whole(self, *, is_moe: bool, hidden: int) -> int:
+    def _layer_whole(self, *, is_moe: bool, hidden: int, window: int) -> int:
         network = self._experts() if is_moe else self._dense_network(hidden)
-        return self._attention() + network + 2 * self._dropout(self.shape.dim, self._own)
+        return self._attention(window) + network + 2 * self._dropout(self.shape.dim, self._own)
 
     def _ends(self, *, is_first: bool, is_last: bool) -> int:
         """Count what is kept before the first layer and after the last one, but for scores."""
@@ -225,7 +249,7 @@ class Activations:
         if is_last and shape.trains_mtp:
             joined = self._tokens * 2 * shape.dim * self.value_bytes
             norms = 3 * self._norm(shape.dim, self._own, is_rms=shape.is_rms)
-            layer = self.layer(is_moe=shape.has_experts, hidden=shape.ffn_dim)
+            layer = self.layer(is_moe=shape.has_experts, hidden=shape.ffn_dim, window=0)
             found += shape.mtp_layers * (joined + norms + layer + self._input(shape.dim))
         return found
 
@@ -270,20 +294,21 @@ class Activations:
             kept=kept, passes=passes, logits=self.logits() if is_last else 0, at_work=again
         )
 
-    def _without_recompute(self, is_moe: bool, hidden: int) -> int:
+    def _without_recompute(self, is_moe: bool, hidden: int, window: int) -> int:
         plain = replace(self, mapping=replace(self.mapping, recompute=frozenset()))
-        return _layer_bytes(plain, is_moe, hidden) - _layer_bytes(self, is_moe, hidden)
+        return _layer_bytes(plain, is_moe, hidden, window) - _layer_bytes(self, is_moe, hidden, window)
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _kinds(shape: ModelShape, layers: Sequence[int]) -> tuple[tuple[tuple[bool, int], int], ...]:
-    """Count the layers of each kind: with experts or without, and of which width."""
-    return tuple(Counter((shape.is_moe[each], shape.dense_dim(each)) for each in layers).items())
+def _kinds(shape: ModelShape, layers: Sequence[int]) -> tuple[tuple[tuple[bool, int, int], int], ...]:
+    """Count the layers of each kind: with experts or without, of which width, and with which window."""
+    kinds = Counter((shape.is_moe[each], shape.dense_dim(each), shape.windows[each]) for each in layers)
+    return tuple(kinds.items())
 
 
 @functools.lru_cache(maxsize=256)
-def _layer_bytes(activations: Activations, is_moe: bool, hidden: int) -> int:
-    return activations.layer(is_moe=is_moe, hidden=hidden)
+def _layer_bytes(activations: Activations, is_moe: bool, hidden: int, window: int) -> int:
+    return activations.layer(is_moe=is_moe, hidden=hidden, window=window)
 
 
 @functools.lru_cache(maxsize=512)

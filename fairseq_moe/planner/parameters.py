@@ -101,6 +101,8 @@ def _attention(shape: ModelShape) -> Iterator[Entry]:
         yield from _linear(f"{name}_proj", rows, shape.dim, TENSOR_ROWS, bias=has_bias)
     all_biased = shape.attention_bias == "all"
     yield from _linear("out_proj", shape.dim, shape.query_width, TENSOR_COLUMNS, bias=all_biased)
+    if shape.has_sinks:
+        yield Entry(name="sinks", shape=(shape.num_heads,), placement=TENSOR_ROWS)
     if shape.qk_norm == "head":
         yield from (Entry(name=f"{name}_norm.weight", shape=(shape.head_dim,)) for name in "qk")
     if shape.qk_norm == "full":

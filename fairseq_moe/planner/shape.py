@@ -66,6 +66,8 @@ class ModelShape:
         is_rms: RMSNorm, one vector per norm, not LayerNorm with two.
         attention_bias: which projections have a bias: ``none``, ``qkv`` or ``all``.
         qk_norm: ``none``, ``head`` or ``full``.
+        has_sinks: each query head has one more score.
+        windows: by layer, positions that a query sees; 0: all earlier ones.
         has_rotary: whether heads turn with their positions.
         num_positions: rows of learned positions; 0: none are learned.
         embedding_norm: whether a norm follows the embedding.
@@ -110,6 +112,8 @@ class ModelShape:
     is_rms: bool
     attention_bias: str
     qk_norm: str
+    has_sinks: bool
+    windows: tuple[int, ...]
     has_rotary: bool
     num_positions: int
     embedding_norm: bool
@@ -216,6 +220,8 @@ def shape_of(args: Any, *, num_words: int, padding_index: int) -> ModelShape:
         is_rms=blocks.decoder_normalization == "rmsnorm",
         attention_bias=blocks.attention_bias or ("none" if blocks.is_latent else "all"),
         qk_norm=blocks.qk_norm or "none",
+        has_sinks=blocks.attention_sinks,
+        windows=tuple(window or 0 for window in blocks.windows(len(layers))),
         has_rotary=blocks.position_embedding == "rope",
         num_positions=positions,
         embedding_norm=bool(get("layernorm_embedding")),

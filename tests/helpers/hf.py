@@ -129,6 +129,27 @@ HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             **_ROPE,
         },
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "intermediate_size": 20,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "swiglu_limit": 1.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1.5e5,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 32.0,
+                "beta_slow": 0.25,
+                "truncate": False,
+            },
+        },
+    ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {

@@ -5,9 +5,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV2Config, DeepseekV3Config, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GptOssConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
@@ -19,6 +28,7 @@ from fairseq_moe.modules.blocks.norm import RMSNorm
 from fairseq_moe.modules.blocks.rope import Rotary, RotaryConfig, YarnConfig, frequencies
 
 B, S, D = 2, 40, 32
+WINDOW = 5
 TOLERANCE = 1e-5
 YARN: dict[str, Any] = {
     "rope_type": "yarn",
@@ -49,8 +59,12 @@ def randomized(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def causal_mask() -> Tensor:
-    return torch.full((S, S), float("-inf")).triu(1)[None, None]
+def mask_of(theirs: Any) -> Tensor:
+    """The mask that transformers makes for an attention: causal, in its window if it has one."""
+    window = getattr(theirs, "sliding_window", None)
+    rule = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    visible = rule(0, 0, torch.arange(S).unsqueeze(-1), torch.arange(S))
+    return torch.zeros(S, S).masked_fill(~visible, float("-inf"))[None, None]
 
 
 def grouped(name: str) -> tuple[nn.Module, nn.Module, GroupedAttention]:
@@ -76,6 +90,15 @@ def grouped(name: str) -> tuple[nn.Module, nn.Module, GroupedAttention]:
             rotary = RotaryConfig(yarn=YarnConfig(factor=40.0, original_max_positions=32))
         theirs, table = qwen3.Qwen3MoeAttention(config, 0), qwen3.Qwen3MoeRotaryEmbedding(config)
         shape |= {"head_dim": 12, "qk_norm": "head"}
+    elif name in ("gpt_oss", "gpt_oss_window"):
+        yarn = {**YARN, "mscale": None, "mscale_all_dim": None, "truncate": False}
+        config = GptOssConfig(
+            **common | {"rope_parameters": yarn}, head_dim=12, sliding_window=WINDOW, num_hidden_layers=2
+        )
+        layer = 0 if name == "gpt_oss_window" else 1
+        theirs, table = gpt_oss.GptOssAttention(config, layer), gpt_oss.GptOssRotaryEmbedding(config)
+        rotary = RotaryConfig(yarn=YarnConfig(factor=40.0, original_max_positions=32, truncate=False))
+        shape |= {"head_dim": 12, "bias": "all", "sinks": True, "window": theirs.sliding_window}
     else:
         config = OlmoeConfig(**common, clip_qkv=0.7, rms_norm_eps=1e-4, attention_bias=True)
         theirs, table = olmoe.OlmoeAttention(config, 0), olmoe.OlmoeRotaryEmbedding(config)
@@ -126,6 +149,8 @@ CASES = {
     "qwen3": lambda: grouped("qwen3"),
     "qwen3_yarn": lambda: grouped("qwen3_yarn"),
     "olmoe": lambda: grouped("olmoe"),
+    "gpt_oss": lambda: grouped("gpt_oss"),
+    "gpt_oss_window": lambda: grouped("gpt_oss_window"),
     "v2": lambda: latent(2, q_rank=16),
     "v2_lite": lambda: latent(2, q_rank=None),
     "v3": lambda: latent(3, q_rank=16),
@@ -146,7 +171,7 @@ def largest_difference(name: str, ours: Any, theirs: nn.Module, table: nn.Module
     x = torch.randn(B, S, D, generator=generator)
     inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
     positions = table(x, torch.arange(S).expand(B, -1))
-    expected = theirs(inputs[0], position_embeddings=positions, attention_mask=causal_mask())[0]
+    expected = theirs(inputs[0], position_embeddings=positions, attention_mask=mask_of(theirs))[0]
     found = ours(inputs[1])
     cotangent = torch.randn(B, S, D, generator=generator)
     expected.backward(cotangent)
@@ -173,6 +198,18 @@ MUTANTS = {
     "other theta": ("qwen3", lambda a: setattr(a, "rotary", Rotary(RotaryConfig(theta=1e4), 12))),
     "no stretching": ("qwen3_yarn", lambda a: setattr(a, "rotary", Rotary(RotaryConfig(), 12))),
     "norm over heads": ("olmoe", lambda a: set_config(a, qk_norm="none")),
+    "no sinks": ("gpt_oss", lambda a: setattr(a, "sinks", None)),
+    "a window of one less": ("gpt_oss_window", lambda a: set_config(a, window=WINDOW - 1)),
+    "a window of one more": ("gpt_oss_window", lambda a: set_config(a, window=WINDOW + 1)),
+    "no window": ("gpt_oss_window", lambda a: set_config(a, window=None)),
+    "bounds of whole pairs": (
+        "gpt_oss",
+        lambda a: setattr(
+            a,
+            "rotary",
+            Rotary(RotaryConfig(yarn=YarnConfig(factor=40.0, original_max_positions=32)), 12),
+        ),
+    ),
     "no clipping": ("olmoe", lambda a: set_config(a, clip=None)),
     "half form": ("v2", lambda a: setattr(a, "rotary", Rotary(RotaryConfig(yarn=OUR_YARN), 8))),
     "scale without mscale": ("v3", lambda a: setattr(a, "scale", 20**-0.5)),
@@ -202,7 +239,7 @@ def test_wrong_rules_are_seen(mutant: str) -> None:
     theirs, table, ours = pair(name)
     x = torch.randn(B, S, D, generator=torch.Generator().manual_seed(2))
     expected = theirs(
-        x, position_embeddings=table(x, torch.arange(S).expand(B, -1)), attention_mask=causal_mask()
+        x, position_embeddings=table(x, torch.arange(S).expand(B, -1)), attention_mask=mask_of(theirs)
     )[0]
     torch.testing.assert_close(ours(x), expected, atol=1e-4, rtol=0)
     change(ours)
@@ -219,7 +256,8 @@ def test_token_by_token_equals_at_once(name: str) -> None:
     steps = [ours(x[:, i : i + 1], cache=cache, padding_BT=padding[:, : i + 1]) for i in range(7)]
     steps.append(ours(x[:, 7:], cache=cache, padding_BT=padding))
     torch.testing.assert_close(torch.cat(steps, 1), ours(x, padding_BT=padding), atol=1e-5, rtol=1e-5)
-    kept = sum(value.numel() for value in cache.values()) / (B * S)
+    window = getattr(ours.config, "window", None)
+    kept = sum(value.numel() for value in cache.values()) / (B * (S if window is None else window - 1))
     if isinstance(ours, LatentAttention):
         assert set(cache) == {"latent", "rope_key"} and kept == 20 + 8
     else:
@@ -266,6 +304,7 @@ def test_norm(dtype: torch.dtype) -> None:
         (1, 0, None),
     ],
 )
+@pytest.mark.parametrize("truncate", [True, False])
 @pytest.mark.parametrize(("factor", "original"), [(40.0, 4096), (4.0, 64), (0.5, 32), (32.0, 16)])
 def test_yarn(
     mscale: float | None,
@@ -273,15 +312,22 @@ def test_yarn(
     attention_factor: float | None,
     factor: float,
     original: int,
+    truncate: bool,
 ) -> None:
     given = {"mscale": mscale, "mscale_all_dim": mscale_all_dim, "attention_factor": attention_factor}
     config = DeepseekV3Config(
         qk_rope_head_dim=64,
         max_position_embeddings=int(original * max(factor, 1)),
-        rope_parameters={**YARN, "factor": factor, "original_max_position_embeddings": original, **given},
+        rope_parameters={
+            **YARN,
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "truncate": truncate,
+        }
+        | given,
     )
     theirs = v3.DeepseekV3RotaryEmbedding(config)
-    yarn = YarnConfig(factor=factor, original_max_positions=original, **given)
+    yarn = YarnConfig(factor=factor, original_max_positions=original, truncate=truncate, **given)
     found = frequencies(RotaryConfig(yarn=yarn), 64)
     torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
     assert yarn.magnitude() == pytest.approx(theirs.attention_scaling)

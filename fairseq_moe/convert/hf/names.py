@@ -6,7 +6,7 @@ of the stack, with fused names the stack is one block.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fairseq_moe.convert.hf.families import FAMILIES
 from fairseq_moe.convert.hf.layout import OUR_WAY, Layout, stored_shape
@@ -130,6 +130,8 @@ def _grouped_attention(spec: ModelSpec, ours: str, theirs: str) -> Iterator[OurT
         yield _same(f"{ours}{name}.weight", f"{theirs}{other}.weight", shape)
         if spec.attention_bias == "all" or (spec.attention_bias == "qkv" and name != "out_proj"):
             yield _same(f"{ours}{name}.bias", f"{theirs}{other}.bias", shape[:1])
+    if spec.sinks:
+        yield _same(f"{ours}sinks", f"{theirs}sinks", (spec.num_heads,))
     if spec.qk_norm != "none":
         per_head = spec.qk_norm == "head"
         for name, size in (("q_norm", q_dim), ("k_norm", kv_dim)):
@@ -176,12 +178,20 @@ def _moe(spec: ModelSpec, ours: str, theirs: str, fused: bool) -> Iterator[OurTe
     names = family.names(fused=fused)
     theirs += names.network
     yield _same(f"{ours}router.weight", f"{theirs}{names.router}", (num_experts, dim))
+    if spec.routing.logits_bias:
+        yield _same(f"{ours}router.bias", f"{theirs}{names.router_bias}", (num_experts,))
     if spec.routing.expert_bias:
         yield _same(f"{ours}router.expert_bias", f"{theirs}{names.expert_bias}", (num_experts,))
     stacked = (num_experts, 2 * hidden, dim), (num_experts, dim, hidden)
     if fused:
         yield _stack(f"{ours}experts.fc1_weight", f"{theirs}experts.gate_up_proj", stacked[0], family.gate_up)
         yield _stack(f"{ours}experts.fc2_weight", f"{theirs}experts.down_proj", stacked[1], family.down)
+        if spec.ffn_bias:
+            # A vector cannot be transposed.
+            of_gate_up = replace(family.gate_up, transposed=False)
+            biases = f"{theirs}experts.gate_up_proj_bias", f"{theirs}experts.down_proj_bias"
+            yield _stack(f"{ours}experts.fc1_bias", biases[0], stacked[0][:2], of_gate_up)
+            yield _stack(f"{ours}experts.fc2_bias", biases[1], stacked[1][:2], OUR_WAY)
     else:
         fc1, fc2 = [], []
         for expert in range(num_experts):

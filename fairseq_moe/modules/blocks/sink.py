@@ -15,9 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["with_sink"]
+__all__ = ["num_further_values", "with_sink"]
 
 _MULTIPLE = 8  # of a head's size, which fused kernels of GPUs ask for
+
+
+def num_further_values(head_dim: int, heads_of_key: int) -> int:
+    """Count the values by which heads grow.
+
+    Args:
+        head_dim: of queries and keys.
+        heads_of_key: H / G, query heads that share a key head.
+    """
+    return -(-(head_dim + heads_of_key) // _MULTIPLE) * _MULTIPLE - head_dim
 
 
 def with_sink(
@@ -46,7 +56,7 @@ def with_sink(
     """
     num_heads, num_groups, dim = q_BHSd.shape[1], k_BGTd.shape[1], q_BHSd.shape[-1]
     size = num_heads // num_groups
-    more = -(-(dim + size) // _MULTIPLE) * _MULTIPLE - dim
+    more = num_further_values(dim, size)
     which_Hm = F.pad(torch.eye(size, dtype=q_BHSd.dtype, device=q_BHSd.device), (0, more - size))
     which_Hm = which_Hm.repeat(num_groups, 1)
     q = torch.cat([q_BHSd, which_Hm[:, None, :].expand(*q_BHSd.shape[:-1], more)], -1)

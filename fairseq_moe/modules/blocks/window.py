@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["look_in_blocks", "saves_keys", "visible"]
+__all__ = ["block_size", "look_in_blocks", "saves_keys", "visible"]
 
 _MIN_BLOCK = 64  # smaller blocks copy more keys than they save scores
 
@@ -50,9 +50,14 @@ def visible(
     return seen & near if causal else seen
 
 
+def block_size(window: int) -> int:
+    """Return how many queries of a window are looked at together."""
+    return max(window, _MIN_BLOCK)
+
+
 def saves_keys(num_queries: int, num_keys: int, window: int) -> bool:
     """Tell whether blocks have fewer scores than a mask over all keys has."""
-    block = max(window, _MIN_BLOCK)
+    block = block_size(window)
     return num_queries > block and window - 1 + block < num_keys
 
 
@@ -81,7 +86,7 @@ def look_in_blocks(
         float (B, H, S, e).
     """
     batch, num_queries, num_keys = len(q_BHSd), q_BHSd.shape[-2], k_BGTd.shape[-2]
-    block, before = max(window, _MIN_BLOCK), window - 1
+    block, before = block_size(window), window - 1
     # Absent positions: before the first key, where nobody looks, and after the last query, which see themselves.
     front, back = before - (num_keys - num_queries), -num_queries % block
 

@@ -50,6 +50,7 @@ class TestCompositions:
             "--gated-ffn",
             "--attention-bias qkv --qk-norm head",
             "--qk-norm full --clip-qkv 1",
+            "--attention-sinks --attention-window 3 --attention-window-layers [1,0] --position-embedding rope",
             " ".join(LATENT),
             " ".join([*LATENT, "--q-lora-rank", "8", "--attention-bias", "all"]),
         ],
@@ -97,6 +98,22 @@ class TestCompositions:
                 assert float(part.fc1_weight.detach().std()) == pytest.approx(0.1, rel=0.2)
             if isinstance(part, RMSNorm):
                 assert (part.weight == 1).all()
+
+    def test_sinks_start_normal(self) -> None:
+        model = make("--attention-sinks", "--init-std", "0.1", "--decoder-attention-heads", "32")
+        sinks = torch.cat([layer.self_attn.sinks.detach() for layer in model.decoder.layers])
+        assert len(sinks) == 64 and float(sinks.std()) == pytest.approx(0.1, rel=0.3)
+        assert abs(float(sinks.mean())) < 0.05
+
+    def test_windows_are_those_of_the_layers_that_are_marked(self) -> None:
+        flags = ("--attention-window", "3", "--decoder-layers", "4")
+        for more, expected in (
+            ([], [3, 3, 3, 3]),
+            (["2"], [3, None, 3, None]),
+            (["([0,1]*2)"], [None, 3, None, 3]),
+        ):
+            model = make(*flags, *(["--attention-window-layers", *more] if more else []))
+            assert [layer.self_attn.config.window for layer in model.decoder.layers] == expected
 
     def test_tied_head(self) -> None:
         model = make("--gated-ffn", "--share-decoder-input-output-embed")
@@ -267,7 +284,7 @@ class TestFurtherTokens:
         }
 
 
-BASE = {"decoder_embed_dim": 32, "decoder_attention_heads": 4}
+BASE = {"decoder_embed_dim": 32, "decoder_attention_heads": 4, "decoder_layers": 2}
 REFUSED: dict[str, dict[str, Any]] = {
     "--decoder-normalization is 'batch'": {"decoder_normalization": "batch"},
     "--position-embedding is 'alibi'": {"position_embedding": "alibi"},
@@ -290,6 +307,18 @@ REFUSED: dict[str, dict[str, Any]] = {
         "gated_ffn": True,
         "scale_heads": True,
     },
+    "--attention-window is 0, expected a positive number": {"attention_window": 0},
+    "--attention-window-layers needs --attention-window; add it": {"attention_window_layers": "2"},
+    "--attention-window-layers is '[1,0,1]', expected a number N or 2 zeros and ones": {
+        "attention_window": 8,
+        "attention_window_layers": "[1,0,1]",
+    },
+    "--attention-window-layers [0]*2 gives no layer the window": {
+        "attention_window": 8,
+        "attention_window_layers": "[0]*2",
+    },
+    "does not say what the blocks of --mtp-layers see": {"attention_window": 8, "mtp_layers": 1},
+    "--rope-untruncated need --rope-scaling yarn": {"position_embedding": "rope", "rope_untruncated": True},
     "--adaptive-input changes": {"gated_ffn": True, "adaptive_input": True},
     "--decoder-input-dim is 16": {"gated_ffn": True, "decoder_input_dim": 16},
 }
@@ -298,6 +327,7 @@ LATENT_FIELDS = {
 }  # fmt: skip
 REFUSED_LATENT: dict[str, dict[str, Any]] = {
     "which has no --decoder-kv-heads": {"decoder_kv_heads": 2},
+    "which has no --attention-sinks, --attention-window.": {"attention_sinks": True, "attention_window": 8},
     "--attention-bias qkv does not describe": {"attention_bias": "qkv"},
     "needs --position-embedding rope": {"position_embedding": None},
     "--qk-rope-head-dim is 3": {"qk_rope_head_dim": 3},
@@ -315,6 +345,16 @@ class TestRefusals:
         assert block_problems({**BASE, **LATENT_FIELDS}) == []
         problems = block_problems({**BASE, **LATENT_FIELDS, **REFUSED_LATENT[sentence]})
         assert len(problems) == 1 and sentence in problems[0], problems
+
+    def test_all_at_once(self) -> None:
+        wrong = {
+            "attention_sinks": True,
+            "attention_window": 8,
+            "attention_window_layers": "x",
+            "mtp_layers": 1,
+        }
+        problems = block_problems({**BASE, **LATENT_FIELDS, **wrong, "qk_rope_head_dim": 3})
+        assert len(problems) == 4, problems
 
     def test_stocks_flags_are_free_without_ours(self) -> None:
         assert block_problems({**BASE, "scale_heads": True, "adaptive_input": True}) == []

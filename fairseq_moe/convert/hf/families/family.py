@@ -18,6 +18,7 @@ class ExpertNames:
     Args:
         network: what stands between a layer's prefix and the names below.
         router: weight of the router.
+        router_bias: its bias, where its map has one.
         expert_bias: bias that moves choices.
         gate: the expert's matrix of the gate, in ``experts.ID.gate.weight``.
         up: the matrix beside it.
@@ -28,6 +29,7 @@ class ExpertNames:
 
     network: str = "mlp."
     router: str = "gate.weight"
+    router_bias: str = "gate.bias"
     expert_bias: str = "gate.e_score_correction_bias"
     gate: str = "gate_proj"
     up: str = "up_proj"

@@ -57,7 +57,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
 GPT_OSS = Family(
     read=_read,
     write=_write,
-    published=ExpertNames(router="router.weight"),
+    published=ExpertNames(router="router.weight", router_bias="router.bias"),
     gate_up=Layout(transposed=True, interleaved=True),
     down=Layout(transposed=True),
     is_stacked=True,
