@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fairseq_moe.checkpoint import Checkpoint, write_checkpoint
 from fairseq_moe.convert import from_hf, to_hf
 from fairseq_moe.convert.cli import main
+from fairseq_moe.convert.hf.directory import INDEX
 from fairseq_moe.errors import CheckpointError
 from tests.helpers.hf import import_transformers
 from tests.helpers.mxfp4 import GPT_OSS_SIZES, LISTED, build_gpt_oss, meaning
@@ -35,7 +36,9 @@ def weight_name(layer: int, which: str) -> str:
     return f"model.layers.{layer}.mlp.experts.{which}"
 
 
-def change(ours: Path, layer: int = 1, expert: int | None = 2, dtype: torch.dtype | None = None) -> None:
+def change(
+    ours: Path, layer: int = 1, expert: int | None = 2, dtype: torch.dtype | None = None, by: float = 1.0
+) -> None:
     """Change one value of one expert (None: of none) in a checkpoint whose digests are true; ``dtype``: of all."""
     path = ours / "checkpoint.pt"
     found = Checkpoint.open(path)
@@ -43,7 +46,7 @@ def change(ours: Path, layer: int = 1, expert: int | None = 2, dtype: torch.dtyp
     content = found.content(expert_ids=list(range(shape.num_experts)), with_optimizer=False)
     tensors = {key: tensor.load().to(dtype) for key, tensor in content.model.items()}
     if expert is not None:
-        tensors[f"decoder.layers.{layer}.moe_layer.experts.fc2_weight"][expert, 3, 5] += 1
+        tensors[f"decoder.layers.{layer}.moe_layer.experts.fc2_weight"][expert, 3, 5] += by
     content.model = dict(tensors)
     shutil.rmtree(ours / "shards")
     path.unlink()
@@ -88,6 +91,25 @@ def test_what_no_training_changed_comes_back_bit_for_bit(
     ]
 
 
+def test_blocks_and_scales_of_several_files_come_back_in_them(source: Path, tmp_path: Path) -> None:
+    tensors, sharded, back = load_file(source / "model.safetensors"), tmp_path / "sharded", tmp_path / "back"
+    shutil.copytree(source, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    files = {number: f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    weight_map = {name: files[2 if name.endswith("_scales") else 1] for name in tensors}
+    for file in files.values():
+        held = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        save_file(held, sharded / file, metadata={"format": "pt"})
+    (sharded / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    from_hf(sharded, tmp_path / "ours")
+    to_hf(tmp_path / "ours", back)
+    assert all((back / file).read_bytes() == (sharded / file).read_bytes() for file in files.values())
+    index = json.loads((back / INDEX).read_text())
+    assert index["weight_map"] == weight_map
+    model = import_transformers().AutoModelForCausalLM.from_pretrained(source)
+    assert index["metadata"]["total_parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+
+
 def test_a_run_in_float32_that_changed_nothing_gives_the_same_blocks(source: Path, tmp_path: Path) -> None:
     from_hf(source, tmp_path / "ours")
     change(tmp_path / "ours", expert=None, dtype=torch.float32)
@@ -96,6 +118,13 @@ def test_a_run_in_float32_that_changed_nothing_gives_the_same_blocks(source: Pat
     assert set(before) == set(after)
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor.float() if tensor.is_floating_point() else tensor), name
+
+
+def test_a_change_that_bfloat16_would_not_show_is_a_change(source: Path, tmp_path: Path) -> None:
+    from_hf(source, tmp_path / "ours")
+    change(tmp_path / "ours", dtype=torch.float32, by=1e-6)
+    done = to_hf(tmp_path / "ours", tmp_path / "back")
+    assert done.notes[0].startswith("The experts of 1 of 3 layers have been trained since")
 
 
 def test_one_changed_expert_makes_its_layer_plain_and_leaves_the_others(source: Path, tmp_path: Path) -> None:
