@@ -28,6 +28,7 @@ EXAMPLES: list[tuple[str, Any]] = [
     ("use_qk_norm", True), ("use_qk_norm", False), ("qk_norm", True), ("qk_norm", False),
     ("num_nextn_predict_layers", 0), ("num_mtp_layers", 0), ("first_k_dense_replace", 0),
     ("decoder_sparse_step", 1), ("moe_layer_freq", 1), ("mlp_only_layers", []), ("norm_topk_prob", True),
+    ("initial_context_length", 4096),
     ("n_group", 1), ("topk_group", 1), ("routed_scaling_factor", 1.0), ("scoring_func", "softmax"),
     ("topk_method", "greedy"), ("router_jitter_noise", 0.0), ("rope_interleave", True), ("rope_interleave", False),
     ("max_window_layers", 1), ("pretraining_tp", 2), ("ep_size", 4), ("chunk_size_feed_forward", 3),

@@ -132,6 +132,7 @@ REFUSED = {
     "layer step": (DEEPSEEK_V2, {"moe_layer_freq": 2}, "moe_layer_freq 2, expected 1"),
     "rope type": (MIXTRAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
     "rope setting": (DEEPSEEK_V2, {"rope_scaling": {**YARN_V4, "truncate": 0}}, "rope setting truncate 0"),
+    "gpt-oss without rope": (GPT_OSS_20B, {"rope_scaling": None}, "takes the YaRN of gpt-oss-20b"),
     "yarn without a size": (
         MIXTRAL,
         {"rope_scaling": {"type": "yarn", "factor": 4}},
@@ -384,6 +385,6 @@ def test_prediction_blocks_may_be_absent_and_never_surplus() -> None:
 def test_prediction_blocks_of_other_families_are_refused(name: str) -> None:
     flags = flags_of(read_config(PUBLISHED[name][0])) | {"mtp_layers": 1}
     with pytest.raises(
-        ConfigError, match=r"no family of Hugging Face's has --mtp-layers without --kv-lora-rank"
+        ConfigError, match=r"--attention-window does not say|has --mtp-layers without --kv-lora"
     ):
         spec_of(flags, vocab_size=100, max_positions=64)

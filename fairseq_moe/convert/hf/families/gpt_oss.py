@@ -15,6 +15,11 @@ __all__ = ["GPT_OSS"]
 def _read(keys: ConfigKeys) -> ModelSpec:
     common = common_sizes(keys, max_positions=131072)
     num_layers = common["num_layers"]
+    if not any(keys.values.get(name) for name in ("rope_scaling", "rope_parameters")):
+        keys.problems.append(
+            f"{keys.source} has no rope_scaling, for which transformers takes the YaRN of gpt-oss-20b, and other "
+            "programs none; expected the settings, or rope_type default."
+        )
     alternating = [index % 2 == 0 for index in range(num_layers)]
     routing = Routing(
         num_experts=keys.integer("num_local_experts", "num_experts"),
