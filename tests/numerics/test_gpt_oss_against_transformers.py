@@ -223,3 +223,65 @@ def test_alpha_is_that_of_gpt_oss_by_default() -> None:
     theirs = GptOssConfig()
     ours: Any = BlocksConfig(gated_ffn=True, swiglu_limit=theirs.swiglu_limit).gated_activation()
     assert (ours.alpha, ours.limit) == (theirs.swiglu_alpha, theirs.swiglu_limit)
+
+
+def test_the_published_model_has_as_many_parameters() -> None:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    from fairseq_moe.planner.flops import active_parameters
+    from fairseq_moe.planner.parameters import model_parts
+    from tests.helpers.planned import build_on_meta, parse_flags, shape_from
+    from tests.helpers.presets import WordIds
+
+    config = GptOssConfig(num_hidden_layers=24, num_local_experts=32)  # gpt-oss-20b
+    with torch.device("meta"):
+        theirs = GptOssForCausalLM(config)
+    words = WordIds(config.vocab_size)
+    args = parse_flags(
+        [
+            *(
+                "--task",
+                "dummy_lm",
+                "--criterion",
+                "moe_cross_entropy",
+                "--tokens-per-sample",
+                16,
+                "--batch-size",
+                1,
+            ),
+            *(
+                "--arch",
+                "transformer_lm_gpt",
+                "--decoder-layers",
+                24,
+                "--decoder-embed-dim",
+                config.hidden_size,
+            ),
+            *("--decoder-attention-heads", 64, "--decoder-kv-heads", 8, "--decoder-head-dim", 64),
+            *(
+                "--attention-bias",
+                "all",
+                "--decoder-normalization",
+                "rmsnorm",
+                "--position-embedding",
+                "rope",
+            ),
+            *(
+                "--gated-ffn",
+                "--gated-ffn-bias",
+                "--swiglu-limit",
+                7,
+                "--num-experts",
+                32,
+                "--moe-router-topk",
+                4,
+            ),
+            *("--moe-ffn-hidden-size", config.intermediate_size, "--moe-router-bias"),
+        ]
+    )
+    ours, shape = build_on_meta(args, words), shape_from(args, words)
+    total = sum(entry.numel for part in model_parts(shape) for entry in part.entries)
+    sinks = 24 * 64  # of attention
+    assert total + sinks == theirs.num_parameters() == 20_914_757_184
+    assert total == ours.decoder.size.total
+    assert active_parameters(shape, total) == ours.decoder.size.active
