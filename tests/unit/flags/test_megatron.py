@@ -119,6 +119,7 @@ def test_argument_reaches_the_rule(given: dict[str, Any], path: str, value: Any)
         ({"moe_router_dtype": "fp32"}, "dtype", torch.float32),
         ({"moe_router_dtype": "fp64"}, "dtype", torch.float64),
         ({"use_xmoe": True}, "cosine", True),
+        ({"moe_router_bias": True}, "bias", True),
     ],
     ids=str,
 )

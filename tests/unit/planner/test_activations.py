@@ -105,6 +105,15 @@ def test_planned_bytes_are_those_that_autograd_keeps(family: str, size: int, rec
     assert planned == pytest.approx(kept, rel=WITHIN)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_planned_bytes_of_clamped_networks(dtype: torch.dtype) -> None:
+    flags, *sizes = SIZES["grouped blocks"][2]  # with a shared network
+    biased = ("--swiglu-limit", 0.5, "--gated-ffn-bias", "--moe-router-bias")
+    planned, kept = _planned_and_kept((*flags, *biased), *sizes, dtype)
+    assert planned == pytest.approx(kept, rel=WITHIN)
+    assert planned > 1.05 * _planned_and_kept(flags, *sizes, dtype)[0]
+
+
 @pytest.mark.parametrize("family", ["grouped blocks", "latent blocks"])
 def test_planned_bytes_in_half_precision(family: str) -> None:
     # GELU networks of the branch keep one more tensor on CPUs that multiply bfloat16 (modules/kernels/sliced.py).
