@@ -156,7 +156,10 @@ def _parser() -> argparse.ArgumentParser:
         help="files over which the experts are spread (default: 1); any number of ranks reads them",
     )
     command.add_argument(
-        "--fp8-to", choices=_DTYPES, default="bfloat16", help="what FP8 weights become (default: %(default)s)"
+        "--fp8-to",
+        choices=_DTYPES,
+        default="bfloat16",
+        help="what FP8 and MXFP4 weights become (default: %(default)s)",
     )
     _add_ignored(command)
     command.set_defaults(run=_from_hf)

@@ -7,27 +7,26 @@ the same names and files.
 """
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fairseq_moe.convert.assembling import assembled
 from fairseq_moe.convert.directories import appearing, copy_companions
 from fairseq_moe.convert.hf.directory import TensorDir, digest_of, read_json
 from fairseq_moe.convert.hf.families import read_keys
 from fairseq_moe.convert.hf.file import read_tensor
 from fairseq_moe.convert.hf.fp8 import FP8
 from fairseq_moe.convert.hf.kinds import fp8_block, is_mxfp4, refuse_other_directories
-from fairseq_moe.convert.hf.layout import OUR_WAY, take
 from fairseq_moe.convert.hf.leftovers import are_other_frequencies, is_leftover, is_leftover_name
 from fairseq_moe.convert.hf.names import OurTensor, copied_names, is_fused, mtp_prefix, tensor_table
 from fairseq_moe.convert.original_blocks import BlockKeeper
 from fairseq_moe.convert.spec import ModelSpec
 from fairseq_moe.convert.spec_flags import command_line
-from fairseq_moe.convert.store import CHECKPOINT, COMPANIONS, CONVERSION, Assembled, write_model
+from fairseq_moe.convert.store import CHECKPOINT, COMPANIONS, CONVERSION, write_model
 from fairseq_moe.data.identity_dictionary import identity_of
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.progress import progress
@@ -105,7 +104,7 @@ def from_hf(
             write_model(
                 directory,
                 spec=spec,
-                tensors=[_assembled(tensors, tensor, keeper, advance) for tensor in table],
+                tensors=[assembled(tensors, tensor, keeper, advance) for tensor in table],
                 num_shards=expert_parallel_size,
             )
         _check_copies(tensors, copies)
@@ -227,44 +226,6 @@ def _check_copies(tensors: TensorDir, copies: dict[str, str]) -> None:
                 f"{copy} of {tensors.path} differs from {name}, of which it should be a copy; this model cannot "
                 "be converted."
             )
-
-
-def _assembled(
-    tensors: TensorDir, tensor: OurTensor, keeper: BlockKeeper, advance: Callable[[int], None]
-) -> Assembled:
-    dtype = tensors.dtype(tensor.blocks[0].name)
-
-    def load(expert_ids: Sequence[int] | None) -> Tensor:
-        blocks = tensor.blocks
-        if expert_ids is not None and blocks[0].expert is not None:
-            blocks = tuple(block for block in blocks if block.expert in expert_ids)
-        for block in blocks:
-            num_bytes = sum(stored.num_bytes for stored in tensors.parts(block.name).values())
-            share = (
-                1.0 if block.expert is not None or expert_ids is None else len(expert_ids) / tensor.shape[0]
-            )
-            advance(int(num_bytes * share))
-        one = blocks[0]
-        if len(blocks) == 1 and one.expert is None and one.layout == OUR_WAY:
-            rows = None if expert_ids is None else (expert_ids[0], expert_ids[-1] + 1)
-            return tensors.read(one.name, rows=rows)
-        shape = tensor.shape if expert_ids is None else (len(expert_ids), *tensor.shape[1:])
-        whole = torch.empty(shape, dtype=dtype)
-        if one.layout != OUR_WAY:
-            assert expert_ids is not None
-            # One at a time: a whole stack and its other form would be twice as much.
-            for row, expert in zip(whole, expert_ids, strict=True):
-                row.copy_(take(tensors.read(one.name, rows=(expert, expert + 1))[0], one.layout))
-                keeper.note(one.name, expert, row)
-            return whole
-        for block in blocks:
-            place = (
-                whole if block.expert is None or expert_ids is None else whole[block.expert - expert_ids[0]]
-            )
-            place[block.first_row : block.first_row + block.shape[0]] = tensors.read(block.name)
-        return whole
-
-    return Assembled(name=tensor.name, shape=tensor.shape, dtype=dtype, load=load)
 
 
 def _write_companions(

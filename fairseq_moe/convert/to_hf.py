@@ -1,28 +1,25 @@
 """Convert our checkpoint back to a Hugging Face directory: published names, or those that the model came with."""
 
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fairseq_moe.checkpoint import has_expert_rows
 from fairseq_moe.checkpoint.safetensors_bytes import bytes_of
 from fairseq_moe.convert.directories import appearing, copy_companions
-from fairseq_moe.convert.finite import refuse_not_finite
 from fairseq_moe.convert.from_hf import Conversion
 from fairseq_moe.convert.hf.config_writer import as_family_of, write_config
 from fairseq_moe.convert.hf.directory import INDEX, SINGLE, digest_of, read_json, read_weight_map
-from fairseq_moe.convert.hf.file import SafetensorsWriter, StoredTensor
-from fairseq_moe.convert.hf.layout import put
-from fairseq_moe.convert.hf.mxfp4 import SCALES, parts_of, unpacked_names
-from fairseq_moe.convert.hf.names import Block, OurTensor, copied_names, is_fused, tensor_table
-from fairseq_moe.convert.original_blocks import OriginalBlocks, rows_of
+from fairseq_moe.convert.hf.file import SafetensorsWriter
+from fairseq_moe.convert.hf.mxfp4 import unpacked_names
+from fairseq_moe.convert.hf.names import OurTensor, copied_names, is_fused, tensor_table
+from fairseq_moe.convert.original_blocks import OriginalBlocks
+from fairseq_moe.convert.output import Output, with_originals
 from fairseq_moe.convert.store import COMPANIONS, CONVERSION, StoredModel
 from fairseq_moe.errors import CheckpointError
 from fairseq_moe.models.fitting import is_bookkeeping
@@ -31,20 +28,6 @@ from fairseq_moe.progress import progress
 __all__ = ["to_hf"]
 
 _BIAS = ".expert_bias"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Output:
-    """Say where a tensor that is to be written comes from; ``original``: from the files that the model came with."""
-
-    source: OurTensor
-    block: Block
-    dtype: torch.dtype
-    original: StoredTensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.block.shape if self.original is None else self.original.shape
 
 
 def to_hf(
@@ -82,7 +65,7 @@ def to_hf(
         _check_names(model, table)
         originals = _originals(beside, record, dtype)
         untouched = originals.untouched(model, table)
-        outputs = _with_originals(_outputs(model, table, weight_map, dtype), originals, untouched)
+        outputs = with_originals(_outputs(model, table, weight_map, dtype), originals, untouched)
         files = _files(outputs, weight_map, max_shard_bytes)
         if beside is not None:
             copy_companions(beside, directory)
@@ -100,7 +83,7 @@ def to_hf(
         spec=model.spec,
         digest=digest,
         num_tensors=len(outputs),
-        num_bytes=sum(_num_bytes(output) for output in outputs.values()),
+        num_bytes=sum(output.num_bytes for output in outputs.values()),
         notes=originals.notes(untouched) + _notes(beside, record, digest),
     )
 
@@ -166,47 +149,28 @@ def _check_names(model: StoredModel, table: list[OurTensor]) -> None:
 
 def _outputs(
     model: StoredModel, table: list[OurTensor], weight_map: Mapping[str, str], dtype: torch.dtype | None
-) -> dict[str, _Output]:
+) -> dict[str, Output]:
     found = {}
     for tensor in table:
         keeps = dtype is None or tensor.name.endswith(_BIAS)
         own_dtype = model.dtype(tensor.name) if keeps or dtype is None else dtype
         for block in tensor.blocks:
-            found[block.name] = _Output(source=tensor, block=block, dtype=own_dtype)
+            found[block.name] = Output(source=tensor, block=block, dtype=own_dtype)
     # A model that came without copies goes without; one that is written for the first time needs none.
     copies = {copy: name for copy, name in copied_names(model.spec).items() if copy in weight_map}
     return found | {copy: found[name] for copy, name in copies.items()}
 
 
-def _with_originals(
-    outputs: dict[str, _Output], originals: OriginalBlocks, untouched: Collection[str]
-) -> dict[str, _Output]:
-    """Put blocks and scales in the places of these weights."""
-    found: dict[str, _Output] = {}
-    for name, output in outputs.items():
-        if name not in untouched:
-            found[name] = output
-            continue
-        for part in parts_of(name):
-            stored = originals.parts[part]
-            found[part] = replace(output, dtype=stored.dtype, original=stored)
-    return found
-
-
-def _main_dtype(outputs: Mapping[str, _Output]) -> str:
+def _main_dtype(outputs: Mapping[str, Output]) -> str:
     """Name the dtype that most of the bytes have, blocks left out."""
     sizes: dict[torch.dtype, int] = {}
     for output in (output for output in outputs.values() if output.original is None):
-        sizes[output.dtype] = sizes.get(output.dtype, 0) + _num_bytes(output)
+        sizes[output.dtype] = sizes.get(output.dtype, 0) + output.num_bytes
     return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
 
 
-def _num_bytes(output: _Output) -> int:
-    return int(torch.Size(output.shape).numel()) * output.dtype.itemsize
-
-
 def _files(
-    outputs: Mapping[str, _Output], weight_map: Mapping[str, str], max_bytes: int
+    outputs: Mapping[str, Output], weight_map: Mapping[str, str], max_bytes: int
 ) -> dict[str, list[str]]:
     """Lay tensors out in files: as the model came, or one after the other until a file is full."""
     files: dict[str, list[str]] = {}
@@ -217,11 +181,11 @@ def _files(
     groups: list[list[str]] = [[]]
     size = 0
     for name, output in outputs.items():
-        if groups[-1] and size + _num_bytes(output) > max_bytes:
+        if groups[-1] and size + output.num_bytes > max_bytes:
             groups.append([])
             size = 0
         groups[-1].append(name)
-        size += _num_bytes(output)
+        size += output.num_bytes
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {
@@ -232,14 +196,14 @@ def _files(
 
 def _write_files(
     model: StoredModel,
-    outputs: Mapping[str, _Output],
+    outputs: Mapping[str, Output],
     files: Mapping[str, list[str]],
     directory: Path,
     label: str,
 ) -> dict[str, str]:
     """Write all files and the index; returns the sha256 of each tensor's bytes."""
     digests: dict[str, str] = {}
-    num_bytes = sum(_num_bytes(output) for output in outputs.values())
+    num_bytes = sum(output.num_bytes for output in outputs.values())
     with progress(f"{model.path.name} to {label}", num_bytes) as advance:
         for file in sorted(files):
             shapes = {name: (outputs[name].dtype, outputs[name].shape) for name in files[file]}
@@ -250,10 +214,9 @@ def _write_files(
             "metadata": {
                 # A router's bias is a buffer, no parameter.
                 "total_parameters": sum(
-                    torch.Size(output.block.shape).numel()
-                    for name, output in outputs.items()
+                    output.num_parameters
+                    for output in outputs.values()
                     if not output.source.name.endswith(_BIAS)
-                    and not (output.original and name.endswith(SCALES))
                 ),
                 "total_size": num_bytes,
             },
@@ -265,37 +228,15 @@ def _write_files(
 
 def _tensors(
     model: StoredModel,
-    outputs: Mapping[str, _Output],
+    outputs: Mapping[str, Output],
     names: list[str],
     digests: dict[str, str],
     advance: Callable[[int], None],
 ) -> Iterator[Tensor]:
     for name in names:
         digest = hashlib.sha256()
-        for piece in _pieces(model, outputs[name]):
+        for piece in outputs[name].pieces(model):
             digest.update(bytes_of(piece))
             advance(piece.nbytes)
             yield piece
         digests[name] = digest.hexdigest()
-
-
-def _pieces(model: StoredModel, output: _Output) -> Iterator[Tensor]:
-    """Make a tensor, a stack of experts one by one."""
-    if output.original is not None:
-        yield from rows_of(output.original)
-        return
-    block, source = output.block, output.source
-    experts: Iterable[int | None] = [block.expert]
-    if block.expert is None and has_expert_rows(source.name):
-        experts = range(model.shape(source.name)[0])
-    for expert in experts:
-        whole = model.tensor(source.name) if expert is None else model.row(source.name, expert)
-        if len(source.blocks) > 1:
-            whole = whole[block.first_row : block.first_row + block.shape[0]]
-        theirs = put(whole, block.layout)
-        tensor = theirs.to(output.dtype).contiguous()
-        file = model.file_of(source.name, expert)
-        refuse_not_finite(
-            tensor, name=source.name, file=file, before=functools.partial(torch.clone, theirs), flag="--dtype"
-        )
-        yield tensor

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.convert.hf.directory import read_json
-from fairseq_moe.convert.hf.kinds import refuse_other_directories
+from fairseq_moe.convert.hf.kinds import is_mxfp4, refuse_other_directories
 from fairseq_moe.convert.store import CHECKPOINT
 from fairseq_moe.data.identity_dictionary import IdentityDictionary, IdentityLine
 from fairseq_moe.errors import CheckpointError, MoEError
@@ -23,10 +23,11 @@ def refuse_quantized(hf: Path) -> None:
     """Say before a long conversion that its result could not be compared.
 
     Raises:
-        MoEError: the weights of this directory are quantised, or it holds what is not converted at all.
+        MoEError: the weights of this directory are quantised (other than MXFP4), or it holds what is not converted.
     """
     refuse_other_directories(hf)
-    if read_json(hf / "config.json").get("quantization_config") is not None:
+    values = read_json(hf / "config.json")
+    if values.get("quantization_config") is not None and not is_mxfp4(values):
         raise MoEError(
             f"--verify runs {hf} with transformers, which needs other packages or a GPU for quantised weights "
             "(quantization_config in config.json); leave out --verify, or give it to to-hf on the way back."
@@ -65,8 +66,15 @@ def _their_logits(hf: Path) -> tuple[Tensor, Tensor]:
     """Draw token ids, and compute the logits of Hugging Face's model for them."""
     transformers = _transformers()
     try:
+        settings = {}
+        if is_mxfp4(read_json(hf / "config.json")):
+            settings["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            hf, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+            hf,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            **settings,
         ).eval()
         vocab_size = theirs.config.vocab_size
         generator = torch.Generator().manual_seed(0)

@@ -6,56 +6,29 @@ Run with ``pytest tests/unit/convert/test_convert_mxfp4_back.py``.
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fairseq_moe.checkpoint import Checkpoint, write_checkpoint
 from fairseq_moe.convert import from_hf, to_hf
-from fairseq_moe.convert.hf import kinds
-from fairseq_moe.convert.hf.families import FAMILIES
-from fairseq_moe.convert.hf.families.gpt_oss import GPT_OSS
-from fairseq_moe.convert.hf.mxfp4 import decoded
+from fairseq_moe.convert.cli import main
 from fairseq_moe.errors import CheckpointError
+from tests.helpers.hf import import_transformers
+from tests.helpers.mxfp4 import GPT_OSS_SIZES, LISTED, build_gpt_oss, meaning
 
-Models = Callable[..., Path]
-LISTED = ["model.layers.*.self_attn", "lm_head"]
-E, D, F = 4, 32, 64
-
-
-@pytest.fixture
-def source(hf_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Mixtral whose experts lie as gpt-oss publishes its own."""
-    own = replace(FAMILIES["mixtral"], gate_up=GPT_OSS.gate_up, down=GPT_OSS.down, is_stacked=True)
-    monkeypatch.setitem(FAMILIES, "mixtral", own)
-    monkeypatch.setattr(kinds, "MXFP4_FAMILIES", {"mixtral"})
-    plain = hf_model("mixtral", dtype=torch.bfloat16, save_original_format=False, config_intermediate_size=F)
-    target = tmp_path / "source"
-    shutil.copytree(plain, target)
-    tensors = load_file(plain / "model.safetensors")
-    generator = torch.Generator().manual_seed(1)
-    for name in [name for name in tensors if ".experts." in name]:
-        outputs, inputs = (2 * F, D) if name.endswith("gate_up_proj") else (D, F)
-        assert tensors.pop(name).shape == (E, outputs, inputs)
-        shape = (E, outputs, inputs // 32, 16)
-        tensors[f"{name}_blocks"] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        tensors[f"{name}_scales"] = torch.randint(
-            118, 126, shape[:-1], dtype=torch.uint8, generator=generator
-        )
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((target / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": LISTED}
-    (target / "config.json").write_text(json.dumps(config))
-    return target
+E, D, F = (GPT_OSS_SIZES[key] for key in ("num_local_experts", "hidden_size", "intermediate_size"))
 
 
-def meaning(tensors: dict[str, Tensor], weight: str) -> Tensor:
-    """What blocks mean, (E, outputs, inputs)."""
-    return decoded(tensors[f"{weight}_blocks"], tensors[f"{weight}_scales"])
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gpt-oss of three layers in blocks; do not write into it."""
+    return build_gpt_oss(tmp_path_factory.mktemp("mxfp4") / "source")
 
 
 def weight_name(layer: int, which: str) -> str:
@@ -87,12 +60,14 @@ def test_rows_of_ours_are_gate_and_up_of_the_blocks(source: Path, tmp_path: Path
     ours = Checkpoint.open(done.target)
     for layer in range(3):
         prefix = f"model/decoder.layers.{layer}.moe_layer.experts."
-        gate_up = meaning(theirs, weight_name(layer, "gate_up_proj"))
         fc1, fc2 = (ours.tensor(f"{prefix}fc{number}_weight").load() for number in (1, 2))
         assert fc1.dtype == torch.bfloat16
-        assert torch.equal(fc1[:, :F], gate_up[:, 0::2])
-        assert torch.equal(fc1[:, F:], gate_up[:, 1::2])
-        assert torch.equal(fc2, meaning(theirs, weight_name(layer, "down_proj")))
+        gate_up, down = (
+            meaning(theirs, weight_name(layer, which)) for which in ("gate_up_proj", "down_proj")
+        )
+        assert torch.equal(fc1[:, :F], gate_up[:, :, 0::2].transpose(1, 2))
+        assert torch.equal(fc1[:, F:], gate_up[:, :, 1::2].transpose(1, 2))
+        assert torch.equal(fc2, down.transpose(1, 2))
 
 
 @pytest.mark.parametrize("fp8_to", [torch.bfloat16, torch.float32, torch.float16])
@@ -139,11 +114,12 @@ def test_one_changed_expert_makes_its_layer_plain_and_leaves_the_others(source: 
         "modules_to_not_convert": [*LISTED, "model.layers.1.mlp.experts"],
     }
     gate_up, down = weight_name(1, "gate_up_proj"), weight_name(1, "down_proj")
-    assert torch.equal(after.pop(gate_up), meaning(before, gate_up).transpose(1, 2))
-    expected = meaning(before, down).transpose(1, 2).contiguous()
+    assert torch.equal(after.pop(gate_up), meaning(before, gate_up))
+    expected = meaning(before, down)
     expected[2, 5, 3] += 1
     assert torch.equal(after.pop(down), expected)
-    untouched = {name: tensor for name, tensor in before.items() if ".layers.1.mlp.experts." not in name}
+    gone = {weight + part for weight in (gate_up, down) for part in ("_blocks", "_scales")}
+    untouched = {name: tensor for name, tensor in before.items() if name not in gone}
     assert set(after) == set(untouched)
     assert all(torch.equal(after[name], tensor) for name, tensor in untouched.items())
     # What was written so is read, and comes back so, another time.
@@ -153,11 +129,56 @@ def test_one_changed_expert_makes_its_layer_plain_and_leaves_the_others(source: 
     assert one == other
 
 
+def _loaded(directory: Path) -> dict[str, torch.Tensor]:
+    transformers = import_transformers()
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.bfloat16,
+        quantization_config=transformers.Mxfp4Config(dequantize=True),
+        output_loading_info=True,
+    )
+    assert not any(report.values()), report
+    found: dict[str, torch.Tensor] = model.state_dict()
+    return found
+
+
+def test_transformers_loads_a_mix_of_blocks_and_plain_weights(source: Path, tmp_path: Path) -> None:
+    from_hf(source, tmp_path / "ours")
+    change(tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    before, after = _loaded(source), _loaded(tmp_path / "back")
+    before[weight_name(1, "down_proj")][2, 5, 3] += 1
+    assert set(before) == set(after)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_transformers_computes_the_plain_layers_of_a_mix_plainly_on_a_gpu(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which layers get kernels for blocks is settled before weights are read, and needs no GPU."""
+    transformers = import_transformers()
+    from transformers.integrations import hub_kernels, mxfp4
+
+    from_hf(source, tmp_path / "ours")
+    change(tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "back")
+    settings = transformers.Mxfp4Config(**config.quantization_config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    monkeypatch.setattr(hub_kernels, "get_kernel", lambda *args, **kwargs: None)
+    mxfp4.replace_with_mxfp4_linear(
+        model, quantization_config=settings, modules_to_not_convert=settings.modules_to_not_convert
+    )
+    in_blocks = [isinstance(layer.mlp.experts, mxfp4.Mxfp4GptOssExperts) for layer in model.model.layers]
+    assert in_blocks == [True, False, True]
+
+
 def _plain(back: Path, source: Path) -> None:
     before, after = (load_file(path / "model.safetensors") for path in (source, back))
     assert not [name for name in after if name.endswith(("_blocks", "_scales"))]
     name = weight_name(2, "gate_up_proj")
-    assert torch.equal(after[name].bfloat16(), meaning(before, name).transpose(1, 2))
+    assert torch.equal(after[name].bfloat16(), meaning(before, name))
     assert "quantization_config" not in json.loads((back / "config.json").read_text())
 
 
@@ -194,11 +215,11 @@ def test_without_the_files_beside_it_a_checkpoint_gives_plain_weights(source: Pa
 def test_blocks_lie_in_files_of_limited_size(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fairseq_moe.convert.original_blocks._MAX_FILE_BYTES", 22_000)
+    monkeypatch.setattr("fairseq_moe.convert.original_blocks._MAX_FILE_BYTES", 70_000)
     from_hf(source, tmp_path / "ours")
     kept = sorted((tmp_path / "ours" / "hf").glob("*.safetensors"))
     assert [path.name for path in kept] == [f"mxfp4-0000{number}.safetensors" for number in range(1, 3)]
-    assert all(path.stat().st_size < 22_000 + 1000 for path in kept)
+    assert all(path.stat().st_size < 70_000 + 1000 for path in kept)
     to_hf(tmp_path / "ours", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
         source / "model.safetensors"
@@ -246,11 +267,57 @@ def test_damaged_blocks_are_named_and_nothing_is_written(
 
 
 def test_blocks_of_another_shape_than_the_model_are_refused(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     name = weight_name(0, "down_proj")
     for part in ("_blocks", "_scales"):
         tensors[name + part] = tensors[name + part][:3].contiguous()
-    save_file(tensors, source / "model.safetensors")
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
+        from_hf(tmp_path / "source", tmp_path / "ours")
+    assert f"has {name} of shape ({E - 1}, {F}, {D}), expected ({E}, {F}, {D})" in str(caught.value)
+
+
+def test_both_directions_verify(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, back = str(tmp_path / "ours"), str(tmp_path / "back")
+    assert main(["from-hf", str(source), "--to", ours, "--verify"]) == 0
+    change(tmp_path / "ours")
+    assert main(["to-hf", ours, "--to", back, "--verify"]) == 0
+    assert capsys.readouterr().out.count("verified: logits of both models") == 2
+
+
+class _LargeTensors(TorchDispatchMode):
+    """Count new tensors of at least so many bytes; views are not new."""
+
+    def __init__(self, least_bytes: int) -> None:
+        super().__init__()
+        self.least_bytes, self.count = least_bytes, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in tree_leaves((args, kwargs))
+            if _is_tensor(tensor)
+        }
+        for tensor in filter(_is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            self.count += storage.nbytes() >= self.least_bytes and storage.data_ptr() not in known
+        return result
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def test_a_stack_is_in_memory_once_on_the_way_there_and_never_on_the_way_back(tmp_path: Path) -> None:
+    num_experts = 16
+    source = build_gpt_oss(tmp_path / "source", num_local_experts=num_experts, num_hidden_layers=1)
+    half_bytes = num_experts * D * F * 2 // 2  # of the smaller stack, in bfloat16
+    with _LargeTensors(half_bytes) as there:
         from_hf(source, tmp_path / "ours")
-    assert f"has {name} of shape (3, 64, 32), expected (4, 64, 32)" in str(caught.value)
+    assert there.count == 2
+    with _LargeTensors(half_bytes) as back:
+        to_hf(tmp_path / "ours", tmp_path / "back")
+        to_hf(tmp_path / "ours", tmp_path / "plain", dtype=torch.bfloat16)
+    assert back.count == 0
