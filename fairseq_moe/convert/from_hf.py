@@ -7,6 +7,7 @@ the same names and files.
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fairseq_moe.convert.directories import appearing, copy_companions
 from fairseq_moe.convert.hf.directory import TensorDir, digest_of, read_json
-from fairseq_moe.convert.hf.families import read_keys
+from fairseq_moe.convert.hf.families import FAMILIES, read_keys
 from fairseq_moe.convert.hf.file import read_tensor
 from fairseq_moe.convert.hf.kinds import fp8_block, refuse_other_directories
 from fairseq_moe.convert.hf.leftovers import are_other_frequencies, is_leftover, is_leftover_name
@@ -90,7 +91,7 @@ def from_hf(
         )
     with appearing(target) as directory:
         tensors = TensorDir.open(source, fp8_block=block, fp8_to=fp8_to)
-        notes = _without_leftovers(spec, tensors) + _carried_along(carried)
+        notes = _without_leftovers(spec, tensors) + _without_unread(spec, tensors) + _carried_along(carried)
         spec, more = _without_absent_mtp(spec, tensors)
         notes += more
         table = tensor_table(spec, fused=is_fused(tensors.stored))
@@ -174,6 +175,20 @@ def _without_leftovers(spec: ModelSpec, tensors: TensorDir) -> list[str]:
     return notes
 
 
+def _without_unread(spec: ModelSpec, tensors: TensorDir) -> list[str]:
+    """Take out what published files of a family hold and transformers does not read, and note it."""
+    pattern = FAMILIES[spec.family].left_out
+    names = [] if pattern is None else sorted(name for name in tensors.stored if re.fullmatch(pattern, name))
+    for name in names:
+        del tensors.stored[name]
+    if not names:
+        return []
+    return [
+        f"{len(names)} tensors of prediction blocks of a form that neither transformers nor we read, left out here and "
+        f"on the way back: {_listed(names)}."
+    ]
+
+
 def _without_absent_mtp(spec: ModelSpec, tensors: TensorDir) -> tuple[ModelSpec, list[str]]:
     """Leave out prediction blocks that the files lack: transformers writes none, and yet how many there were."""
     prefix = mtp_prefix(spec, 0)
@@ -240,7 +255,8 @@ def _assembled(tensors: TensorDir, tensor: OurTensor, advance: Callable[[int], N
             advance(int(stored.num_bytes * share))
         if len(blocks) == 1 and blocks[0].expert is None:
             rows = None if expert_ids is None else (expert_ids[0], expert_ids[-1] + 1)
-            return tensors.read(blocks[0].name, rows=rows)
+            found = tensors.read(blocks[0].name, rows=rows)
+            return found if expert_ids is not None else found.reshape(tensor.shape)
         shape = tensor.shape if expert_ids is None else (len(expert_ids), *tensor.shape[1:])
         whole = torch.empty(shape, dtype=dtype)
         for block in blocks:

@@ -57,6 +57,7 @@ class Routing:
         group_topk: groups from which a token may choose.
         group_score: ``max`` or ``best_two``.
         expert_bias: a bias per expert moves choices, not weights.
+        in_float32: logits are computed in float32 whatever the model computes in.
         aux_loss_coeff: weight of the balancing loss.
         aux_loss_per_sequence: the loss balances each sequence.
     """
@@ -70,6 +71,7 @@ class Routing:
     group_topk: int | None = None
     group_score: str | None = None
     expert_bias: bool = False
+    in_float32: bool = field(default=False, compare=False)
     aux_loss_coeff: float = field(default=0.0, compare=False)
     aux_loss_per_sequence: bool = field(default=False, compare=False)
 
@@ -90,9 +92,14 @@ class ModelSpec:
         head_dim: of queries and keys (with MLA: both parts together).
         attention_bias: ``none``, ``qkv`` or ``all``.
         qk_norm: ``none``, ``head`` (over each head) or ``full`` (over all of a projection).
+        qk_norm_after_rope: heads are normalised after they turn.
         clip_qkv: bound of queries, keys and values; None: none.
         mla: sizes of latent attention; None: grouped-query attention.
         rope: positions.
+        embedding_multiplier: of embeddings.
+        residual_multiplier: of what attention and networks add.
+        attention_multiplier: of the scores of attention; None: one over the root of a head's size.
+        logits_scaling: divides the logits.
         norm_eps: of every norm but those inside MLA.
         dense_ffn_dim: width of the feed-forward network in layers without experts; None: there are none.
         expert_ffn_dim: width of an expert.
@@ -116,9 +123,14 @@ class ModelSpec:
     head_dim: int
     attention_bias: str = "none"
     qk_norm: str = "none"
+    qk_norm_after_rope: bool = False
     clip_qkv: float | None = None
     mla: Mla | None = None
     rope: Rope
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_scaling: float = 1.0
     norm_eps: float
     dense_ffn_dim: int | None = None
     expert_ffn_dim: int

@@ -26,6 +26,7 @@ _YARN = {
     "attention_factor": "rope_attention_factor",
 }
 _MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 _LOSSES = frozenset({"aux_loss", "seq_aux_loss", "global_aux_loss", "none"})
 
 
@@ -68,7 +69,9 @@ def flags_of(spec: ModelSpec) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": spec.shared_ffn_dim,
         "moe_shared_expert_gate": spec.shared_gate,
         "clip_qkv": spec.clip_qkv,
+        "attention_multiplier": spec.attention_multiplier,
     }
+    found |= {name: value for name in _FACTORS if (value := getattr(spec, name)) != 1.0}
     if routing.scaling != 1.0:
         found["moe_router_topk_scaling_factor"] = routing.scaling
     if mla is None:
@@ -76,9 +79,11 @@ def flags_of(spec: ModelSpec) -> dict[str, Any]:
             "decoder_kv_heads": spec.num_kv_heads,
             "decoder_head_dim": spec.head_dim,
             "qk_norm": spec.qk_norm,
+            "qk_norm_after_rope": spec.qk_norm_after_rope,
         }
     else:
         found |= {name: getattr(mla, name) for name in _MLA}
+    if routing.in_float32 or mla is not None:
         found["moe_router_dtype"] = "fp32"  # DeepSeek's routers compute in float32 whatever the model does
     if yarn is not None:
         found["rope_scaling"] = "yarn"
@@ -188,6 +193,7 @@ def _described(
         head_dim=head_dim,
         attention_bias=bias,
         qk_norm=blocks.qk_norm or "none",
+        qk_norm_after_rope=blocks.qk_norm_after_rope,
         clip_qkv=blocks.clip_qkv,
         mla=mla,
         rope=Rope(
@@ -196,6 +202,10 @@ def _described(
             fraction=1.0 if rotary is None else rotary.fraction,
             yarn=None if rotary is None else rotary.yarn,
         ),
+        **{name: 1.0 if (value := getattr(blocks, name)) is None else value for name in _FACTORS},
+        attention_multiplier=None
+        if blocks.attention_multiplier == head_dim**-0.5
+        else blocks.attention_multiplier,
         norm_eps=blocks.eps,
         dense_ffn_dim=None if all(moe_layers) else ffn_dim,
         expert_ffn_dim=moe.expert_dim or ffn_dim,

@@ -239,7 +239,7 @@ def _tensors(
         whole = model.tensor(source.name) if block.expert is None else model.row(source.name, block.expert)
         if len(source.blocks) > 1:
             whole = whole[block.first_row : block.first_row + block.shape[0]]
-        tensor = whole.to(output.dtype).contiguous()
+        tensor = whole.to(output.dtype).reshape(block.shape).contiguous()
         file = model.file_of(source.name, block.expert)
         refuse_not_finite(
             tensor, name=source.name, file=file, before=functools.partial(torch.clone, whole), flag="--dtype"

@@ -59,6 +59,9 @@ class BlocksConfig:
     qk_norm: str | None = _flag(
         None, "normalise queries and keys: none (default), head (each head) or full (the whole projection)"
     )
+    qk_norm_after_rope: bool = _flag(
+        False, "with --qk-norm head: heads are normalised after they turn, as in Hunyuan's models"
+    )
     clip_qkv: float | None = _flag(None, "bound of the values of queries, keys and values")
     kv_lora_rank: int | None = _flag(
         None, "latent attention: size of the vector that keys and values are made from"
@@ -71,6 +74,14 @@ class BlocksConfig:
         False,
         "SwiGLU networks without biases, dense and expert ones; their activation is SiLU, not --activation-fn",
     )
+    embedding_multiplier: float | None = _flag(None, "multiplies embeddings, as in Granite's models")
+    residual_multiplier: float | None = _flag(
+        None, "multiplies what attention and networks or experts add, as in Granite's models"
+    )
+    attention_multiplier: float | None = _flag(
+        None, "multiplies the scores of attention (default: one over the root of a head's size)"
+    )
+    logits_scaling: float | None = _flag(None, "divides the logits, as in Granite's models")
     mtp_layers: int = _flag(0, "blocks that predict further tokens (multi-token prediction)")
     mtp_loss_weight: float = _flag(
         0.0, "weight of their mean loss in training; 0: they are kept as they are and not computed"
@@ -149,7 +160,9 @@ class BlocksConfig:
                 head_dim=self.head_dim(model_dim, num_heads),
                 bias=self.attention_bias or "all",
                 qk_norm=self.qk_norm or "none",
+                norm_after_rope=self.qk_norm_after_rope,
                 norm_eps=self.eps,
+                scale=self.attention_multiplier,
                 clip=self.clip_qkv,
                 dropout=dropout,
             )

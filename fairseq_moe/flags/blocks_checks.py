@@ -31,6 +31,7 @@ _RANGES: dict[str, Range] = {
             "norm_eps", "rope_theta", "rope_scaling_factor", "rope_original_max_positions", "rope_beta_fast",
             "rope_beta_slow", "rope_attention_factor", "decoder_kv_heads", "decoder_head_dim", "clip_qkv",
             "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "init_std",
+            "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",
         ),
         POSITIVE,
     ),
@@ -122,6 +123,8 @@ def _rotary_problems(config: BlocksConfig) -> list[str]:
     if config.rope_scaling is None and yarn:
         found.append(f"{_listed(yarn)} need --rope-scaling yarn; add it.")
     missing = config.rope_scaling_factor is None or config.rope_original_max_positions is None
+    if config.qk_norm_after_rope and (config.qk_norm != "head" or config.position_embedding != "rope"):
+        found.append("--qk-norm-after-rope needs --qk-norm head and --position-embedding rope; add them.")
     if config.rope_scaling is not None and missing:
         found.append(
             "--rope-scaling yarn needs --rope-scaling-factor and --rope-original-max-positions; add them."
@@ -138,7 +141,14 @@ def _latent_problems(config: BlocksConfig) -> list[str]:
     missing = [name for name in sizes if getattr(config, name) is None]
     if missing:
         found.append(f"--kv-lora-rank needs {_listed(missing)}; add them.")
-    rivals = ("decoder_kv_heads", "decoder_head_dim", "qk_norm", "clip_qkv", "rotary_fraction")
+    rivals = (
+        "decoder_kv_heads",
+        "decoder_head_dim",
+        "qk_norm",
+        "clip_qkv",
+        "rotary_fraction",
+        "attention_multiplier",
+    )
     given = [name for name in rivals if getattr(config, name) is not None]
     if given:
         found.append(f"--kv-lora-rank asks for latent attention, which has no {_listed(given)}.")
