@@ -56,6 +56,12 @@ _MLA = {
     "moe_intermediate_size": 12,
     "first_k_dense_replace": 1,
 }
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.5,
+    "logits_scaling": 1.5,
+}
 # name -> (class of the configuration, its arguments)
 HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": (
@@ -161,6 +167,52 @@ HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
             "norm_topk_prob": True,
             "decoder_sparse_step": 2,
+            **_ROPE,
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        {
+            "num_key_value_heads": 2,
+            "intermediate_size": 12,
+            "num_local_experts": 4,
+            **_MULTIPLIERS,
+            **_ROPE,
+        },
+    ),
+    "granitemoeshared": (
+        "GraniteMoeSharedConfig",
+        {
+            "num_key_value_heads": 2,
+            "intermediate_size": 12,
+            "num_local_experts": 4,
+            "shared_intermediate_size": 20,
+            "tie_word_embeddings": True,
+            **_MULTIPLIERS,
+            **_ROPE,
+        },
+    ),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1Config",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "intermediate_size": 12,
+            "num_experts": 4,
+            "moe_topk": [2, 2, 2],
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0},
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {
+            "num_key_value_heads": 2,
+            "intermediate_size": 40,
+            "moe_intermediate_size": 12,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 2,
+            "tie_word_embeddings": False,
             **_ROPE,
         },
     ),

@@ -37,6 +37,11 @@ EXAMPLES: list[tuple[str, Any]] = [
     ("_attn_implementation_autoset", True), ("custom_pipelines", {}), ("transformers.js_config", {}),
     ("use_flash_attn", True),
     ("transformers_version", "4.36.0"), ("license", "mit"), ("model_max_length", 5), ("router_z_loss_coef", 0.7),
+    ("moe_capacity", [64, 64, 64]), ("num_nextn_predict_layers", 1), ("moe_gate", "topk"), ("moe_gate_act", "softmax"),
+    ("moe_use_aux_free", True), ("compression_ratio", 1.0), ("attention_probs_dropout_prob", 0.0), ("fuse_rope", True),
+    ("eod_token_id", 5), ("im_start_id", 6), ("dense_list", [4096, 0]), ("cla_share_factor", 2), ("use_mla", False),
+    ("n_group", False), ("topk_group", False), ("routed_scaling_factor", False), ("moe_layer_num_skipped", 0),
+    ("norm_type", "rms"), ("use_rotary_pos_emb", True),
     ("model_creator", "somebody"), ("tp_size", 2), ("pad_token_id", 3), ("return_dict_in_generate", True),
 ]  # fmt: skip
 

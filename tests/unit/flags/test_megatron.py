@@ -132,6 +132,7 @@ def test_argument_reaches_the_scorer(given: dict[str, Any], name: str, value: An
     ("given", "expected"),
     [
         ({}, None),
+        ({"moe_router_enable_expert_bias": True}, BiasConfig(rule=BiasRule.SIGN, update_rate=1e-3)),
         (SIGMOID | {"moe_router_enable_expert_bias": True}, BiasConfig(rule=BiasRule.SIGN, update_rate=1e-3)),
         (
             SIGMOID | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01},

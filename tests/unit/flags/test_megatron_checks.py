@@ -15,7 +15,6 @@ _REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"moe_router_topk": 1}, "gives it weight 1 and the router no gradient"),
     ({"moe_router_score_function": "tanh"}, "'tanh', expected one of softmax, sigmoid, sqrtsoftplus"),
     ({"moe_router_topk_scaling_factor": 0.0}, "--moe-router-topk-scaling-factor is 0.0"),
-    ({"moe_router_enable_expert_bias": True}, "needs --moe-router-score-function sigmoid or sqrtsoftplus"),
     (SIGMOID | {"moe_router_bias_update_rate": 0.1}, "needs --moe-router-enable-expert-bias"),
     (
         {"moe_router_bias": True, "use_xmoe": True},

@@ -9,15 +9,21 @@ __all__ = ["ROUTED_ALONE", "common_sizes", "grouped_heads", "limited_groups", "n
 ROUTED_ALONE = "transformers routes this family in no other way"
 
 
-def common_sizes(keys: ConfigKeys, *, max_positions: int) -> dict[str, Any]:
-    """Read the sizes that every family calls by the same names; ``max_positions`` is what an absent length means."""
+def common_sizes(keys: ConfigKeys, *, max_positions: int, tied: bool = False) -> dict[str, Any]:
+    """Read the sizes that every family calls by the same names.
+
+    Args:
+        keys: of config.json.
+        max_positions: what an absent length means.
+        tied: what it means where nothing says whether the output projection is the embedding.
+    """
     return {
         "family": keys.values["model_type"],
         "vocab_size": keys.integer("vocab_size"),
         "model_dim": keys.integer("hidden_size"),
         "num_layers": keys.integer("num_hidden_layers"),
         "num_heads": keys.integer("num_attention_heads"),
-        "tied": keys.flag("tie_word_embeddings", False),
+        "tied": keys.flag("tie_word_embeddings", tied),
         "max_positions": keys.integer("max_position_embeddings", default=max_positions, null=True),
         "init_std": keys.number("initializer_range", 0.02, null=True),
         "attention_dropout": keys.number("attention_dropout", 0.0),
@@ -31,6 +37,7 @@ def grouped_heads(
     if_null: bool = False,
     if_absent: bool = False,
     head_dim: int | None = None,
+    interleaved: bool = False,
 ) -> dict[str, Any]:
     """Read the sizes of heads.
 
@@ -51,7 +58,7 @@ def grouped_heads(
     return {
         "num_kv_heads": kv_heads,
         "head_dim": keys.integer("head_dim", default=head_dim, null=if_null),
-        "rope": keys.rope(interleaved=False),
+        "rope": keys.rope(interleaved=interleaved),
     }
 
 

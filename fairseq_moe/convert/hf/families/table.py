@@ -1,8 +1,11 @@
 """List the families, by transformers' ``model_type``; where several have a model, it is written as the first."""
 
 from fairseq_moe.convert.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from fairseq_moe.convert.hf.families.ernie import ERNIE4_5_MOE
 from fairseq_moe.convert.hf.families.family import Family
 from fairseq_moe.convert.hf.families.gpt_oss import GPT_OSS
+from fairseq_moe.convert.hf.families.granite import GRANITE_MOE, GRANITE_MOE_SHARED
+from fairseq_moe.convert.hf.families.hunyuan import HUNYUAN_V1_MOE
 from fairseq_moe.convert.hf.families.mixtral import MIXTRAL
 from fairseq_moe.convert.hf.families.olmoe import OLMOE
 from fairseq_moe.convert.hf.families.qwen import QWEN2_MOE, QWEN3_MOE
@@ -17,4 +20,8 @@ FAMILIES: dict[str, Family] = {
     "olmoe": OLMOE,
     "qwen3_moe": QWEN3_MOE,
     "gpt_oss": GPT_OSS,
+    "granitemoe": GRANITE_MOE,
+    "granitemoeshared": GRANITE_MOE_SHARED,
+    "hunyuan_v1_moe": HUNYUAN_V1_MOE,
+    "ernie4_5_moe": ERNIE4_5_MOE,
 }
