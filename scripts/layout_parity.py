@@ -43,8 +43,7 @@ _BLOCKS = f"""
 _GROUPED = f"""
     {_MEGATRON} 4 --moe-ffn-hidden-size 8 --moe-layer-freq [0,1,1] --decoder-layers 3 --decoder-embed-dim 12
     --decoder-attention-heads 4 --decoder-kv-heads 2 --decoder-normalization rmsnorm --position-embedding rope
-    --gated-ffn --attention-bias qkv --qk-norm full --init-std 0.3 --attention-sinks --attention-window 3
-    --attention-window-layers 2
+    --gated-ffn --attention-bias qkv --qk-norm full --init-std 0.3
 """
 _LATENT = f"{_BLOCKS} --decoder-attention-heads 4"
 _MTP = "--mtp-layers 1 --mtp-loss-weight 0.3"

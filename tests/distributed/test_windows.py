@@ -19,8 +19,8 @@ from tests.helpers.ranks import run_ranks
 Patch = pytest.MonkeyPatch
 WINDOW, MARKS = 3, (1, 0, 0, 1)
 MODEL = (
-    *MODELS["grouped"], "--decoder-layers", 4, "--moe-layer-freq", "[0,1]*2", "--attention-sinks",
-    "--attention-window", WINDOW, "--attention-window-layers", "[1,0,0,1]", "--use-moe-pad-mask", "false",
+    *MODELS["grouped"], "--decoder-layers", 4, "--moe-layer-freq", "[0,1]*2", "--attention-window", WINDOW,
+    "--attention-window-layers", "[1,0,0,1]", "--use-moe-pad-mask", "false",
 )  # fmt: skip
 P2 = ("--pipeline-model-parallel-size", 2)
 RECOMPUTED = "--checkpoint-activations"

@@ -15,6 +15,7 @@ MODELS: dict[str, tuple[Any, ...]] = {
         *_EXPERTS, "--decoder-attention-heads", 4, "--decoder-kv-heads", 2, "--decoder-head-dim", 4,
         "--qk-norm", "head", "--attention-bias", "qkv", "--moe-router-pre-softmax",
         "--moe-shared-expert-intermediate-size", 6, "--moe-shared-expert-gate",
+        "--attention-sinks", "--attention-window", 3, "--attention-window-layers", 2,
     ),
     "latent": (
         *_EXPERTS, "--kv-lora-rank", 10, "--q-lora-rank", 6, "--qk-nope-head-dim", 4, "--qk-rope-head-dim", 2,

@@ -3,8 +3,8 @@
 The sink is one more key, whose value is zeros, in front of all others. Heads are made wider, so that it may give each
 query head a score of its own though keys are shared: of the further values, a query has one that is 1, the sink's key
 has there what the query's head scores, and all other keys have zeros. So every fused kernel computes it, with every
-mask, with dropout and on every device, autograd gives its gradient, and nothing of S x T is kept. On a CPU it costs
-nothing that can be measured.
+mask, with dropout and on every device, autograd gives its gradient, and nothing of S x T is kept. On a CPU it takes
+an eighth more time, as heads of 64 values grow by an eighth.
 
 Fused attention times sigmoid(logsumexp - sink) would need no wider heads, but torch gives the sum of exponentials only
 through private operators, another for each device and dtype, and no gradient through it. A mask that holds the sink's
