@@ -97,10 +97,10 @@ def look_in_blocks(
 
     hidden_BT = q_BHSd.new_zeros(1, num_keys, dtype=torch.bool) if padding_BT is None else padding_BT
     hidden_BT = F.pad(F.pad(hidden_BT, (front, 0), value=True), (0, back), value=False)
-    keys_K = torch.arange(before + block, device=q_BHSd.device)
+    keys_T = torch.arange(before + block, device=q_BHSd.device)
     mask = visible(
-        keys_K[before:].unsqueeze(-1),
-        keys_K,
+        keys_T[before:].unsqueeze(-1),
+        keys_T,
         causal=True,
         window=window,
         padding=with_earlier(hidden_BT.unsqueeze(-1))[:, :, None, None, :, 0],
