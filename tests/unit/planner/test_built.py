@@ -14,6 +14,7 @@ _FLAGS = (
     *("--pipeline-model-parallel-size", "2", "--update-freq", "2"),
     *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
 )  # fmt: skip
+_SINKS = ("--attention-sinks", "--attention-window", "4", "--attention-window-layers", "2")
 
 
 # As gpt-oss: each network and router has biases.
@@ -24,7 +25,7 @@ _GPT_OSS = (
 )  # fmt: skip
 
 
-def _built(rank: int) -> tuple[list[Any], str]:
+def _built(rank: int, flags: tuple[str, ...], change: dict[str, Any]) -> tuple[list[Any], str]:
     from dataclasses import replace
 
     from fairseq_moe.errors import MoEError
@@ -32,8 +33,8 @@ def _built(rank: int) -> tuple[list[Any], str]:
     from fairseq_moe.planner.devices import device_named
     from fairseq_moe.planner.reading import read_job
 
-    job = read_job(_FLAGS, num_ranks=8, device=device_named("cpu"))
-    wrong = replace(job, shape=replace(job.shape, expert_dim=job.shape.expert_dim + 2))
+    job = read_job(flags, num_ranks=8, device=device_named("cpu"))
+    wrong = replace(job, shape=replace(job.shape, **change))
     try:
         built_lines(wrong)
     except MoEError as error:
@@ -42,7 +43,7 @@ def _built(rank: int) -> tuple[list[Any], str]:
 
 
 def test_what_is_built_is_what_is_planned() -> None:
-    ((stages, sentence),) = run_ranks(_built, 1)
+    ((stages, sentence),) = run_ranks(_built, 1, _FLAGS, {"expert_dim": 34})
     assert [stage.rank for stage in stages] == [0, 4]
     assert all(stage.planned == stage.built for stage in stages)
     assert stages[0].planned != stages[1].planned  # the positions and the last norm have one stage each
@@ -72,3 +73,10 @@ def test_biases_of_gated_networks_and_of_routers_are_planned() -> None:
     biases = (2 * 32 // 2 + 16) + 2 * (2 * 32 // 2 + 16) + (2 * 12 + 16) + 4
     assert len(biased) == 2
     assert biased == [[number + biases for number in stage] for stage in plain]
+
+
+def test_sinks_are_built_and_planned_on_tensor_ranks_and_stages() -> None:
+    ((stages, sentence),) = run_ranks(_built, 1, (*_FLAGS, *_SINKS), {"has_sinks": False})
+    assert all(stage.planned == stage.built for stage in stages)
+    # Of the stage's two layers, each with two of four heads on this rank.
+    assert f"the plan says {stages[0].planned - 2 * 2:,}" in sentence
