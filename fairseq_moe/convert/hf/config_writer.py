@@ -30,7 +30,7 @@ def write_config(
         values = _fresh(spec)
     else:
         values = {key: value for key, value in like.items() if key != "quantization_config"}
-    values |= rope_keys(spec.rope) | {"torch_dtype": dtype, "dtype": dtype}
+    values |= _rope_keys(spec) | {"torch_dtype": dtype, "dtype": dtype}
     again = read_config(values, ignored=ignored)
     wrong = _differences(spec, again)
     if spec.mtp_layers not in (0, again.mtp_layers):
@@ -75,13 +75,17 @@ def fitting_family(spec: ModelSpec) -> str:
     for kind in (kind for kind, family in FAMILIES.items() if family.is_latent == (spec.mla is not None)):
         own = replace(spec, family=kind)
         try:
-            wrong = differences(own, read_config(_fresh(own) | rope_keys(spec.rope)))
+            wrong = differences(own, read_config(_fresh(own) | _rope_keys(own)))
         except ConfigError as error:
             wrong = error.problems
         if not wrong:
             return kind
         distances[kind] = len(wrong)
     return min(distances, key=lambda kind: distances[kind])
+
+
+def _rope_keys(spec: ModelSpec) -> dict[str, Any]:
+    return rope_keys(spec.rope, knows_parts=FAMILIES[spec.family].knows_parts)
 
 
 def _fresh(spec: ModelSpec) -> dict[str, Any]:

@@ -32,6 +32,7 @@ _SCALE = "_scale_inv"
 _FP8 = torch.float8_e4m3fn
 _FP8_VALUES = torch.arange(256, dtype=torch.uint8).view(_FP8).float()
 _OF_WEIGHTS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16, _FP8})
+_OF_SCALES = (torch.float32, torch.bfloat16)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,10 +133,10 @@ class TensorDir:
                 grid = tuple(
                     -(-size // block) for size, block in zip(tensor.shape, self.fp8_block, strict=False)
                 )
-                if len(tensor.shape) != 2 or scale.shape != grid or scale.dtype != torch.float32:
+                if len(tensor.shape) != 2 or scale.shape != grid or scale.dtype not in _OF_SCALES:
                     raise CheckpointError(
                         f"{name}{_SCALE} of {self.path} is {scale.dtype} of shape {scale.shape}, expected "
-                        f"float32 of shape {grid} for a weight of shape {tensor.shape}."
+                        f"float32 or bfloat16 of shape {grid} for a weight of shape {tensor.shape}."
                     )
             elif name.endswith(_SCALE) and self.stored.get(name.removesuffix(_SCALE)) is None:
                 raise CheckpointError(f"{name} of {self.path} scales a weight that is not there.")
@@ -226,7 +227,7 @@ def dequantized(
 
     Args:
         weight: float8 (rows, columns).
-        scale: float32, one per block; blocks at the lower and right edge may be smaller.
+        scale: float32 or bfloat16, one per block; blocks at the lower and right edge may be smaller.
         block: rows and columns of a block.
         dtype: of the result; each product is rounded to float32, and then to it.
 
