@@ -58,7 +58,6 @@ class Routing:
         group_score: ``max`` or ``best_two``.
         expert_bias: a bias per expert moves choices, not weights.
         logits_bias: the router's map has a learned bias.
-        in_float32: logits are computed in float32 whatever the model computes in.
         aux_loss_coeff: weight of the balancing loss.
         aux_loss_per_sequence: the loss balances each sequence.
     """
@@ -73,7 +72,6 @@ class Routing:
     group_score: str | None = None
     expert_bias: bool = False
     logits_bias: bool = False
-    in_float32: bool = field(default=False, compare=False)
     aux_loss_coeff: float = field(default=0.0, compare=False)
     aux_loss_per_sequence: bool = field(default=False, compare=False)
 

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any, get_args, get_type_hints
 
 from fairseq_moe.convert.hf.config_writer import fitting_family
+from fairseq_moe.convert.hf.families import FAMILIES
 from fairseq_moe.convert.spec import Mla, ModelSpec, Rope, Routing
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.flags.blocks import BlocksConfig
@@ -91,8 +92,8 @@ def flags_of(spec: ModelSpec) -> dict[str, Any]:
         }
     else:
         found |= {name: getattr(mla, name) for name in _MLA}
-    if routing.in_float32 or mla is not None:
-        found["moe_router_dtype"] = "fp32"  # DeepSeek's routers compute in float32 whatever the model does
+    if FAMILIES[spec.family].routes_in_float32:
+        found["moe_router_dtype"] = "fp32"
     if yarn is not None:
         found["rope_scaling"] = "yarn"
         found |= {flag: getattr(yarn, name) for name, flag in _YARN.items()}
@@ -284,8 +285,8 @@ def _refusals(flags: Mapping[str, Any], blocks: BlocksConfig, megatron: Megatron
         (bool(flags.get("layernorm_embedding")), "--layernorm-embedding"),
         (bool(flags.get("no_decoder_final_norm")), "--no-decoder-final-norm"),
         (
-            blocks.mtp_layers > 0 and not (blocks.is_latent and score == "sigmoid"),
-            "--mtp-layers without --kv-lora-rank and --moe-router-score-function sigmoid",
+            blocks.mtp_layers > 0 and score != "sigmoid",
+            "--mtp-layers without --moe-router-score-function sigmoid",
         ),
         (megatron.use_xmoe, "--use-xmoe"),
         (megatron.has_capacity, "--moe-expert-capacity-factor"),

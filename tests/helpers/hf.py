@@ -4,6 +4,7 @@ Their ids 0..3 are ordinary tokens, the original context is short, so that YaRN'
 are unequal, so that a mistaken transposition or order shows.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -46,6 +47,17 @@ _YARN = {
         "mscale": 0.707,
         "mscale_all_dim": 0.707,
     }
+}
+_SIGMOID = {
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    **_ROPE,
 }
 _MLA = {
     "kv_lora_rank": 16,
@@ -216,6 +228,42 @@ HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             **_ROPE,
         },
     ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            **_SIGMOID,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "routed_scaling_factor": 2.5,
+            "n_group": 4,
+            "topk_group": 2,
+        },
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLiteConfig",
+        {
+            **{key: value for key, value in _MLA.items() if key != "first_k_dense_replace"},
+            **_ROPE,
+            "q_lora_rank": 20,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 3,
+        },
+    ),
+    "dots1": ("Dots1Config", {**_SIGMOID, "n_shared_experts": 2, "routed_scaling_factor": 2.5}),
+    "minimax_m2": (
+        "MiniMaxM2Config",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "intermediate_size": 12,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "rotary_dim": 8,
+            **_ROPE,
+        },
+    ),
 }
 
 
@@ -231,7 +279,8 @@ def import_transformers() -> Any:
 def hf_config(name: str, **own: Any) -> Any:
     """transformers' configuration of one of ``HF_MODELS``, with arguments of one's own."""
     kind, arguments = HF_MODELS[name]
-    return getattr(import_transformers(), kind)(**{**_COMMON, **arguments, **own})
+    # transformers writes into the dictionaries that it is given.
+    return getattr(import_transformers(), kind)(**copy.deepcopy({**_COMMON, **arguments, **own}))
 
 
 def random_model(config: Any, **kwargs: Any) -> Any:

@@ -51,11 +51,11 @@ _YARN_KEYS = {
     "attention_factor": ("attention_factor", _POSITIVE),
 }
 _YARN_NEEDS = ("factor", "original_max_position_embeddings")
+# transformers' default_theta; 10,000 for the others.
 _OWN_THETA = {
-    "mixtral": 1_000_000.0,
-    "gpt_oss": 150_000.0,
-    "ernie4_5_moe": 500_000.0,
-}  # transformers' default_theta; 10,000 for the others
+    "ernie4_5_moe": 500_000.0, "gpt_oss": 150_000.0, "minimax_m2": 5_000_000.0, "mixtral": 1_000_000.0,
+}  # fmt: skip
+_PARTIAL = "partial_rotary_factor"
 # Of type dynamic with alpha, which transformers looks at alone.
 _WITH_ALPHA = ("rope_type", "type", "alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
@@ -176,16 +176,20 @@ class ConfigKeys:
         """Count keys as read that have no effect in this family."""
         self._read.update(names)
 
-    def rope(self, *, interleaved: bool, alpha_dim: int | None = None) -> Rope:
+    def rope(self, *, interleaved: bool, fraction: float | None = None, alpha_dim: int | None = None) -> Rope:
         """Read positions, from the form of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
         Args:
             interleaved: neighbouring values turn as a pair.
+            fraction: share of a head that turns where no key says so; None: all of it, whatever a key says.
             alpha_dim: size of a head in a family whose type ``dynamic`` with ``alpha`` stretches theta once for all;
                 None: no such family.
         """
         self._read.update(_ROPE_KEYS)
-        self.fixed("partial_rotary_factor", 1, 1.0, why="all of a head turns in this family")
+        if fraction is None:
+            self.fixed(_PARTIAL, 1, 1.0, why="all of a head turns in this family")
+        else:
+            fraction = self.number(_PARTIAL, fraction, positive=True)
         wrong = [
             name
             for name in ("rope_scaling", "rope_parameters")
@@ -193,25 +197,33 @@ class ConfigKeys:
         ]
         for name in wrong:
             self.refuse(f"{name} {self.values[name]!r}, expected a JSON object.")
-        forms = [] if wrong else self._rope_forms()
+        forms = [] if wrong else self._rope_forms(fraction)
         if not forms:
             if not wrong:
                 self.problems.append(f"{self.source} has neither rope_parameters nor rope_theta.")
             return Rope(theta=1.0)
         known = len(self.problems)
-        found = [self._rope(self._without_alpha(form, alpha_dim), interleaved) for form in forms]
+        found = [
+            self._rope(self._without_alpha(form, alpha_dim), interleaved, knows_parts=fraction is not None)
+            for form in forms
+        ]
         if len(self.problems) == known and any(rope != found[0] for rope in found):
             settings = (f"{name} {self.values.get(name)!r}" for name in _ROPE_KEYS)
             self.refuse(f"{', '.join(settings)}, which contradict one another.")
         return found[0]
 
-    def _rope_forms(self) -> list[dict[str, Any]]:
-        """List each reading: transformers 4's (theta and rope_scaling) and 5's (rope_scaling or rope_parameters)."""
+    def _rope_forms(self, fraction: float | None) -> list[dict[str, Any]]:
+        """List each reading: transformers 4's (theta and rope_scaling) and 5's (rope_scaling or rope_parameters).
+
+        Args:
+            fraction: that all of them have in common unless they say otherwise; None: the family knows none.
+        """
         # A null is as good as absent, but for truncate: transformers takes it for false, and absent for true.
         theta, scaling, parameters = (
             _without_nulls(self.values.get(name), keep="truncate") for name in _ROPE_KEYS
         )
         top = {} if theta is None else {"rope_theta": theta}
+        shared = {} if fraction is None else {_PARTIAL: fraction}
         forms = []
         if scaling is not None:
             # 5 does not look into rope_parameters then: without theta elsewhere it takes the family's own.
@@ -220,11 +232,11 @@ class ConfigKeys:
                 if parameters
                 else {}
             )
-            forms.append({**below, **top, **scaling})
+            forms.append({**shared, **below, **top, **scaling})
         if parameters is not None:
-            forms.append({**top, **parameters})
+            forms.append({**shared, **top, **parameters})
         if top:
-            forms.append({**(scaling or {}), **top})
+            forms.append({**(scaling or {}), **top, **shared})
         return [form for index, form in enumerate(forms) if form not in forms[:index]]
 
     def _without_alpha(self, form: dict[str, Any], dim: int | None) -> dict[str, Any]:
@@ -247,7 +259,7 @@ class ConfigKeys:
         rest = {key: value for key, value in form.items() if key not in (*_WITH_ALPHA, "rope_theta")}
         return rest | {"rope_theta": stretched}
 
-    def _rope(self, form: dict[str, Any], interleaved: bool) -> Rope:
+    def _rope(self, form: dict[str, Any], interleaved: bool, *, knows_parts: bool) -> Rope:
         theta = form.pop("rope_theta", None)
         if not self._is("rope_theta", theta, _THETA):
             theta = 1.0
@@ -261,12 +273,20 @@ class ConfigKeys:
             yarn = self._yarn(form)
         else:
             form = _without_nulls(form)
-        form.pop("partial_rotary_factor", None) if form.get("partial_rotary_factor") == 1 else None
+        fraction = self._fraction(form) if knows_parts or form.get(_PARTIAL) == 1 else 1.0
         if form:
             self.refuse(
                 f"the rope setting {', '.join(sorted(form))}, which fairseq_moe does not know for rope type {kind}."
             )
-        return Rope(theta=float(theta), interleaved=interleaved, yarn=yarn)
+        return Rope(theta=float(theta), interleaved=interleaved, fraction=fraction, yarn=yarn)
+
+    def _fraction(self, form: dict[str, Any]) -> float:
+        """Take the share of a head that turns out of ``form``."""
+        value = form.pop(_PARTIAL, 1.0)
+        if _POSITIVE.holds(value) and value <= 1:
+            return float(value)
+        self.refuse(f"{_PARTIAL} {_shown(value)}, expected a number above 0 and at most 1.")
+        return 1.0
 
     def _yarn(self, form: dict[str, Any]) -> YarnConfig:
         """Take YaRN's settings out of ``form``."""
@@ -327,8 +347,13 @@ def _without_nulls(value: Any, *, keep: str | None = None) -> Any:
     return {key: entry for key, entry in value.items() if entry is not None or key == keep}
 
 
-def rope_keys(rope: Rope) -> dict[str, Any]:
-    """Write both forms of ``rope`` for a config.json: transformers 4 would read theta as 10000 without the first."""
+def rope_keys(rope: Rope, *, knows_parts: bool = False) -> dict[str, Any]:
+    """Write both forms of ``rope`` for a config.json: transformers 4 would read theta as 10000 without the first.
+
+    Args:
+        rope: what to write.
+        knows_parts: the family has heads that turn in part, and takes a share of its own where none is named.
+    """
     if rope.yarn is None:
         scaling = None
     else:
@@ -338,8 +363,10 @@ def rope_keys(rope: Rope) -> dict[str, Any]:
             settings["truncate"] = False
         scaling = {"type": "yarn", "rope_type": "yarn", **settings}
     new = {key: value for key, value in (scaling or {"rope_type": "default"}).items() if key != "type"}
+    part = {_PARTIAL: rope.fraction} if knows_parts else {}
     return {
+        **part,
         "rope_theta": rope.theta,
         "rope_scaling": scaling,
-        "rope_parameters": {**new, "rope_theta": rope.theta},
+        "rope_parameters": {**new, **part, "rope_theta": rope.theta},
     }

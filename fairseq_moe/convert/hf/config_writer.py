@@ -56,7 +56,11 @@ def _positions(spec: ModelSpec, like: dict[str, Any] | None, ignored: Collection
         plain = {key: value for key, value in like.items() if key != "quantization_config"}
         if read_config(plain, ignored=ignored).rope == spec.rope:
             return {}
-    return rope_keys(spec.rope)
+    return _rope_keys(spec)
+
+
+def _rope_keys(spec: ModelSpec) -> dict[str, Any]:
+    return rope_keys(spec.rope, knows_parts=FAMILIES[spec.family].knows_parts)
 
 
 def as_family_of(spec: ModelSpec, like: dict[str, Any] | None, *, ignored: Collection[str] = ()) -> ModelSpec:
@@ -85,7 +89,7 @@ def fitting_family(spec: ModelSpec) -> str:
     for kind in (kind for kind, family in FAMILIES.items() if family.is_latent == (spec.mla is not None)):
         own = replace(spec, family=kind)
         try:
-            wrong = differences(own, read_config(_fresh(own) | rope_keys(spec.rope)))
+            wrong = differences(own, read_config(_fresh(own) | _rope_keys(own)))
         except ConfigError as error:
             wrong = error.problems
         if not wrong:

@@ -49,6 +49,7 @@ def _harmless(
 
 
 _OTHERS_THAN_DEEPSEEK = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+_LIKE_DEEPSEEK_V3 = ("deepseek_v3", "kimi_k2", "glm4_moe", "glm4_moe_lite", "dots1")
 
 _OF_ERNIE_AND_HUNYUAN = (
     _harmless(
@@ -197,9 +198,19 @@ HARMLESS_KEYS = (
     _harmless(r"decoder_sparse_step", "experts in every layer", "mixtral", "olmoe", values=(1,)),
     _harmless(r"mlp_only_layers", "experts in every layer", "mixtral", "olmoe", values=([],)),
     _harmless(
-        r"router_jitter_noise", "no noise", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3",
+        r"router_jitter_noise", "no noise", "olmoe", "qwen2_moe", "qwen3_moe", *_LIKE_DEEPSEEK_V3, "deepseek_v2",
         values=(0, 0.0),
     ),
+    _harmless(r"moe_router_dtype", "its router always computes in it", *_LIKE_DEEPSEEK_V3, values=("float32", "fp32")),
+    _harmless(r"decoder_sparse_step", "experts after the dense layers", *_LIKE_DEEPSEEK_V3, values=(1,)),
+    _harmless(r"rope_interleave", "a pair is two halves", "glm4_moe", "dots1", "minimax_m2", values=(False,)),
+    _harmless(r"use_qk_norm|qk_norm", "dots.llm1 always normalises", "dots1", values=(True,)),
+    _harmless(r"num_nextn_predict_layers|num_mtp_layers", "no prediction blocks", "dots1", "minimax_m2", values=(0,)),
+    _harmless(
+        r"use_mtp|num_mtp_modules|mtp_transformer_layers", "prediction blocks, which no published files hold",
+        "minimax_m2",
+    ),
+    _harmless(r"mlp_intermediate_size", "of dense layers, which MiniMax-M2 has none of", "minimax_m2"),
 )  # fmt: skip
 
 

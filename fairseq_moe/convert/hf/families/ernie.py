@@ -37,7 +37,6 @@ def _read(keys: ConfigKeys) -> ModelSpec:
             top_k=keys.integer("moe_k", "num_experts_per_tok"),
             normalized=True,
             expert_bias=True,
-            in_float32=True,
             aux_loss_coeff=keys.number("router_aux_loss_coef", 0.001, null=True),
         ),
     )
@@ -75,6 +74,7 @@ _NAMES = ExpertNames(expert_bias="moe_statics.e_score_correction_bias", bias_row
 ERNIE4_5_MOE = Family(
     read=_read,
     write=_write,
+    routes_in_float32=True,
     published=_NAMES,
     fused=ExpertNames(expert_bias="gate.moe_statics.e_score_correction_bias", bias_rows=1),
     num_experts_key="moe_num_experts",

@@ -57,6 +57,9 @@ class Family:
         read: makes the model of a config.json.
         write: makes the keys of a config.json that are this family's own, for a model that it may not have.
         is_latent: its attention is latent (MLA); of another model nothing is written.
+        knows_parts: heads may turn in part, by ``partial_rotary_factor``.
+        routes_in_float32: its routers compute in float32 whatever the model does.
+        runs_as: ``model_type`` of transformers that computes it; None: its own.
         published: names of the experts in published files.
         fused: names where experts are stacked, as transformers 5 holds them in memory; None: as in ``published``, in
             the network ``mlp``.
@@ -71,6 +74,9 @@ class Family:
     read: Callable[[ConfigKeys], ModelSpec]
     write: Callable[[ModelSpec], dict[str, Any]]
     is_latent: bool = False
+    knows_parts: bool = False
+    routes_in_float32: bool = False
+    runs_as: str | None = None
     published: ExpertNames = ExpertNames()
     fused: ExpertNames | None = None
     gate_up: Layout = OUR_WAY

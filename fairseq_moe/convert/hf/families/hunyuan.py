@@ -26,7 +26,6 @@ def _read(keys: ConfigKeys) -> ModelSpec:
         num_experts=keys.integer("num_experts", "num_local_experts"),
         top_k=keys.per_layer_integer("moe_topk", "num_experts_per_tok", num_layers=layers),
         normalized=True,
-        in_float32=True,
     )
     return ModelSpec(
         **common,
@@ -58,6 +57,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
 HUNYUAN_V1_MOE = Family(
     read=_read,
     write=_write,
+    routes_in_float32=True,
     published=ExpertNames(router="gate.wg.weight", shared="shared_mlp."),
     head_norms=("query_layernorm", "key_layernorm"),
     num_experts_key="num_experts",
