@@ -86,7 +86,7 @@ def look_in_blocks(
     """
     batch, num_queries, num_keys = len(q_BHSd), q_BHSd.shape[-2], k_BGTd.shape[-2]
     block, before = block_size(window), window - 1
-    # Absent positions: before the first key, where nobody looks, and after the last query, which see themselves.
+    # Absent positions, where nobody looks: before the first key, and after the last query.
     front, back = before - (num_keys - num_queries), -num_queries % block
 
     def with_earlier(values: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def look_in_blocks(
         return torch.cat([earlier.movedim(-3, 1), own.movedim(-3, 1)], -2)
 
     hidden_BT = q_BHSd.new_zeros(1, num_keys, dtype=torch.bool) if padding_BT is None else padding_BT
-    hidden_BT = F.pad(F.pad(hidden_BT, (front, 0), value=True), (0, back), value=False)
+    hidden_BT = F.pad(hidden_BT, (front, back), value=True)
     keys_T = torch.arange(before + block, device=q_BHSd.device)
     mask = visible(
         keys_T[before:].unsqueeze(-1),
