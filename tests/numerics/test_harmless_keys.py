@@ -36,6 +36,7 @@ EXAMPLES: list[tuple[str, Any]] = [
     ("_attn_implementation_autoset", True), ("custom_pipelines", {}), ("transformers.js_config", {}),
     ("use_flash_attn", True),
     ("transformers_version", "4.36.0"), ("license", "mit"), ("model_max_length", 5), ("router_z_loss_coef", 0.7),
+    ("moe_router_dtype", "float32"), ("num_mtp_modules", 3), ("use_mtp", True), ("mlp_intermediate_size", 8192),
     ("model_creator", "somebody"), ("tp_size", 2), ("pad_token_id", 3), ("return_dict_in_generate", True),
 ]  # fmt: skip
 
