@@ -309,13 +309,14 @@ FAMILIES = {
                 **_YARN,
                 "rope_theta": 50000.0,
                 "factor": 32.0,
+                "original_max_position_embeddings": 640,  # where a larger beta_fast would begin a pair earlier
                 "beta_fast": 1.0,
                 "mscale": 1.0,
                 "mscale_all_dim": 1.0,
             },
         },
         arch="kimi_k2",
-        flags=_MLA_FLAGS + " --q-lora-rank 16",
+        flags=_MLA_FLAGS + " --q-lora-rank 16 --rope-original-max-positions 640",
         moe_layers=(1, 2, 3),
     ),
 }

@@ -42,6 +42,7 @@ EXAMPLES: list[tuple[str, Any]] = [
     ("eod_token_id", 5), ("im_start_id", 6), ("dense_list", [4096, 0]), ("cla_share_factor", 2), ("use_mla", False),
     ("n_group", False), ("topk_group", False), ("routed_scaling_factor", False), ("moe_layer_num_skipped", 0),
     ("norm_type", "rms"), ("use_rotary_pos_emb", True),
+    ("moe_router_dtype", "float32"), ("num_mtp_modules", 3), ("use_mtp", True), ("mlp_intermediate_size", 8192),
     ("model_creator", "somebody"), ("tp_size", 2), ("pad_token_id", 3), ("return_dict_in_generate", True),
 ]  # fmt: skip
 

@@ -208,7 +208,7 @@ HARMLESS_KEYS = (
     _harmless(r"num_nextn_predict_layers|num_mtp_layers", "no prediction blocks", "dots1", "minimax_m2", values=(0,)),
     _harmless(
         r"use_mtp|num_mtp_modules|mtp_transformer_layers", "prediction blocks, which no published files hold",
-        "minimax_m2",
+        "minimax_m2", common=True,
     ),
     _harmless(r"mlp_intermediate_size", "of dense layers, which MiniMax-M2 has none of", "minimax_m2"),
 )  # fmt: skip

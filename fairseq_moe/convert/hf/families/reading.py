@@ -11,7 +11,7 @@ from fairseq_moe.errors import ConfigError
 
 __all__ = ["read_config", "read_keys"]
 
-_WRAPPERS = {"kimi_k25": "which sees images through a second model and holds a kimi_k2 under text_config"}
+_WRAPPERS = {"kimi_k25": ", which sees images through a second model and holds a kimi_k2 under text_config"}
 
 
 def read_config(
@@ -36,13 +36,9 @@ def read_keys(
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        inside = f", {_WRAPPERS[kind]}" if isinstance(kind, str) and kind in _WRAPPERS else ""
-        raise ConfigError(
-            [
-                f"{source} has model_type {kind!r}{inside}, expected one of {', '.join(FAMILIES)}; convert "
-                "such a model."
-            ]
-        )
+        inside = _WRAPPERS.get(str(kind), "")
+        expected = f"expected one of {', '.join(FAMILIES)}; convert such a model."
+        raise ConfigError([f"{source} has model_type {kind!r}{inside}, {expected}"])
     fp8_block(values, source=source)
     keys = ConfigKeys(values, source=source, ignored=ignored)
     keys.fixed("hidden_act", "silu", why="the experts here are SwiGLU networks")
