@@ -40,7 +40,8 @@ def assembled(
         one = blocks[0]
         if len(blocks) == 1 and one.expert is None and one.layout == OUR_WAY:
             rows = None if expert_ids is None else (expert_ids[0], expert_ids[-1] + 1)
-            return tensors.read(one.name, rows=rows)
+            found = tensors.read(one.name, rows=rows)
+            return found if expert_ids is not None else found.reshape(tensor.shape)
         shape = tensor.shape if expert_ids is None else (len(expert_ids), *tensor.shape[1:])
         whole = torch.empty(shape, dtype=dtype)
         if one.layout != OUR_WAY:

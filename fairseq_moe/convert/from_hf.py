@@ -7,6 +7,7 @@ the same names and files.
 """
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from fairseq_moe.convert.assembling import assembled
 from fairseq_moe.convert.directories import appearing, copy_companions
 from fairseq_moe.convert.hf.directory import TensorDir, digest_of, read_json
-from fairseq_moe.convert.hf.families import read_keys
+from fairseq_moe.convert.hf.families import FAMILIES, read_keys
 from fairseq_moe.convert.hf.file import read_tensor
 from fairseq_moe.convert.hf.fp8 import FP8
 from fairseq_moe.convert.hf.kinds import fp8_block, is_mxfp4, refuse_other_directories
@@ -93,7 +94,7 @@ def from_hf(
     with appearing(target) as directory:
         tensors = TensorDir.open(source, fp8_block=block, fp8_to=fp8_to, mxfp4=is_mxfp4(values))
         keeper = BlockKeeper(tensors)
-        notes = _without_leftovers(spec, tensors) + _carried_along(carried)
+        notes = _without_leftovers(spec, tensors) + _without_unread(spec, tensors) + _carried_along(carried)
         spec, more = _without_absent_mtp(spec, tensors)
         notes += more
         table = tensor_table(spec, fused=is_fused(tensors.names()))
@@ -175,6 +176,20 @@ def _without_leftovers(spec: ModelSpec, tensors: TensorDir) -> list[str]:
             "so do we."
         )
     return notes
+
+
+def _without_unread(spec: ModelSpec, tensors: TensorDir) -> list[str]:
+    """Take out what published files of a family hold and transformers does not read, and note it."""
+    pattern = FAMILIES[spec.family].left_out
+    names = [] if pattern is None else sorted(name for name in tensors.stored if re.fullmatch(pattern, name))
+    for name in names:
+        del tensors.stored[name]
+    if not names:
+        return []
+    return [
+        f"{len(names)} tensors of prediction blocks of a form that neither transformers nor we read, left out here and "
+        f"on the way back: {_listed(names)}."
+    ]
 
 
 def _without_absent_mtp(spec: ModelSpec, tensors: TensorDir) -> tuple[ModelSpec, list[str]]:

@@ -67,6 +67,8 @@ class Output:
                 whole = whole[block.first_row : block.first_row + block.shape[0]]
             theirs = put(whole, block.layout)
             tensor = theirs.to(self.dtype).contiguous()
+            if not has_expert_rows(source.name):
+                tensor = tensor.reshape(block.shape)
             refuse_not_finite(
                 tensor,
                 name=source.name,

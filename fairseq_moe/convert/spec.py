@@ -92,12 +92,17 @@ class ModelSpec:
         head_dim: of queries and keys (with MLA: both parts together).
         attention_bias: ``none``, ``qkv`` or ``all``.
         qk_norm: ``none``, ``head`` (over each head) or ``full`` (over all of a projection).
+        qk_norm_after_rope: heads are normalised after they turn.
         clip_qkv: bound of queries, keys and values; None: none.
         sinks: each head has a learned logit that takes part in the softmax and has no value.
         window: tokens that a query sees in the layers of ``window_layers``, itself included; None: all earlier ones.
         window_layers: for each layer whether it has the window; empty without one.
         mla: sizes of latent attention; None: grouped-query attention.
         rope: positions.
+        embedding_multiplier: of embeddings.
+        residual_multiplier: of what attention and networks add.
+        attention_multiplier: of the scores of attention; None: one over the root of a head's size.
+        logits_scaling: divides the logits.
         norm_eps: of every norm but those inside MLA.
         ffn_bias: networks and experts have biases.
         swiglu_limit: bound of the values that SwiGLU multiplies, in gpt-oss's form of it; None: the usual form.
@@ -124,12 +129,17 @@ class ModelSpec:
     head_dim: int
     attention_bias: str = "none"
     qk_norm: str = "none"
+    qk_norm_after_rope: bool = False
     clip_qkv: float | None = None
     sinks: bool = False
     window: int | None = None
     window_layers: tuple[bool, ...] = ()
     mla: Mla | None = None
     rope: Rope
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_scaling: float = 1.0
     norm_eps: float
     ffn_bias: bool = False
     swiglu_limit: float | None = None

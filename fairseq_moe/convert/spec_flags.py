@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any, get_args, get_type_hints
 
 from fairseq_moe.convert.hf.config_writer import fitting_family
+from fairseq_moe.convert.hf.families import FAMILIES
 from fairseq_moe.convert.spec import Mla, ModelSpec, Rope, Routing
 from fairseq_moe.errors import ConfigError
 from fairseq_moe.flags.blocks import BlocksConfig
@@ -27,6 +28,7 @@ _YARN = {
     "attention_factor": "rope_attention_factor",
 }
 _MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 _LOSSES = frozenset({"aux_loss", "seq_aux_loss", "global_aux_loss", "none"})
 
 
@@ -76,7 +78,9 @@ def flags_of(spec: ModelSpec) -> dict[str, Any]:
         "swiglu_limit": spec.swiglu_limit,
         "swiglu_alpha": spec.swiglu_alpha,
         "moe_router_bias": routing.logits_bias,
+        "attention_multiplier": spec.attention_multiplier,
     }
+    found |= {name: value for name in _FACTORS if (value := getattr(spec, name)) != 1.0}
     if routing.scaling != 1.0:
         found["moe_router_topk_scaling_factor"] = routing.scaling
     if mla is None:
@@ -84,10 +88,12 @@ def flags_of(spec: ModelSpec) -> dict[str, Any]:
             "decoder_kv_heads": spec.num_kv_heads,
             "decoder_head_dim": spec.head_dim,
             "qk_norm": spec.qk_norm,
+            "qk_norm_after_rope": spec.qk_norm_after_rope,
         }
     else:
         found |= {name: getattr(mla, name) for name in _MLA}
-        found["moe_router_dtype"] = "fp32"  # DeepSeek's routers compute in float32 whatever the model does
+    if FAMILIES[spec.family].routes_in_float32:
+        found["moe_router_dtype"] = "fp32"
     if yarn is not None:
         found["rope_scaling"] = "yarn"
         found |= {flag: getattr(yarn, name) for name, flag in _YARN.items()}
@@ -200,6 +206,7 @@ def _described(
         head_dim=head_dim,
         attention_bias=bias,
         qk_norm=blocks.qk_norm or "none",
+        qk_norm_after_rope=blocks.qk_norm_after_rope,
         clip_qkv=blocks.clip_qkv,
         sinks=blocks.attention_sinks,
         **_windows(blocks, moe.decoder_layers),
@@ -210,6 +217,7 @@ def _described(
             fraction=1.0 if rotary is None else rotary.fraction,
             yarn=None if rotary is None else rotary.yarn,
         ),
+        **_factors(blocks, head_dim),
         norm_eps=blocks.eps,
         ffn_bias=blocks.gated_ffn_bias,
         **_clamp(blocks),
@@ -232,6 +240,12 @@ def _windows(blocks: BlocksConfig, num_layers: int) -> dict[str, Any]:
         return {}
     layers = tuple(window is not None for window in blocks.windows(num_layers))
     return {"window": blocks.attention_window, "window_layers": layers}
+
+
+def _factors(blocks: BlocksConfig, head_dim: int) -> dict[str, Any]:
+    found = {name: 1.0 if (value := getattr(blocks, name)) is None else value for name in _FACTORS}
+    scale = blocks.attention_multiplier
+    return found | {"attention_multiplier": None if scale == head_dim**-0.5 else scale}
 
 
 def _clamp(blocks: BlocksConfig) -> dict[str, Any]:
@@ -271,8 +285,8 @@ def _refusals(flags: Mapping[str, Any], blocks: BlocksConfig, megatron: Megatron
         (bool(flags.get("layernorm_embedding")), "--layernorm-embedding"),
         (bool(flags.get("no_decoder_final_norm")), "--no-decoder-final-norm"),
         (
-            blocks.mtp_layers > 0 and not (blocks.is_latent and score == "sigmoid"),
-            "--mtp-layers without --kv-lora-rank and --moe-router-score-function sigmoid",
+            blocks.mtp_layers > 0 and score != "sigmoid",
+            "--mtp-layers without --moe-router-score-function sigmoid",
         ),
         (megatron.use_xmoe, "--use-xmoe"),
         (megatron.has_capacity, "--moe-expert-capacity-factor"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fairseq_moe.convert.hf.directory import read_json
+from fairseq_moe.convert.hf.families import FAMILIES
 from fairseq_moe.convert.hf.kinds import is_mxfp4, refuse_other_directories
 from fairseq_moe.convert.store import CHECKPOINT
 from fairseq_moe.data.identity_dictionary import IdentityDictionary, IdentityLine
@@ -75,6 +76,7 @@ def _their_logits(hf: Path) -> tuple[Tensor, Tensor]:
             attn_implementation="eager",
             experts_implementation="eager",
             **settings,
+            **_config(transformers, hf),
         ).eval()
         vocab_size = theirs.config.vocab_size
         generator = torch.Generator().manual_seed(0)
@@ -88,6 +90,19 @@ def _their_logits(hf: Path) -> tuple[Tensor, Tensor]:
         raise MoEError(
             f"the output is written but could not be compared: transformers does not run {hf} ({reason})."
         ) from error
+
+
+def _config(transformers: Any, hf: Path) -> dict[str, Any]:
+    """Hand transformers a configuration of a class that it has, where a family's own class is in the directory alone.
+
+    That class is never run: it is code that came with the weights.
+    """
+    values = read_json(hf / "config.json")
+    family = FAMILIES.get(str(values.get("model_type")))
+    if family is None or family.runs_as is None:
+        return {}
+    known = {key: value for key, value in values.items() if key not in ("auto_map", "model_type")}
+    return {"config": transformers.AutoConfig.for_model(family.runs_as, **known)}
 
 
 def _transformers() -> Any:

@@ -68,6 +68,9 @@ class BlocksConfig:
     qk_norm: str | None = _flag(
         None, "normalise queries and keys: none (default), head (each head) or full (the whole projection)"
     )
+    qk_norm_after_rope: bool = _flag(
+        False, "with --qk-norm head: heads are normalised after they turn, as in Hunyuan's models"
+    )
     clip_qkv: float | None = _flag(None, "bound of the values of queries, keys and values")
     attention_sinks: bool = _flag(
         False, "each query head has one more score, learned, that joins the softmax and takes no value"
@@ -96,6 +99,14 @@ class BlocksConfig:
         "that it opens, on both sides (gpt-oss: 7)",
     )
     swiglu_alpha: float | None = _flag(None, "clamped SwiGLU: alpha (default: 1.702)")
+    embedding_multiplier: float | None = _flag(None, "multiplies embeddings, as in Granite's models")
+    residual_multiplier: float | None = _flag(
+        None, "multiplies what attention and networks or experts add, as in Granite's models"
+    )
+    attention_multiplier: float | None = _flag(
+        None, "multiplies the scores of attention (default: one over the root of a head's size)"
+    )
+    logits_scaling: float | None = _flag(None, "divides the logits, as in Granite's models")
     mtp_layers: int = _flag(0, "blocks that predict further tokens (multi-token prediction)")
     mtp_loss_weight: float = _flag(
         0.0, "weight of their mean loss in training; 0: they are kept as they are and not computed"
@@ -193,7 +204,9 @@ class BlocksConfig:
                 head_dim=self.head_dim(model_dim, num_heads),
                 bias=self.attention_bias or "all",
                 qk_norm=self.qk_norm or "none",
+                norm_after_rope=self.qk_norm_after_rope,
                 norm_eps=self.eps,
+                scale=self.attention_multiplier,
                 clip=self.clip_qkv,
                 dropout=dropout,
                 sinks=self.attention_sinks,

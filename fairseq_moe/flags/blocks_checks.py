@@ -31,7 +31,8 @@ _RANGES: dict[str, Range] = {
             "norm_eps", "rope_theta", "rope_scaling_factor", "rope_original_max_positions", "rope_beta_fast",
             "rope_beta_slow", "rope_attention_factor", "attention_window", "decoder_kv_heads", "decoder_head_dim",
             "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "init_std",
-            "clip_qkv", "swiglu_limit", "swiglu_alpha",
+            "clip_qkv", "swiglu_limit", "swiglu_alpha", "embedding_multiplier", "residual_multiplier",
+            "attention_multiplier", "logits_scaling",
         ),
         POSITIVE,
     ),
@@ -124,6 +125,8 @@ def _rotary_problems(config: BlocksConfig) -> list[str]:
     if config.rope_scaling is None and yarn:
         found.append(f"{_listed(yarn)} need --rope-scaling yarn; add it.")
     missing = config.rope_scaling_factor is None or config.rope_original_max_positions is None
+    if config.qk_norm_after_rope and (config.qk_norm != "head" or config.position_embedding != "rope"):
+        found.append("--qk-norm-after-rope needs --qk-norm head and --position-embedding rope; add them.")
     if config.rope_scaling is not None and missing:
         found.append(
             "--rope-scaling yarn needs --rope-scaling-factor and --rope-original-max-positions; add them."
@@ -142,7 +145,7 @@ def _latent_problems(config: BlocksConfig) -> list[str]:
         found.append(f"--kv-lora-rank needs {_listed(missing)}; add them.")
     rivals = (
         "decoder_kv_heads", "decoder_head_dim", "qk_norm", "clip_qkv", "rotary_fraction", "attention_sinks",
-        "attention_window",
+        "attention_window", "attention_multiplier",
     )  # fmt: skip
     given = [name for name in changed_fields(config) if name in rivals]
     if given:

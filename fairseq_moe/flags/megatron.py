@@ -192,6 +192,7 @@ class MegatronConfig:
                 top_k=self.top_k,
                 function=ScoreFunction(self.score_function),
                 pre_softmax=self.moe_router_pre_softmax,
+                by_probability=self.moe_router_enable_expert_bias,
                 scaling_factor=1.0 if scaling is None else scaling,
                 num_groups=self.moe_router_num_groups,
                 group_topk=self.moe_router_group_topk,

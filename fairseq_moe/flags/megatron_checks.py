@@ -150,10 +150,6 @@ def _bias_problems(config: MegatronConfig) -> list[str]:
         found.append("--moe-router-bias is of a linear router, which --use-xmoe replaces; leave one out.")
     quantile = "quantile_balancing" in config.balancing_types
     if config.moe_router_enable_expert_bias:
-        if config.score_function == "softmax":
-            found.append(
-                "--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid or sqrtsoftplus."
-            )
         if quantile:
             found.append(
                 "--moe-router-enable-expert-bias and quantile_balancing both set the bias; choose one."

@@ -34,11 +34,18 @@ class Scoring:
             by which they are compared, too; ``sigmoid`` by sigmoids, divided by the sum of the chosen ones if K > 1.
         top_k: K.
         scale: multiplies all weights.
+        by_probability: ``chosen`` compares experts by probabilities over all of them, not by logits.
     """
 
     kind: str
     top_k: int
     scale: float = 1.0
+    by_probability: bool = False
+
+    @property
+    def by_gates(self) -> bool:
+        """Tell whether experts are compared by probabilities over all of them."""
+        return self.kind == "softmax" or (self.kind == "chosen" and self.by_probability)
 
 
 class TopK(NamedTuple):
@@ -131,6 +138,7 @@ class _TopK(torch.autograd.Function):
                 HAS_BIAS=bias_E is not None,
                 HAS_PADDING=mask_T is not None,
                 CHOOSES=given_TK is None,
+                BY_GATES=scoring.by_gates,
                 TILES=tiles,
                 **blocks,
             )
@@ -181,7 +189,7 @@ def top_k_slowly(
     histogram_34E = None
     counted_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool) if padding_T is None else ~padding_T
     if ids_TK is None:
-        compared_TE = (wide_TE if scoring.kind == "chosen" else raw_TE).detach()
+        compared_TE = (wide_TE if scoring.kind == "chosen" and not scoring.by_gates else raw_TE).detach()
         if bias_E is not None:
             compared_TE = compared_TE + bias_E
         # A stable sort, for of equal scores the lower id comes first.

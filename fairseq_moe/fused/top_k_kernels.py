@@ -148,6 +148,7 @@ def choose_experts(
     HAS_BIAS: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     CHOOSES: tl.constexpr,
+    BY_GATES: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -175,7 +176,7 @@ def choose_experts(
         tl.store(entropy_of + token, tl.where(is_kept, _inner_entropy(gates), 0.0), mask=is_token)
         if CHOOSES:
             compared = x if KIND == "chosen" else raw
-            if KIND == "softmax":
+            if BY_GATES:
                 compared = gates
             ranks = _inner_ranks(compared, bias, expert, num_experts, HAS_BIAS, BLOCK_E)
             ids, ranks = _inner_choose(ranks, choice, TOP_K, BLOCK_E)

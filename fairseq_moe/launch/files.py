@@ -26,8 +26,8 @@ def find_file(kind: str, name: str) -> Path:
 
     Args:
         kind: ``recipe``, ``cluster`` or ``run``.
-        name: a path, if it ends in .yaml or .yml; else the name of one of this package's, in any case, with dashes or
-            underscores: ``DeepSeek-V3`` is ``deepseek_v3``.
+        name: a path, if it ends in .yaml or .yml; else the name of one of this package's, in any case, with dashes,
+            points or underscores: ``GLM-4.5`` is ``glm_4_5``.
 
     Raises:
         ValueError: one sentence.
@@ -42,7 +42,7 @@ def find_file(kind: str, name: str) -> Path:
     if kind not in _FOLDERS:
         raise ValueError(f"{kind} is {name!r}, expected the path of a .yaml file.")
     known = names(kind)
-    wanted = name.lower().replace("-", "_")
+    wanted = name.lower().replace("-", "_").replace(".", "_")
     if wanted in known:
         return Path(__file__).parent / _FOLDERS[kind] / f"{wanted}.yaml"
     near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.3)

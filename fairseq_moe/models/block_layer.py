@@ -47,6 +47,7 @@ class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
         network: the experts; or ``fc1``, activation and ``fc2`` of a dense network.
         dropout: probability, on what attention and the dense network add.
         activation_dropout: probability, after the dense network's activation.
+        multiplier: of what attention and the network add.
         shards: the ranks of a micro-batch.
     """
 
@@ -63,6 +64,7 @@ class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
         network: "MoELayer | DenseNetwork",
         dropout: float,
         activation_dropout: float,
+        multiplier: float = 1.0,
         shards: Shards,
     ) -> None:
         super().__init__()
@@ -75,6 +77,7 @@ class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
         self.moe_layer = network if isinstance(network, MoELayer) else None
         if isinstance(network, DenseNetwork):
             self.activation_fn, self.fc1, self.fc2 = network.activation, network.fc1, network.fc2
+        self.multiplier = multiplier
         self.shards = shards
 
     def forward(
@@ -111,17 +114,20 @@ class BlocksDecoderLayer(FairseqIncrementalState, nn.Module):
         """
         x_BSD = x.transpose(0, 1)
         attended = self._attend(x_BSD, incremental_state, self_attn_mask is not None, self_attn_padding_mask)
-        x_BSD = x_BSD + self.dropout_module(attended)
+        x_BSD = self._added(x_BSD, self.dropout_module(attended))
         normed = self.final_layer_norm(x_BSD)
         if self.moe_layer is None:
             gathered = self.shards.gather(normed)
             hidden = self.activation_dropout_module(self.activation_fn(self.fc1(gathered)))
-            x_BSD = x_BSD + self.dropout_module(self.shards.project_back(self.fc2, hidden))
+            x_BSD = self._added(x_BSD, self.dropout_module(self.shards.project_back(self.fc2, hidden)))
             return x_BSD.transpose(0, 1), None, None
         assert tokens is not None
         y_BSD, aux = self._mix(self.moe_layer, normed, tokens, memo)
-        x_BSD = x_BSD + y_BSD
+        x_BSD = self._added(x_BSD, y_BSD)
         return x_BSD.transpose(0, 1), None, None, aux.losses, aux.histogram_34E, aux.measures_4
+
+    def _added(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
+        return x_BSD + y_BSD if self.multiplier == 1.0 else torch.add(x_BSD, y_BSD, alpha=self.multiplier)
 
     @staticmethod
     def _mix(
@@ -219,6 +225,7 @@ def build_blocks_layer(
         network=network,
         dropout=cfg.dropout,
         activation_dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0),
+        multiplier=1.0 if blocks.residual_multiplier is None else blocks.residual_multiplier,
         shards=shards,
     )
     init_weights(layer, blocks.std)

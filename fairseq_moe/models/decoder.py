@@ -102,6 +102,8 @@ class MoEDecoder(TransformerDecoder):
         return args
 
     def _finish_blocks(self, cfg: TransformerConfig) -> None:
+        if self.blocks.embedding_multiplier is not None:
+            self.embed_scale *= self.blocks.embedding_multiplier
         if self.layer_norm is not None:
             self.layer_norm = build_norm(self.blocks, self.embed_dim)
         for module in (self.embed_tokens, self.output_projection, self.embed_positions):
@@ -319,6 +321,16 @@ class MoEDecoder(TransformerDecoder):
             logits.append(self.output_layer(hidden_BSD))
             auxes.append(aux)
         return {"mtp_logits": logits, "mtp_aux": auxes, "mtp_loss_weight": self.blocks.mtp_loss_weight}
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """Score words as stock does: (B, S, D) -> (B, S, V)."""
+        logits: Tensor = super().output_layer(self.scaled(features))
+        return logits
+
+    def scaled(self, features: Tensor) -> Tensor:
+        """Divide what logits are made of by --logits-scaling, and so the logits, without a second copy of them."""
+        scaling = self.blocks.logits_scaling
+        return features if scaling is None else features / scaling
 
     def buffered_future_mask(self, tensor: Tensor) -> Tensor:
         """Make the causal mask as stock does; our own layers ask only whether there is one."""

@@ -166,4 +166,4 @@ class ShardedDecoder:
     def score(self, x_BSD: Tensor) -> Tensor:
         """Score this rank's words at its context's positions: (B, S / (C T), D) -> (B, S / C, words)."""
         weight: Any = self.decoder.output_projection.weight
-        return F.linear(self.shards.gather(x_BSD), weight)
+        return F.linear(self.shards.gather(self.decoder.scaled(x_BSD)), weight)

@@ -145,6 +145,11 @@ def _update_untold(rank: int, flags: list[Any]) -> dict[str, float]:
     return update(build_trainer(flags), [*router_batches(0, 2, 2), *router_batches(1, 2, 2)])
 
 
+def test_ranks_agree_on_a_bias_beside_probabilities() -> None:
+    softmax = (*MEGATRON, "--moe-router-score-function", "softmax")
+    _assert_ranks_equal_one(softmax, _backend("legacy_ddp"), 2)
+
+
 # --- the expert bias travels with checkpoints ---
 
 

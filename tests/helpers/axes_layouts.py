@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["LAYOUTS", "MODELS", "PIPELINES", "AxesLayout"]
+__all__ = ["LAYOUTS", "MODELS", "PIPELINES", "WINDOWS", "AxesLayout"]
 
 _EXPERTS = (
     "--moe-freq", 0, "--moe-expert-count", 0, "--moe-second-expert-policy", "sampling", "--moe-gate-loss-wt", 1,
@@ -14,12 +14,14 @@ _BLOCKS = (
     "--position-embedding", "rope", "--gated-ffn", "--no-scale-embedding", "--init-std", 0.3,
     "--decoder-embed-dim", 12, "--moe-shared-expert-intermediate-size", 6,
 )  # fmt: skip
+_EVERY_BIAS = ("--gated-ffn-bias", "--swiglu-limit", 1.0, "--moe-router-bias")
+WINDOWS = ("--attention-window", 3, "--attention-window-layers", "[1,0,0,1]")
 # Four tensor ranks divide each of them, and four stages have a layer each. None drops a token, whatever the rank: there
 # is no capacity.
 MODELS: dict[str, tuple[Any, ...]] = {
     "grouped": (
         *_BLOCKS, "--decoder-kv-heads", 4, "--decoder-head-dim", 4, "--qk-norm", "full", "--attention-bias", "qkv",
-        "--moe-shared-expert-gate",
+        "--moe-shared-expert-gate", "--attention-sinks", *WINDOWS, *_EVERY_BIAS,
     ),
     "latent": (
         *_BLOCKS, "--kv-lora-rank", 10, "--q-lora-rank", 6, "--qk-nope-head-dim", 4, "--qk-rope-head-dim", 2,

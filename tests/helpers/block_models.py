@@ -14,7 +14,9 @@ MODELS: dict[str, tuple[Any, ...]] = {
     "grouped": (
         *_EXPERTS, "--decoder-attention-heads", 4, "--decoder-kv-heads", 2, "--decoder-head-dim", 4,
         "--qk-norm", "head", "--attention-bias", "qkv", "--moe-router-pre-softmax",
-        "--moe-shared-expert-intermediate-size", 6, "--moe-shared-expert-gate",
+        "--moe-shared-expert-intermediate-size", 6, "--moe-shared-expert-gate", "--gated-ffn-bias",
+        "--swiglu-limit", 1.0, "--moe-router-bias",
+        "--attention-sinks", "--attention-window", 3, "--attention-window-layers", 2,
     ),
     "latent": (
         *_EXPERTS, "--kv-lora-rank", 10, "--q-lora-rank", 6, "--qk-nope-head-dim", 4, "--qk-rope-head-dim", 2,

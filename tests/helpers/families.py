@@ -1,5 +1,6 @@
 """Build tiny models of every published family: transformers' configuration, our flags, and the same weights in both."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,22 @@ _MLA_FLAGS = (
     "--moe-router-topk 4 --moe-ffn-hidden-size 20 --decoder-ffn-embed-dim 24 --kv-lora-rank 20 "
     "--qk-nope-head-dim 12 --qk-rope-head-dim 8 --v-head-dim 10 --rope-original-max-positions 16 "
     "--moe-shared-expert-intermediate-size 40"
+)
+
+
+_SIGMOID = {
+    **_GQA,
+    "head_dim": 12,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+_SIGMOID_FLAGS = (
+    _GQA_FLAGS + " --decoder-head-dim 12 --moe-router-topk 3 --moe-shared-expert-intermediate-size 20"
 )
 
 
@@ -231,6 +248,77 @@ FAMILIES = {
         flags=_GQA_FLAGS + " --moe-router-topk 4 --decoder-head-dim 12 --moe-layer-freq [0,1,0]",
         moe_layers=(1,),
     ),
+    "glm": Family(
+        kind="Glm4Moe",
+        config={**_SIGMOID, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 2.5},
+        arch="glm_4_5",
+        flags=_SIGMOID_FLAGS + " --moe-layer-freq [0,1,1]",
+        moe_layers=(1, 2),
+    ),
+    "glm_lite": Family(
+        kind="Glm4MoeLite",
+        config={
+            **_MLA,
+            "q_lora_rank": 16,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 1.8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        arch="glm_4_7_flash",
+        flags=_MLA_FLAGS.replace("--rope-original-max-positions 16 ", "") + " --q-lora-rank 16",
+        moe_layers=(1, 2, 3),
+    ),
+    "dots": Family(
+        kind="Dots1",
+        config={
+            **_SIGMOID,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.5,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e7},
+        },
+        arch="dots_llm1",
+        flags=_SIGMOID_FLAGS + " --moe-shared-expert-intermediate-size 40",
+        moe_layers=(1, 2),
+    ),
+    "minimax": Family(
+        kind="MiniMaxM2",
+        config={
+            **_GQA,
+            "head_dim": 12,
+            "intermediate_size": 20,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "rotary_dim": 6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6},
+        },
+        arch="minimax_m2",
+        flags=_GQA_FLAGS + " --decoder-head-dim 12 --moe-router-topk 3",
+    ),
+    "kimi": Family(
+        kind="DeepseekV3",
+        config={
+            **_MLA,
+            "q_lora_rank": 16,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.827,
+            "rope_parameters": {
+                **_YARN,
+                "rope_theta": 50000.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 640,  # where a larger beta_fast would begin a pair earlier
+                "beta_fast": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+        arch="kimi_k2",
+        flags=_MLA_FLAGS + " --q-lora-rank 16 --rope-original-max-positions 640",
+        moe_layers=(1, 2, 3),
+    ),
 }
 
 
@@ -242,7 +330,8 @@ def build_pair(name: str, more_flags: str = "") -> tuple[Any, Any]:
         more_flags: of ours.
     """
     family = FAMILIES[name]
-    config = getattr(transformers, f"{family.kind}Config")(**family.config)
+    # transformers writes into the dictionaries that it is given.
+    config = getattr(transformers, f"{family.kind}Config")(**copy.deepcopy(family.config))
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     theirs = getattr(transformers, f"{family.kind}ForCausalLM")(config).eval()
@@ -272,6 +361,7 @@ _PARTS = {
     "mlp.experts.down_proj": "moe_layer.experts.fc2_weight",
     "mlp.gate.weight": "moe_layer.router.weight",
     "mlp.gate.e_score_correction_bias": "moe_layer.router.expert_bias",
+    "mlp.e_score_correction_bias": "moe_layer.router.expert_bias",
     "mlp.shared_expert_gate": "moe_layer.shared_experts.gate",
     "mlp.shared_experts": "moe_layer.shared_experts",
     "mlp.shared_expert": "moe_layer.shared_experts",

@@ -4,6 +4,7 @@ Their ids 0..3 are ordinary tokens, the original context is short, so that YaRN'
 are unequal, so that a mistaken transposition or order shows.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -47,6 +48,17 @@ _YARN = {
         "mscale_all_dim": 0.707,
     }
 }
+_SIGMOID = {
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    **_ROPE,
+}
 _MLA = {
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 12,
@@ -55,6 +67,12 @@ _MLA = {
     "intermediate_size": 40,
     "moe_intermediate_size": 12,
     "first_k_dense_replace": 1,
+}
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.5,
+    "logits_scaling": 1.5,
 }
 # name -> (class of the configuration, its arguments)
 HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -164,6 +182,88 @@ HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             **_ROPE,
         },
     ),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        {
+            "num_key_value_heads": 2,
+            "intermediate_size": 12,
+            "num_local_experts": 4,
+            **_MULTIPLIERS,
+            **_ROPE,
+        },
+    ),
+    "granitemoeshared": (
+        "GraniteMoeSharedConfig",
+        {
+            "num_key_value_heads": 2,
+            "intermediate_size": 12,
+            "num_local_experts": 4,
+            "shared_intermediate_size": 20,
+            "tie_word_embeddings": True,
+            **_MULTIPLIERS,
+            **_ROPE,
+        },
+    ),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1Config",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "intermediate_size": 12,
+            "num_experts": 4,
+            "moe_topk": [2, 2, 2],
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0},
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {
+            "num_key_value_heads": 2,
+            "intermediate_size": 40,
+            "moe_intermediate_size": 12,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 2,
+            "tie_word_embeddings": False,
+            **_ROPE,
+        },
+    ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            **_SIGMOID,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "routed_scaling_factor": 2.5,
+            "n_group": 4,
+            "topk_group": 2,
+        },
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLiteConfig",
+        {
+            **{key: value for key, value in _MLA.items() if key != "first_k_dense_replace"},
+            **_ROPE,
+            "q_lora_rank": 20,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 3,
+        },
+    ),
+    "dots1": ("Dots1Config", {**_SIGMOID, "n_shared_experts": 2, "routed_scaling_factor": 2.5}),
+    "minimax_m2": (
+        "MiniMaxM2Config",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "intermediate_size": 12,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "rotary_dim": 8,
+            **_ROPE,
+        },
+    ),
 }
 
 
@@ -179,7 +279,8 @@ def import_transformers() -> Any:
 def hf_config(name: str, **own: Any) -> Any:
     """transformers' configuration of one of ``HF_MODELS``, with arguments of one's own."""
     kind, arguments = HF_MODELS[name]
-    return getattr(import_transformers(), kind)(**{**_COMMON, **arguments, **own})
+    # transformers writes into the dictionaries that it is given.
+    return getattr(import_transformers(), kind)(**copy.deepcopy({**_COMMON, **arguments, **own}))
 
 
 def random_model(config: Any, **kwargs: Any) -> Any:

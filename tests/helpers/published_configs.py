@@ -7,8 +7,14 @@ __all__ = [
     "DEEPSEEK_V2",
     "DEEPSEEK_V2_LITE",
     "DEEPSEEK_V3",
+    "DOTS1",
+    "GLM_4_5",
+    "GLM_4_5_AIR",
+    "GLM_4_7_FLASH",
     "GPT_OSS_20B",
     "GPT_OSS_120B",
+    "KIMI_K2",
+    "MINIMAX_M2",
     "MIXTRAL",
     "OLMOE",
     "PUBLISHED",
@@ -105,8 +111,65 @@ GPT_OSS_20B: dict[str, Any] = {
 GPT_OSS_120B = GPT_OSS_20B | {
     "layer_types": ["sliding_attention", "full_attention"] * 18, "num_hidden_layers": 36, "num_local_experts": 128,
 }  # fmt: skip
-# Published settings, with the number of values in all tensors: parameters, and for V3 the 58 router biases of 256
-# and the prediction block (with its bias).
+GLM_4_5: dict[str, Any] = {
+    "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
+    "eos_token_id": [151329, 151336, 151338], "first_k_dense_replace": 3, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 12288, "max_position_embeddings": 131072,
+    "model_type": "glm4_moe", "moe_intermediate_size": 1536, "n_group": 1, "n_routed_experts": 160,
+    "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96, "num_experts_per_tok": 8,
+    "num_hidden_layers": 92, "num_key_value_heads": 8, "num_nextn_predict_layers": 1, "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000,
+    "routed_scaling_factor": 2.5, "tie_word_embeddings": False, "topk_group": 1, "torch_dtype": "bfloat16",
+    "use_cache": True, "use_qk_norm": True, "vocab_size": 151552,
+}  # fmt: skip
+GLM_4_5_AIR = GLM_4_5 | {
+    "first_k_dense_replace": 1, "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+    "n_routed_experts": 128, "num_hidden_layers": 46, "routed_scaling_factor": 1.0, "use_qk_norm": False,
+}  # fmt: skip
+GLM_4_7_FLASH: dict[str, Any] = {
+    "architectures": ["Glm4MoeLiteForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 10240,
+    "kv_lora_rank": 512, "max_position_embeddings": 202752, "model_type": "glm4_moe_lite",
+    "moe_intermediate_size": 1536, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 1,
+    "norm_topk_prob": True, "num_attention_heads": 20, "num_experts_per_tok": 4, "num_hidden_layers": 47,
+    "num_key_value_heads": 20, "num_nextn_predict_layers": 1, "partial_rotary_factor": 1.0, "q_lora_rank": 768,
+    "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05, "rope_scaling": None,
+    "rope_theta": 1000000, "routed_scaling_factor": 1.8, "tie_word_embeddings": False, "topk_group": 1,
+    "topk_method": "noaux_tc", "v_head_dim": 256, "vocab_size": 154880,
+}  # fmt: skip
+DOTS1: dict[str, Any] = {
+    "architectures": ["Dots1ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 151649,
+    "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 10944, "max_position_embeddings": 32768, "model_type": "dots1",
+    "moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 2, "norm_topk_prob": True,
+    "num_attention_heads": 32, "num_experts_per_tok": 6, "num_hidden_layers": 62, "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+    "tie_word_embeddings": False, "vocab_size": 152064,
+}  # fmt: skip
+MINIMAX_M2: dict[str, Any] = {
+    "architectures": ["MiniMaxM2ForCausalLM"], "attn_type_list": [1] * 62,
+    "auto_map": {"AutoModelForCausalLM": "modeling_minimax_m2.MiniMaxM2ForCausalLM"}, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 1536, "max_position_embeddings": 196608,
+    "model_type": "minimax_m2", "mtp_transformer_layers": 1, "num_attention_heads": 48, "num_experts_per_tok": 8,
+    "num_hidden_layers": 62, "num_key_value_heads": 8, "num_local_experts": 256, "num_mtp_modules": 3,
+    "qk_norm_type": "per_layer", "rms_norm_eps": 1e-06, "rope_theta": 5000000, "rotary_dim": 64,
+    "scoring_func": "sigmoid", "shared_intermediate_size": 0, "tie_word_embeddings": False, "use_cache": True,
+    "use_mtp": True, "use_qk_norm": True, "use_routing_bias": True, "vocab_size": 200064,
+    "quantization_config": {
+        "activation_scheme": "dynamic", "fmt": "float8_e4m3fn", "quant_method": "fp8",
+        "weight_block_size": [128, 128], "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+    },
+}  # fmt: skip
+KIMI_K2 = DEEPSEEK_V3 | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}, "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072, "model_type": "kimi_k2", "n_group": 1, "n_routed_experts": 384,
+    "num_attention_heads": 64, "num_key_value_heads": 64, "num_nextn_predict_layers": 0,
+    "rope_scaling": YARN_V4 | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0}, "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827, "topk_group": 1, "vocab_size": 163840,
+}  # fmt: skip
+# Published settings, with the number of values in all tensors: parameters (of the newer ones those that transformers
+# builds, see tests/numerics/test_published_sizes.py), biases of routers, prediction blocks with theirs.
 PUBLISHED = {
     "mixtral": (MIXTRAL, 46_702_792_704),
     "deepseek_v2": (DEEPSEEK_V2, 235_741_434_880),
@@ -117,4 +180,10 @@ PUBLISHED = {
     "olmoe": (OLMOE, 6_919_161_856),
     "gpt_oss_20b": (GPT_OSS_20B, 20_914_757_184),
     "gpt_oss_120b": (GPT_OSS_120B, 116_829_156_672),
+    "glm4_moe": (GLM_4_5, 352_797_814_784 + 89 * 160 + 3_988_069_792),
+    "glm4_moe_air": (GLM_4_5_AIR, 106_852_245_504 + 45 * 128 + 2_375_059_584),
+    "glm4_moe_lite": (GLM_4_7_FLASH, 29_943_390_976 + 46 * 64 + 643_706_176),
+    "dots1": (DOTS1, 142_774_373_888 + 61 * 128),
+    "minimax_m2": (MINIMAX_M2, 228_689_748_992 + 62 * 256),
+    "kimi_k2": (KIMI_K2, 1_026_408_209_408 + 60 * 384),
 }

@@ -34,6 +34,7 @@ def routes(
     pre: bool = False,
     scale: float = 1.0,
     bias: Sequence[float] | None = None,
+    by_probability: bool = False,
     groups: tuple[int, int, str] | None = None,
 ) -> list[dict[int, float]]:
     """Choose experts for each token: one dictionary per token, from expert to weight.
@@ -45,12 +46,14 @@ def routes(
         pre: softmax before the choice.
         scale: of all weights.
         bias: added to what experts are compared by.
+        by_probability: compare softmax scores, even where weights are those of the chosen logits alone.
         groups: number of groups, groups kept, group score (sum, best_two or max).
     """
     found = []
     for logits in logits_TE.double().tolist():
         scores = _scores(logits, function)
-        compared = list(logits) if function == "softmax" and not pre else list(scores)
+        by_logit = function == "softmax" and not pre and not by_probability
+        compared = list(logits) if by_logit else list(scores)
         if bias is not None:
             compared = [value + shift for value, shift in zip(compared, bias, strict=True)]
         if groups is not None:

@@ -45,7 +45,8 @@ def changed(values: Values, key: str, value: Any) -> Values:
 def of_version_4(values: Values) -> Values:
     """The same settings as transformers 4 writes them."""
     rope = dict(values["rope_parameters"])
-    rest = changed(values, "rope_parameters", ABSENT) | {"rope_theta": rope.pop("rope_theta")}
+    above = {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    rest = changed(values, "rope_parameters", ABSENT) | above
     return rest | {"rope_scaling": None if rope["rope_type"] == "default" else rope}
 
 

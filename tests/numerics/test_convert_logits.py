@@ -29,10 +29,13 @@ def test_converted_models_give_transformers_logits(name: str, hf_model: Models, 
         assert "verified" in verify(hf_model(name), tmp_path / f"ours{size}")
 
 
-def test_a_prediction_block_finds_its_place_and_changes_no_logits(hf_model: Models, tmp_path: Path) -> None:
-    source = add_prediction_block(hf_model("deepseek_v3"), tmp_path / "source")
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_a_prediction_block_finds_its_place_and_changes_no_logits(
+    name: str, hf_model: Models, tmp_path: Path
+) -> None:
+    source = add_prediction_block(hf_model(name), tmp_path / "source")
     converter.from_hf(source, tmp_path / "ours")
-    assert "verified" in verify(hf_model("deepseek_v3"), tmp_path / "ours")
+    assert "verified" in verify(hf_model(name), tmp_path / "ours")
     tensors, model = (
         load_file(source / "model.safetensors"),
         our_model(tmp_path / "ours" / "checkpoint.pt", 97),
@@ -88,6 +91,11 @@ MISREADINGS: dict[str, tuple[str, Callable[[ModelSpec], ModelSpec]]] = {
     "V3 with a group's best expert": ("deepseek_v3", _routing(group_score="max")),
     "V3 without groups": ("deepseek_v3", _routing(num_groups=None, group_topk=None, group_score=None)),
     "V3 without its factor": ("deepseek_v3", _routing(scaling=1.0)),
+    "GLM with heads that turn whole": ("glm4_moe", _rope(fraction=1.0)),
+    "GLM without groups": ("glm4_moe", _routing(num_groups=None, group_topk=None, group_score=None)),
+    "MiniMax with half of a head": ("minimax_m2", _rope(fraction=0.5)),
+    "dots without its factor": ("dots1", _routing(scaling=1.0)),
+    "Flash with halves": ("glm4_moe_lite", _rope(interleaved=False)),
 }
 
 

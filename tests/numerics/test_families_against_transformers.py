@@ -131,9 +131,17 @@ def change_rotary(**values: Any) -> Callable[[Any], None]:
     def change(ours: Any) -> None:
         for part in ours.modules():
             if isinstance(part, GroupedAttention | LatentAttention):
-                part.rotary = Rotary(replace(part.rotary.config, **values), part.rotary.dim)
+                old = part.rotary
+                part.rotary = Rotary(replace(old.config, **values), round(old.dim / old.config.fraction))
 
     return change
+
+
+def change_beta_fast(ours: Any) -> None:
+    for part in ours.modules():
+        if isinstance(part, LatentAttention):
+            config = part.rotary.config
+            part.rotary = Rotary(replace(config, yarn=replace(config.yarn, beta_fast=32.0)), part.rotary.dim)
 
 
 def drop_bias(ours: Any) -> None:
@@ -264,6 +272,17 @@ WRONG_RULES: dict[str, tuple[str, Callable[[Any], None]]] = {
     "olmoe: other eps": ("olmoe", other_eps),
     "qwen3: not renormalised": ("qwen3", change_rule(pre_softmax=True)),
     "qwen3: no norm of heads": ("qwen3", no_head_norm),
+    "glm: heads turn whole": ("glm", change_rotary(fraction=1.0)),
+    "glm: no biases": ("glm", drop_biases),
+    "glm: no norm of heads": ("glm", no_head_norm),
+    "glm: not scaled": ("glm", change_rule(scaling_factor=1.0)),
+    "glm lite: half form": ("glm_lite", change_rotary(interleaved=False)),
+    "glm lite: bias in the weights": ("glm_lite", biased_weights),
+    "dots: no bias in the choice": ("dots", drop_bias),
+    "dots: heads turn in part": ("dots", change_rotary(fraction=0.5)),
+    "minimax: heads turn whole": ("minimax", change_rotary(fraction=1.0)),
+    "minimax: no norm": ("minimax", no_head_norm),
+    "kimi: YaRN between two pairs": ("kimi", change_beta_fast),
 }
 
 

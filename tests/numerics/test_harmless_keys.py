@@ -28,6 +28,7 @@ EXAMPLES: list[tuple[str, Any]] = [
     ("use_qk_norm", True), ("use_qk_norm", False), ("qk_norm", True), ("qk_norm", False),
     ("num_nextn_predict_layers", 0), ("num_mtp_layers", 0), ("first_k_dense_replace", 0),
     ("decoder_sparse_step", 1), ("moe_layer_freq", 1), ("mlp_only_layers", []), ("norm_topk_prob", True),
+    ("initial_context_length", 4096),
     ("n_group", 1), ("topk_group", 1), ("routed_scaling_factor", 1.0), ("scoring_func", "softmax"),
     ("topk_method", "greedy"), ("router_jitter_noise", 0.0), ("rope_interleave", True), ("rope_interleave", False),
     ("max_window_layers", 1), ("pretraining_tp", 2), ("ep_size", 4), ("chunk_size_feed_forward", 3),
@@ -36,6 +37,12 @@ EXAMPLES: list[tuple[str, Any]] = [
     ("_attn_implementation_autoset", True), ("custom_pipelines", {}), ("transformers.js_config", {}),
     ("use_flash_attn", True),
     ("transformers_version", "4.36.0"), ("license", "mit"), ("model_max_length", 5), ("router_z_loss_coef", 0.7),
+    ("moe_capacity", [64, 64, 64]), ("num_nextn_predict_layers", 1), ("moe_gate", "topk"), ("moe_gate_act", "softmax"),
+    ("moe_use_aux_free", True), ("compression_ratio", 1.0), ("attention_probs_dropout_prob", 0.0), ("fuse_rope", True),
+    ("eod_token_id", 5), ("im_start_id", 6), ("dense_list", [4096, 0]), ("cla_share_factor", 2), ("use_mla", False),
+    ("n_group", False), ("topk_group", False), ("routed_scaling_factor", False), ("moe_layer_num_skipped", 0),
+    ("norm_type", "rms"), ("use_rotary_pos_emb", True),
+    ("moe_router_dtype", "float32"), ("num_mtp_modules", 3), ("use_mtp", True), ("mlp_intermediate_size", 8192),
     ("model_creator", "somebody"), ("tp_size", 2), ("pad_token_id", 3), ("return_dict_in_generate", True),
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Read a config.json key by key, so that what nobody has read is carried along or refused by name."""
 
+import math
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -50,10 +51,13 @@ _YARN_KEYS = {
     "attention_factor": ("attention_factor", _POSITIVE),
 }
 _YARN_NEEDS = ("factor", "original_max_position_embeddings")
+# transformers' default_theta; 10,000 for the others.
 _OWN_THETA = {
-    "mixtral": 1_000_000.0,
-    "gpt_oss": 150_000.0,
-}  # transformers' default_theta; 10,000 for the others
+    "ernie4_5_moe": 500_000.0, "gpt_oss": 150_000.0, "minimax_m2": 5_000_000.0, "mixtral": 1_000_000.0,
+}  # fmt: skip
+_PARTIAL = "partial_rotary_factor"
+# Of type dynamic with alpha, which transformers looks at alone.
+_WITH_ALPHA = ("rope_type", "type", "alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 # By the dictionary and by the writer of config.json.
 _READ_ELSEWHERE = frozenset({"bos_token_id", "dtype", "eos_token_id", "torch_dtype"})
@@ -86,13 +90,13 @@ class ConfigKeys:
         if given:
             first, *others = given.values()
             if any(other != first for other in others):
-                self._refuse(f"{_listed(given)}, two names of one setting; expected the same value in both.")
+                self.refuse(f"{_listed(given)}, two names of one setting; expected the same value in both.")
             return first
         if default is REQUIRED:
             self.problems.append(f"{self.source} has no {' or '.join(names)}, which this model needs.")
         elif default and not null and any(name in self.values for name in names):
             name = next(name for name in names if name in self.values)
-            self._refuse(
+            self.refuse(
                 f"{name} null, which transformers does not take for its default; expected {default!r}."
             )
         return default
@@ -116,10 +120,10 @@ class ConfigKeys:
     def _is(self, what: str, value: Any, kind: _Kind) -> bool:
         is_good = kind.holds(value)
         if not is_good:
-            self._refuse(f"{what} {value!r}, expected {kind}.")
+            self.refuse(f"{what} {value!r}, expected {kind}.")
         return is_good
 
-    def _refuse(self, what: str) -> None:
+    def refuse(self, what: str) -> None:
         """Say that a setting is wrong; two forms of one may be wrong in the same way, which is said once."""
         problem = f"{self.source} has {what}"
         if problem not in self.problems:
@@ -140,6 +144,17 @@ class ConfigKeys:
             return []
         return value
 
+    def per_layer_integer(self, *names: str, num_layers: int) -> Any:
+        """Read a whole number of at least 1, given once or, the same, for every layer."""
+        value = self._value(names, REQUIRED)
+        if isinstance(value, list):
+            if len(value) != num_layers or any(entry != value[0] for entry in value):
+                self.refuse(f"{names[0]} {value!r}, expected one number, or the same for each of the layers.")
+                return 1
+            value = value[0]
+        is_good = value is not REQUIRED and self._is(names[0], value, _Kind(least=1, is_whole=True))
+        return value if is_good else 1
+
     def fixed(self, name: str, *allowed: Any, why: str) -> None:
         """Refuse a key that is there with none of these values, and say why; null may be where one of them is false."""
         value = self._value((name,), None)
@@ -148,49 +163,67 @@ class ConfigKeys:
         if value is None and not (allowed and all(allowed)):
             return
         expected = " or ".join(repr(entry) for entry in allowed) if allowed else "null"
-        self._refuse(f"{name} {_shown(value)}, expected {expected}: {why}.")
+        self.refuse(f"{name} {_shown(value)}, expected {expected}: {why}.")
 
     def one_of(self, name: str, allowed: tuple[str, ...], default: str, *, why: str) -> Any:
         """Read a key that has one of these words; ``why`` no other."""
         value = self._value((name,), default)
         if value not in allowed:
-            self._refuse(f"{name} {value!r}, expected one of {', '.join(allowed)}: {why}.")
+            self.refuse(f"{name} {value!r}, expected one of {', '.join(allowed)}: {why}.")
         return value if value in allowed else allowed[0]
 
     def ignore(self, *names: str) -> None:
         """Count keys as read that have no effect in this family."""
         self._read.update(names)
 
-    def rope(self, *, interleaved: bool) -> Rope:
-        """Read positions, from the form of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
+    def rope(self, *, interleaved: bool, fraction: float | None = None, alpha_dim: int | None = None) -> Rope:
+        """Read positions, from the form of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+
+        Args:
+            interleaved: neighbouring values turn as a pair.
+            fraction: share of a head that turns where no key says so; None: all of it, whatever a key says.
+            alpha_dim: size of a head in a family whose type ``dynamic`` with ``alpha`` stretches theta once for all;
+                None: no such family.
+        """
         self._read.update(_ROPE_KEYS)
-        self.fixed("partial_rotary_factor", 1, 1.0, why="all of a head turns in this family")
+        if fraction is None:
+            self.fixed(_PARTIAL, 1, 1.0, why="all of a head turns in this family")
+        else:
+            fraction = self.number(_PARTIAL, fraction, positive=True)
         wrong = [
             name
             for name in ("rope_scaling", "rope_parameters")
             if not isinstance(self.values.get(name), dict | None)
         ]
         for name in wrong:
-            self._refuse(f"{name} {self.values[name]!r}, expected a JSON object.")
-        forms = [] if wrong else self._rope_forms()
+            self.refuse(f"{name} {self.values[name]!r}, expected a JSON object.")
+        forms = [] if wrong else self._rope_forms(fraction)
         if not forms:
             if not wrong:
                 self.problems.append(f"{self.source} has neither rope_parameters nor rope_theta.")
             return Rope(theta=1.0)
         known = len(self.problems)
-        found = [self._rope(form, interleaved) for form in forms]
+        found = [
+            self._rope(self._without_alpha(form, alpha_dim), interleaved, knows_parts=fraction is not None)
+            for form in forms
+        ]
         if len(self.problems) == known and any(rope != found[0] for rope in found):
             settings = (f"{name} {self.values.get(name)!r}" for name in _ROPE_KEYS)
-            self._refuse(f"{', '.join(settings)}, which contradict one another.")
+            self.refuse(f"{', '.join(settings)}, which contradict one another.")
         return found[0]
 
-    def _rope_forms(self) -> list[dict[str, Any]]:
-        """List each reading: transformers 4's (theta and rope_scaling) and 5's (rope_scaling or rope_parameters)."""
+    def _rope_forms(self, fraction: float | None) -> list[dict[str, Any]]:
+        """List each reading: transformers 4's (theta and rope_scaling) and 5's (rope_scaling or rope_parameters).
+
+        Args:
+            fraction: that all of them have in common unless they say otherwise; None: the family knows none.
+        """
         # A null is as good as absent, but for truncate: transformers takes it for false, and absent for true.
         theta, scaling, parameters = (
             _without_nulls(self.values.get(name), keep="truncate") for name in _ROPE_KEYS
         )
         top = {} if theta is None else {"rope_theta": theta}
+        shared = {} if fraction is None else {_PARTIAL: fraction}
         forms = []
         if scaling is not None:
             # 5 does not look into rope_parameters then: without theta elsewhere it takes the family's own.
@@ -199,14 +232,34 @@ class ConfigKeys:
                 if parameters
                 else {}
             )
-            forms.append({**below, **top, **scaling})
+            forms.append({**shared, **below, **top, **scaling})
         if parameters is not None:
-            forms.append({**top, **parameters})
+            forms.append({**shared, **top, **parameters})
         if top:
-            forms.append({**(scaling or {}), **top})
+            forms.append({**(scaling or {}), **top, **shared})
         return [form for index, form in enumerate(forms) if form not in forms[:index]]
 
-    def _rope(self, form: dict[str, Any], interleaved: bool) -> Rope:
+    def _without_alpha(self, form: dict[str, Any], dim: int | None) -> dict[str, Any]:
+        """Turn the settings of type ``dynamic`` with ``alpha`` into those of plain positions with a larger theta."""
+        kinds = {form[key] for key in ("rope_type", "type") if isinstance(form.get(key), str)}
+        if dim is None or kinds != {"dynamic"} or not form.get("alpha"):
+            return form
+        theta = form.get("rope_theta")
+        if (
+            not self._is("rope_theta", theta, _THETA)
+            or not self._is("alpha", form["alpha"], _POSITIVE)
+            or dim < 3
+        ):
+            return {"rope_theta": 2.0}
+        assert theta is not None
+        try:
+            stretched = theta * form["alpha"] ** (dim / (dim - 2))
+        except OverflowError:
+            stretched = math.inf
+        rest = {key: value for key, value in form.items() if key not in (*_WITH_ALPHA, "rope_theta")}
+        return rest | {"rope_theta": stretched}
+
+    def _rope(self, form: dict[str, Any], interleaved: bool, *, knows_parts: bool) -> Rope:
         theta = form.pop("rope_theta", None)
         if not self._is("rope_theta", theta, _THETA):
             theta = 1.0
@@ -214,18 +267,26 @@ class ConfigKeys:
         kind = kinds[0] if kinds[0] == kinds[-1] else " and ".join(map(str, kinds))
         yarn = None
         if kind not in ("default", "yarn"):
-            self._refuse(f"rope type {kind!r}, expected default or yarn.")
+            self.refuse(f"rope type {kind!r}, expected default or yarn.")
             form = {}
         elif kind == "yarn":
             yarn = self._yarn(form)
         else:
             form = _without_nulls(form)
-        form.pop("partial_rotary_factor", None) if form.get("partial_rotary_factor") == 1 else None
+        fraction = self._fraction(form) if knows_parts or form.get(_PARTIAL) == 1 else 1.0
         if form:
-            self._refuse(
+            self.refuse(
                 f"the rope setting {', '.join(sorted(form))}, which fairseq_moe does not know for rope type {kind}."
             )
-        return Rope(theta=float(theta), interleaved=interleaved, yarn=yarn)
+        return Rope(theta=float(theta), interleaved=interleaved, fraction=fraction, yarn=yarn)
+
+    def _fraction(self, form: dict[str, Any]) -> float:
+        """Take the share of a head that turns out of ``form``."""
+        value = form.pop(_PARTIAL, 1.0)
+        if _POSITIVE.holds(value) and value <= 1:
+            return float(value)
+        self.refuse(f"{_PARTIAL} {_shown(value)}, expected a number above 0 and at most 1.")
+        return 1.0
 
     def _yarn(self, form: dict[str, Any]) -> YarnConfig:
         """Take YaRN's settings out of ``form``."""
@@ -236,10 +297,10 @@ class ConfigKeys:
                 if self._is(f"the rope setting {key}", value, kind):
                     settings[ours] = value
             elif key in _YARN_NEEDS:
-                self._refuse(f"rope type yarn without {key}.")
+                self.refuse(f"rope type yarn without {key}.")
         truncate = form.pop("truncate", True)
         if not isinstance(truncate, bool | None):
-            self._refuse(f"the rope setting truncate {_shown(truncate)}, expected true or false.")
+            self.refuse(f"the rope setting truncate {_shown(truncate)}, expected true or false.")
         return YarnConfig(**settings, truncate=bool(truncate))
 
     def finish(self) -> list[str]:
@@ -286,8 +347,13 @@ def _without_nulls(value: Any, *, keep: str | None = None) -> Any:
     return {key: entry for key, entry in value.items() if entry is not None or key == keep}
 
 
-def rope_keys(rope: Rope) -> dict[str, Any]:
-    """Write both forms of ``rope`` for a config.json: transformers 4 would read theta as 10000 without the first."""
+def rope_keys(rope: Rope, *, knows_parts: bool = False) -> dict[str, Any]:
+    """Write both forms of ``rope`` for a config.json: transformers 4 would read theta as 10000 without the first.
+
+    Args:
+        rope: what to write.
+        knows_parts: the family has heads that turn in part, and takes a share of its own where none is named.
+    """
     if rope.yarn is None:
         scaling = None
     else:
@@ -297,8 +363,10 @@ def rope_keys(rope: Rope) -> dict[str, Any]:
             settings["truncate"] = False
         scaling = {"type": "yarn", "rope_type": "yarn", **settings}
     new = {key: value for key, value in (scaling or {"rope_type": "default"}).items() if key != "type"}
+    part = {_PARTIAL: rope.fraction} if knows_parts else {}
     return {
+        **part,
         "rope_theta": rope.theta,
         "rope_scaling": scaling,
-        "rope_parameters": {**new, "rope_theta": rope.theta},
+        "rope_parameters": {**new, **part, "rope_theta": rope.theta},
     }

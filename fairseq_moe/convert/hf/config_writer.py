@@ -30,7 +30,7 @@ def write_config(
         values = _fresh(spec)
     else:
         values = {key: value for key, value in like.items() if key != "quantization_config"}
-    values |= rope_keys(spec.rope) | {"torch_dtype": dtype, "dtype": dtype}
+    values |= _positions(spec, like, ignored) | {"torch_dtype": dtype, "dtype": dtype}
     again = read_config(values, ignored=ignored)
     wrong = _differences(spec, again)
     if spec.mtp_layers not in (0, again.mtp_layers):
@@ -47,6 +47,20 @@ def write_config(
     if values.get("num_mtp_layers") is not None:
         values.setdefault("num_nextn_predict_layers", values["num_mtp_layers"])
     return dict(sorted(values.items()))
+
+
+def _positions(spec: ModelSpec, like: dict[str, Any] | None, ignored: Collection[str]) -> dict[str, Any]:
+    """Write the keys of positions, none if those of ``like`` have another form of the same ones."""
+    forms = [] if like is None else [like.get("rope_scaling"), like.get("rope_parameters")]
+    if like is not None and any(isinstance(form, dict) and form.get("alpha") for form in forms):
+        plain = {key: value for key, value in like.items() if key != "quantization_config"}
+        if read_config(plain, ignored=ignored).rope == spec.rope:
+            return {}
+    return _rope_keys(spec)
+
+
+def _rope_keys(spec: ModelSpec) -> dict[str, Any]:
+    return rope_keys(spec.rope, knows_parts=FAMILIES[spec.family].knows_parts)
 
 
 def as_family_of(spec: ModelSpec, like: dict[str, Any] | None, *, ignored: Collection[str] = ()) -> ModelSpec:
@@ -75,7 +89,7 @@ def fitting_family(spec: ModelSpec) -> str:
     for kind in (kind for kind, family in FAMILIES.items() if family.is_latent == (spec.mla is not None)):
         own = replace(spec, family=kind)
         try:
-            wrong = differences(own, read_config(_fresh(own) | rope_keys(spec.rope)))
+            wrong = differences(own, read_config(_fresh(own) | _rope_keys(own)))
         except ConfigError as error:
             wrong = error.problems
         if not wrong:

@@ -13,6 +13,7 @@ __all__ = ["FP8", "SCALE", "check_scales", "dequantized"]
 
 SCALE = "_scale_inv"
 FP8 = torch.float8_e4m3fn
+_OF_SCALES = (torch.float32, torch.bfloat16)
 _VALUES = torch.arange(256, dtype=torch.uint8).view(FP8).float()
 
 
@@ -37,10 +38,10 @@ def check_scales(path: Path, stored: Mapping[str, StoredTensor], block: tuple[in
             if block is None:
                 raise CheckpointError(f"{name} of {path} is FP8, and config.json has no quantization_config.")
             grid = tuple(-(-size // step) for size, step in zip(tensor.shape, block, strict=False))
-            if len(tensor.shape) != 2 or scale.shape != grid or scale.dtype != torch.float32:
+            if len(tensor.shape) != 2 or scale.shape != grid or scale.dtype not in _OF_SCALES:
                 raise CheckpointError(
-                    f"{name}{SCALE} of {path} is {scale.dtype} of shape {scale.shape}, expected float32 of shape "
-                    f"{grid} for a weight of shape {tensor.shape}."
+                    f"{name}{SCALE} of {path} is {scale.dtype} of shape {scale.shape}, expected float32 or bfloat16 of "
+                    f"shape {grid} for a weight of shape {tensor.shape}."
                 )
         elif name.endswith(SCALE) and stored.get(name.removesuffix(SCALE)) is None:
             raise CheckpointError(f"{name} of {path} scales a weight that is not there.")
@@ -53,7 +54,7 @@ def dequantized(
 
     Args:
         weight: float8 (rows, columns).
-        scale: float32, one per block; blocks at the lower and right edge may be smaller.
+        scale: float32 or bfloat16, one per block; blocks at the lower and right edge may be smaller.
         block: rows and columns of a block.
         dtype: of the result; each product is rounded to float32, and then to it.
 

@@ -49,8 +49,49 @@ def _harmless(
 
 
 _OTHERS_THAN_DEEPSEEK = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+_LIKE_DEEPSEEK_V3 = ("deepseek_v3", "kimi_k2", "glm4_moe", "glm4_moe_lite", "dots1")
+
+_OF_ERNIE_AND_HUNYUAN = (
+    _harmless(
+        r"moe_capacity|moe_use_hard_gate|global_aux_loss|moe_group_orthogonal_loss|(moe_\w+_loss|multi_token_pred)_lambda",
+        "of training, where transformers drops no token and adds no such loss", "ernie4_5_moe",
+    ),
+    _harmless(
+        r"num_nextn_predict_layers", "prediction blocks, which transformers does not read", "ernie4_5_moe",
+    ),
+    _harmless(r"moe_gate", "which code chooses the best", "ernie4_5_moe", values=("topk", "topk_fused")),
+    _harmless(r"moe_gate_act", "the only one of this family", "ernie4_5_moe", values=("softmax",)),
+    _harmless(
+        r"moe_use_aux_free|use_rmsnorm", "routers have their bias, norms are RMSNorm", "ernie4_5_moe", values=(True,)
+    ),
+    _harmless(r"compression_ratio", "positions as they are", "ernie4_5_moe", values=(1, 1.0)),
+    _harmless(r"attention_probs_dropout_prob", "no dropout", "ernie4_5_moe", values=(0, 0.0)),
+    _harmless(
+        r"fuse_\w+|use_fast_ln|max_sequence_length|paddlenlp_version", "how PaddlePaddle computes", "ernie4_5_moe"
+    ),
+    _harmless(
+        r"(eod|(im|text|video)_(start|end)|im_newline|image|mask_init)(_token)?_id|pad_id|org_vocab_size",
+        "the tokenizer knows these tokens", "hunyuan_v1_moe", common=True,
+    ),
+    _harmless(
+        r"dense_list|class_num|pool_type|(anyres|vit)_\w+|num_media_embeds|skip_cls_token",
+        "of classifiers and of images, which this class does not have", "hunyuan_v1_moe",
+    ),
+    _harmless(r"cla_share_factor", "layers share nothing: use_cla says so", "hunyuan_v1_moe"),
+    _harmless(
+        r"add_classification_head|position_embedding_xdrope|use_mla|group_limited_greedy|n_group|topk_group|"
+        r"routed_scaling_factor|moe_drop_tokens|moe_random_routing_dropped_token",
+        "a part that this model does not have", "hunyuan_v1_moe",
+        values=(False,),
+    ),
+    _harmless(r"moe_layer_num_skipped", "experts in every layer", "hunyuan_v1_moe", values=(0,)),
+    _harmless(r"norm_topk_prob|use_rotary_pos_emb", "always so", "hunyuan_v1_moe", values=(True,)),
+    _harmless(r"norm_type", "two names of RMSNorm", "hunyuan_v1_moe", values=("rms", "hf_rms")),
+    _harmless(r"attention_bias", "no bias that this key switches", "ernie4_5_moe", values=(False,)),
+)  # fmt: skip
 
 HARMLESS_KEYS = (
+    *_OF_ERNIE_AND_HUNYUAN,
     # What transformers writes into the files of all families.
     _harmless(
         r"_?name_or_path|_commit_hash|_from_auto|_from_pipeline|_auto_class|_(attn|experts)_implementation\w*|"
@@ -157,9 +198,19 @@ HARMLESS_KEYS = (
     _harmless(r"decoder_sparse_step", "experts in every layer", "mixtral", "olmoe", values=(1,)),
     _harmless(r"mlp_only_layers", "experts in every layer", "mixtral", "olmoe", values=([],)),
     _harmless(
-        r"router_jitter_noise", "no noise", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3",
+        r"router_jitter_noise", "no noise", "olmoe", "qwen2_moe", "qwen3_moe", *_LIKE_DEEPSEEK_V3, "deepseek_v2",
         values=(0, 0.0),
     ),
+    _harmless(r"moe_router_dtype", "its router always computes in it", *_LIKE_DEEPSEEK_V3, values=("float32", "fp32")),
+    _harmless(r"decoder_sparse_step", "experts after the dense layers", *_LIKE_DEEPSEEK_V3, values=(1,)),
+    _harmless(r"rope_interleave", "a pair is two halves", "glm4_moe", "dots1", "minimax_m2", values=(False,)),
+    _harmless(r"use_qk_norm|qk_norm", "dots.llm1 always normalises", "dots1", values=(True,)),
+    _harmless(r"num_nextn_predict_layers|num_mtp_layers", "no prediction blocks", "dots1", "minimax_m2", values=(0,)),
+    _harmless(
+        r"use_mtp|num_mtp_modules|mtp_transformer_layers", "prediction blocks, which no published files hold",
+        "minimax_m2", common=True,
+    ),
+    _harmless(r"mlp_intermediate_size", "of dense layers, which MiniMax-M2 has none of", "minimax_m2"),
 )  # fmt: skip
 
 

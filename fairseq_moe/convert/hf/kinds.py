@@ -47,6 +47,7 @@ _OF_OTHER_TOOLS = {
     r"\.(weight_scale|input_scale)$": "FP8 weights with one scale per tensor or row",
     r"\.scales$": "weights quantised in groups",
 }
+_FMTS = ("e4m3", "float8_e4m3fn")  # DeepSeek's and MiniMax's name of one format
 _POINTER = b"version https://git-lfs"
 _PICKLES = ("pytorch_model*.bin", "*.pth")
 
@@ -182,7 +183,7 @@ def fp8_block(values: dict[str, Any], *, source: str = "config.json") -> tuple[i
         settings = {"quant_method": settings}
     block = settings.get("weight_block_size")
     good_block = isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
-    if settings.get("quant_method") != "fp8" or settings.get("fmt", "e4m3") != "e4m3" or not good_block:
+    if settings.get("quant_method") != "fp8" or settings.get("fmt", "e4m3") not in _FMTS or not good_block:
         raise ConfigError(
             [
                 f"{source} has quantization_config with quant_method {settings.get('quant_method')!r}, fmt "

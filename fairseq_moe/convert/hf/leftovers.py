@@ -46,8 +46,7 @@ def is_leftover(name: str, tensor: Tensor, spec: ModelSpec) -> bool:
         size = tensor.shape[-1] if tensor.dim() else 0
         is_square = tensor.dim() >= 2 and tensor.shape[-2] == size and tensor.numel() == size**2
         return is_square and torch.equal(tensor.float().reshape(size, size), torch.ones(size, size).tril())
-    dim = spec.head_dim if spec.mla is None else spec.mla.qk_rope_head_dim
-    yarn = spec.rope.yarn
+    dim, yarn = _turned_dim(spec), spec.rope.yarn
     implied_f = frequencies(RotaryConfig(theta=spec.rope.theta, yarn=yarn), dim).double()
     if kind == "inv_freq":
         plain_f = frequencies(RotaryConfig(theta=spec.rope.theta), dim).double()
@@ -67,9 +66,16 @@ def are_other_frequencies(name: str, tensor: Tensor, spec: ModelSpec) -> bool:
 
     transformers computes frequencies from config.json and reads none, so the model is the same without them.
     """
-    dim = spec.head_dim if spec.mla is None else spec.mla.qk_rope_head_dim
+    dim = _turned_dim(spec)
     is_frequencies = name.endswith("inv_freq") and tensor.is_floating_point() and tensor.shape == (dim // 2,)
     return is_frequencies and bool(tensor.isfinite().all())
+
+
+def _turned_dim(spec: ModelSpec) -> int:
+    """Count the values of a head that turn with its position."""
+    if spec.mla is not None:
+        return spec.mla.qk_rope_head_dim
+    return int(spec.head_dim * spec.rope.fraction)
 
 
 def _is_rounded(tensor: Tensor, implied: Tensor, *, error: Tensor) -> bool:

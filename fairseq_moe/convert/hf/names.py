@@ -76,7 +76,6 @@ def tensor_table(spec: ModelSpec, *, fused: bool) -> list[OurTensor]:
         spec: what the model is.
         fused: experts are stacked on the other side too; always those of a family that is published so.
     """
-    fused = fused or FAMILIES[spec.family].is_stacked
     dim, vocab = spec.model_dim, spec.vocab_size
     table = [_same("decoder.embed_tokens.weight", "model.embed_tokens.weight", (vocab, dim))]
     for index, is_moe in enumerate(spec.moe_layers):
@@ -134,9 +133,10 @@ def _grouped_attention(spec: ModelSpec, ours: str, theirs: str) -> Iterator[OurT
         yield _same(f"{ours}sinks", f"{theirs}sinks", (spec.num_heads,))
     if spec.qk_norm != "none":
         per_head = spec.qk_norm == "head"
-        for name, size in (("q_norm", q_dim), ("k_norm", kv_dim)):
+        others = FAMILIES[spec.family].head_norms
+        for name, other, size in zip(("q_norm", "k_norm"), others, (q_dim, kv_dim), strict=True):
             shape_1 = (spec.head_dim if per_head else size,)
-            yield _same(f"{ours}{name}.weight", f"{theirs}{name}.weight", shape_1)
+            yield _same(f"{ours}{name}.weight", f"{theirs}{other}.weight", shape_1)
 
 
 def _latent_attention(spec: ModelSpec, ours: str, theirs: str) -> Iterator[OurTensor]:
@@ -159,8 +159,26 @@ def _latent_attention(spec: ModelSpec, ours: str, theirs: str) -> Iterator[OurTe
     yield _same(f"{ours}out_proj.weight", f"{theirs}o_proj.weight", (dim, heads * mla.v_head_dim))
 
 
-def _glu(ours: str, theirs: str, dim: int, hidden: int) -> Iterator[OurTensor]:
-    """List the tensors of a SwiGLU network: the gate's rows, then those of up, then down."""
+def _rows(count: int | None) -> tuple[int, ...]:
+    return () if count is None else (count,)
+
+
+def _glu(
+    ours: str, theirs: str, dim: int, hidden: int, *, in_rows: tuple[str, str] | None = None
+) -> Iterator[OurTensor]:
+    """List the tensors of a SwiGLU network: the gate's rows, then those of up, then down.
+
+    Args:
+        ours: prefix of our names.
+        theirs: of theirs.
+        dim: D.
+        hidden: width.
+        in_rows: names of two matrices of theirs that lie as ours do; None: there are three.
+    """
+    if in_rows is not None:
+        yield _same(f"{ours}fc1.weight", f"{theirs}{in_rows[0]}.weight", (2 * hidden, dim))
+        yield _same(f"{ours}fc2.weight", f"{theirs}{in_rows[1]}.weight", (dim, hidden))
+        return
     yield OurTensor(
         name=f"{ours}fc1.weight",
         shape=(2 * hidden, dim),
@@ -176,22 +194,28 @@ def _moe(spec: ModelSpec, ours: str, theirs: str, fused: bool) -> Iterator[OurTe
     dim, hidden, num_experts = spec.model_dim, spec.expert_ffn_dim, spec.routing.num_experts
     family = FAMILIES[spec.family]
     names = family.names(fused=fused)
-    theirs += names.network
+    layer, theirs = theirs, theirs + names.network
     yield _same(f"{ours}router.weight", f"{theirs}{names.router}", (num_experts, dim))
     if spec.routing.logits_bias:
         yield _same(f"{ours}router.bias", f"{theirs}{names.router_bias}", (num_experts,))
     if spec.routing.expert_bias:
-        yield _same(f"{ours}router.expert_bias", f"{theirs}{names.expert_bias}", (num_experts,))
+        yield OurTensor(
+            name=f"{ours}router.expert_bias",
+            shape=(num_experts,),
+            blocks=(
+                Block(name=f"{theirs}{names.expert_bias}", shape=(*_rows(names.bias_rows), num_experts)),
+            ),
+        )
     stacked = (num_experts, 2 * hidden, dim), (num_experts, dim, hidden)
-    if fused:
-        yield _stack(f"{ours}experts.fc1_weight", f"{theirs}experts.gate_up_proj", stacked[0], family.gate_up)
-        yield _stack(f"{ours}experts.fc2_weight", f"{theirs}experts.down_proj", stacked[1], family.down)
+    if names.stacked is not None:
+        gate_up, down = (f"{theirs}{name}" for name in names.stacked)
+        yield _stack(f"{ours}experts.fc1_weight", gate_up, stacked[0], family.gate_up)
+        yield _stack(f"{ours}experts.fc2_weight", down, stacked[1], family.down)
         if spec.ffn_bias:
             # A vector cannot be transposed.
             of_gate_up = replace(family.gate_up, transposed=False)
-            biases = f"{theirs}experts.gate_up_proj_bias", f"{theirs}experts.down_proj_bias"
-            yield _stack(f"{ours}experts.fc1_bias", biases[0], stacked[0][:2], of_gate_up)
-            yield _stack(f"{ours}experts.fc2_bias", biases[1], stacked[1][:2], OUR_WAY)
+            yield _stack(f"{ours}experts.fc1_bias", f"{gate_up}_bias", stacked[0][:2], of_gate_up)
+            yield _stack(f"{ours}experts.fc2_bias", f"{down}_bias", stacked[1][:2], OUR_WAY)
     else:
         fc1, fc2 = [], []
         for expert in range(num_experts):
@@ -204,6 +228,7 @@ def _moe(spec: ModelSpec, ours: str, theirs: str, fused: bool) -> Iterator[OurTe
         yield OurTensor(name=f"{ours}experts.fc1_weight", shape=stacked[0], blocks=tuple(fc1))
         yield OurTensor(name=f"{ours}experts.fc2_weight", shape=stacked[1], blocks=tuple(fc2))
     if spec.shared_ffn_dim is not None:
-        yield from _glu(f"{ours}shared_experts.", f"{theirs}{names.shared}", dim, spec.shared_ffn_dim)
+        place = f"{theirs}{names.shared}" if names.beside is None else layer + names.beside
+        yield from _glu(f"{ours}shared_experts.", place, dim, spec.shared_ffn_dim, in_rows=names.beside_rows)
         if spec.shared_gate:
             yield _same(f"{ours}shared_experts.gate.weight", f"{theirs}{names.shared_gate}", (1, dim))

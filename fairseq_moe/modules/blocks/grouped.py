@@ -32,7 +32,9 @@ class GroupedAttentionConfig:
         bias: which projections have one: ``none``, ``qkv`` (Qwen2) or ``all`` (with the output's).
         qk_norm: RMSNorm on queries and keys before they turn: ``none``, ``head`` (over each head, Qwen3) or
             ``full`` (over the whole projection, OLMoE).
+        norm_after_rope: heads are normalised after they turn, not before (Hunyuan).
         norm_eps: of these norms.
+        scale: multiplies the scores (Granite); None: one over the root of a head's size.
         clip: bound of the values of queries, keys and values (OLMoE); None: none.
         dropout: probability, on attention weights.
         padded_see_themselves: see ``attend``.
@@ -46,7 +48,9 @@ class GroupedAttentionConfig:
     head_dim: int
     bias: str = "none"
     qk_norm: str = "none"
+    norm_after_rope: bool = False
     norm_eps: float = 1e-6
+    scale: float | None = None
     clip: float | None = None
     dropout: float = 0.0
     padded_see_themselves: bool = True
@@ -112,15 +116,17 @@ class GroupedAttention(nn.Module):
         if config.clip is not None:
             q, k, v = (value.clamp(-config.clip, config.clip) for value in (q, k, v))
         q, k, v = (value.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for value in (q, k, v))
-        if config.qk_norm == "head":
+        if config.qk_norm == "head" and not config.norm_after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             start = num_seen(cache, "key", dim=2)
             spans = shards.part_of(x_BSD.shape[1] * shards.context).spans if shards.context > 1 else None
             q, k = (self.rotary(value, start=start, spans=spans) for value in (q, k))
+        if config.qk_norm == "head" and config.norm_after_rope:
+            q, k = self.q_norm(q), self.k_norm(k)
         look = functools.partial(
             attend,
-            scale=config.head_dim**-0.5,
+            scale=config.head_dim**-0.5 if config.scale is None else config.scale,
             causal=causal,
             padded_see_themselves=config.padded_see_themselves,
             dropout=config.dropout if self.training else 0.0,

@@ -37,7 +37,7 @@ def route_in_one_kernel(
         kind = "softmax" if rule.pre_softmax else "chosen"
     found = top_k(
         logits_TE,
-        Scoring(kind=kind, top_k=rule.top_k, scale=rule.scaling_factor),
+        Scoring(kind=kind, top_k=rule.top_k, scale=rule.scaling_factor, by_probability=rule.by_probability),
         bias_E=bias_E,
         padding_T=tokens.padding_T,
         ids_TK=None if decision is None else decision.expert_ids_TK,

@@ -53,6 +53,8 @@ class ScoreRule:
         function: what a logit means.
         pre_softmax: with softmax, weights are probabilities over all experts, not renormalised; otherwise
             they are the softmax over the chosen logits. Ignored by the other functions.
+        by_probability: with softmax, experts and groups are compared by probabilities over all experts even where
+            weights are not, so that a bias means the same for every token. Ignored by the other functions.
         scaling_factor: multiplies all weights.
         num_groups: groups of neighbouring experts; None: no groups.
         group_topk: groups from which a token may choose.
@@ -62,6 +64,7 @@ class ScoreRule:
     top_k: int
     function: ScoreFunction = ScoreFunction.SOFTMAX
     pre_softmax: bool = False
+    by_probability: bool = False
     scaling_factor: float = 1.0
     num_groups: int | None = None
     group_topk: int | None = None
@@ -94,7 +97,8 @@ def choice_scores(logits_TE: Tensor, rule: ScoreRule, *, bias_E: Tensor | None =
         bias_E: float, added to the scores; it moves choices and never weights.
     """
     if rule.function is ScoreFunction.SOFTMAX:
-        scores_TE = F.softmax(logits_TE, dim=-1) if rule.pre_softmax else logits_TE
+        is_probability = rule.pre_softmax or rule.by_probability
+        scores_TE = F.softmax(logits_TE, dim=-1) if is_probability else logits_TE
     else:
         scores_TE = raw_scores(logits_TE, rule.function)
     if bias_E is not None:

@@ -20,6 +20,11 @@ from tests.helpers.hf import import_transformers
 from tests.helpers.published_configs import (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    DOTS1,
+    GLM_4_5,
+    GLM_4_7_FLASH,
+    KIMI_K2,
+    MINIMAX_M2,
     MIXTRAL,
     OLMOE,
     QWEN3,
@@ -62,8 +67,24 @@ class TestKeys:
             DEEPSEEK_V2 | {"auto_map": {"AutoConfig": "x.Y"}, "bos_token_id": 100000, "use_cache": True},
             DEEPSEEK_V3
             | {"auto_map": {"AutoConfig": "x.Y"}, "transformers_version": "4.33.1", "use_cache": True},
+            GLM_4_5,
+            GLM_4_7_FLASH,
+            DOTS1,
+            MINIMAX_M2,
+            KIMI_K2,
         ],
-        ids=["Mixtral of 2023", "Mixtral of 2025", "OLMoE", "V2", "V3"],
+        ids=[
+            "Mixtral of 2023",
+            "Mixtral of 2025",
+            "OLMoE",
+            "V2",
+            "V3",
+            "GLM",
+            "GLM-Flash",
+            "dots",
+            "MiniMax",
+            "Kimi",
+        ],
     )
     def test_public_files_as_they_are_need_no_note(self, values: dict[str, Any]) -> None:
         assert carried(values) == []

@@ -46,7 +46,7 @@ def _masks() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2", "minimax_m2"])
 def test_what_follows_from_the_config_is_left_out_with_a_note(
     name: str, dtype: torch.dtype, hf_model: Models, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def _of(model: Any) -> torch.Tensor:
     [
         ({"activation_fn": "gelu"}, 4, 2, 1, "1"),
         ({"gated_ffn": True}, 4, 3, 1, "([0]+[1])"),
+        ({"gated_ffn": True, "gated_ffn_bias": True, "swiglu_limit": 0.5}, 4, 3, 1, "1"),
         ({"activation_fn": "relu"}, 8, 4, 2, "1"),
         ({"activation_fn": "relu"}, 12, 3, 3, "2"),
     ],

@@ -119,6 +119,7 @@ def test_argument_reaches_the_rule(given: dict[str, Any], path: str, value: Any)
         ({"moe_router_dtype": "fp32"}, "dtype", torch.float32),
         ({"moe_router_dtype": "fp64"}, "dtype", torch.float64),
         ({"use_xmoe": True}, "cosine", True),
+        ({"moe_router_bias": True}, "bias", True),
     ],
     ids=str,
 )
@@ -131,6 +132,7 @@ def test_argument_reaches_the_scorer(given: dict[str, Any], name: str, value: An
     ("given", "expected"),
     [
         ({}, None),
+        ({"moe_router_enable_expert_bias": True}, BiasConfig(rule=BiasRule.SIGN, update_rate=1e-3)),
         (SIGMOID | {"moe_router_enable_expert_bias": True}, BiasConfig(rule=BiasRule.SIGN, update_rate=1e-3)),
         (
             SIGMOID | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01},

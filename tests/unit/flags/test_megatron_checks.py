@@ -15,8 +15,11 @@ _REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"moe_router_topk": 1}, "gives it weight 1 and the router no gradient"),
     ({"moe_router_score_function": "tanh"}, "'tanh', expected one of softmax, sigmoid, sqrtsoftplus"),
     ({"moe_router_topk_scaling_factor": 0.0}, "--moe-router-topk-scaling-factor is 0.0"),
-    ({"moe_router_enable_expert_bias": True}, "needs --moe-router-score-function sigmoid or sqrtsoftplus"),
     (SIGMOID | {"moe_router_bias_update_rate": 0.1}, "needs --moe-router-enable-expert-bias"),
+    (
+        {"moe_router_bias": True, "use_xmoe": True},
+        "--moe-router-bias is of a linear router, which --use-xmoe",
+    ),
     (
         SIGMOID | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.0},
         "--moe-router-bias-update-rate is 0.0",
@@ -153,6 +156,7 @@ def test_weight_of_the_branch_loss_is_refused_beside_megatron(given: dict[str, A
         {"moe_aux_loss_coeff": "0.1"},
         {"moe_layer_freq": "2"},
         {"moe_ffn_hidden_size": 8},
+        {"moe_router_bias": True},
         {"moe_expert_capacity_factor": 1.0},
         {"moe_token_capacity_factor": 1.0},
         {"moe_router_force_load_balancing": "random"},

@@ -197,12 +197,13 @@ CALLS: dict[str, list[Call]] = {
             },
             {
                 "KIND": kind, "TOP_K": top_k, "HAS_BIAS": full, "HAS_PADDING": full, "CHOOSES": chooses,
-                "TILES": 2, "BLOCK_T": 1024 // experts, "BLOCK_E": experts, "BLOCK_K": top_k,
+                "BY_GATES": gates, "TILES": 2, "BLOCK_T": 1024 // experts, "BLOCK_E": experts, "BLOCK_K": top_k,
             },
         )
-        for dtype, kind, top_k, full, chooses, experts in (
-            ("*bf16", "chosen", 8, False, True, 128), ("*fp16", "softmax", 2, True, True, 16),
-            ("*fp32", "sigmoid", 8, True, True, 1024), ("*bf16", "sigmoid", 1, False, False, 64),
+        for dtype, kind, top_k, full, chooses, gates, experts in (
+            ("*bf16", "chosen", 8, False, True, False, 128), ("*fp16", "softmax", 2, True, True, True, 16),
+            ("*fp32", "sigmoid", 8, True, True, False, 1024), ("*bf16", "sigmoid", 1, False, False, False, 64),
+            ("*bf16", "chosen", 8, True, True, True, 64),
         )
     ],
     "top_k_kernels.pass_back_to_logits": [

@@ -75,6 +75,16 @@ def test_values_and_gradients(num_experts: int, top_k: int, kind: str, dtype: to
     check(logits_of(21, num_experts, dtype), scoring, bias=bias, padding=padding)
 
 
+def test_choices_by_probability_with_weights_of_the_chosen_logits() -> None:
+    scoring = Scoring(kind="chosen", top_k=2, by_probability=True)
+    logits, bias = logits_of(21, 8), torch.linspace(-0.3, 0.3, 8)
+    check(logits, scoring, bias=bias, padding=torch.arange(21) % 4 == 1)
+    found = top_k(logits, scoring, bias_E=bias)
+    slow = routes(logits, top_k=2, bias=bias.tolist(), by_probability=True)
+    assert found.ids_TK.tolist() == [list(choices) for choices in slow]
+    assert slow != routes(logits, top_k=2, bias=bias.tolist())
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_token_and_one(kind: str, num_tokens: int) -> None:

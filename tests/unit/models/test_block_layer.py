@@ -15,8 +15,9 @@ from fairseq_moe.criterions.nll import summed_nll
 from fairseq_moe.flags.blocks import BlocksConfig
 from fairseq_moe.flags.blocks_checks import block_problems
 from fairseq_moe.models.embedding import WordEmbedding
-from fairseq_moe.modules import Experts, Router
+from fairseq_moe.modules import Experts, Router, SharedExperts
 from fairseq_moe.modules.blocks.norm import RMSNorm
+from fairseq_moe.modules.kernels.swiglu import ClampedSwiglu
 from tests.helpers.presets import WordIds, build_model, parse
 
 V, B, S = 31, 2, 12
@@ -114,6 +115,35 @@ class TestCompositions:
         ):
             model = make(*flags, *(["--attention-window-layers", *more] if more else []))
             assert [layer.self_attn.config.window for layer in model.decoder.layers] == expected
+
+    def test_biases_of_gated_networks_and_routers(self) -> None:
+        router_bias = ("--num-experts", "64", "--moe-layer-freq", "[0,1]", "--moe-router-bias")
+        flags = ("--gated-ffn", "--gated-ffn-bias", "--init-std", "0.1", *EXPERTS, *router_bias)
+        model = make(*flags, "--moe-shared-expert-intermediate-size", "20")
+        state = model.state_dict()
+        dense, moe = "decoder.layers.0.", "decoder.layers.1.moe_layer."
+        for fc1, fc2 in (
+            (f"{dense}fc1.", f"{dense}fc2."),
+            (f"{moe}shared_experts.fc1.", f"{moe}shared_experts.fc2."),
+            (f"{moe}experts.fc1_", f"{moe}experts.fc2_"),
+        ):
+            assert state[f"{fc1}bias"].shape == state[f"{fc1}weight"].shape[:-1]
+            assert state[f"{fc1}bias"].shape[-1] == 2 * state[f"{fc2}weight"].shape[-1]
+            assert state[f"{fc2}bias"].shape == state[f"{fc2}weight"].shape[:-1]
+            assert not state[f"{fc1}bias"].any() and not state[f"{fc2}bias"].any()
+        bias = state[f"{moe}router.bias"]
+        assert bias.shape == (64,) and float(bias.std()) == pytest.approx(0.1, rel=0.3)
+
+    def test_clamped_networks(self) -> None:
+        kinds = (*EXPERTS, "--moe-layer-freq", "[0,1]", "--gated-ffn")
+        plain, clamped = ((*kinds, *more) for more in ((), ("--swiglu-limit", "0.5")))
+        models = [make(*flags, "--moe-shared-expert-intermediate-size", "20") for flags in (plain, clamped)]
+        for part in models[1].modules():
+            if isinstance(part, Experts | SharedExperts):
+                assert part.activation == ClampedSwiglu(alpha=1.702, limit=0.5)
+        assert models[1].decoder.layers[0].activation_fn == ClampedSwiglu(alpha=1.702, limit=0.5)
+        models[1].load_state_dict(models[0].state_dict())
+        assert not torch.allclose(*(model.eval()(words())[0] for model in models))
 
     def test_tied_head(self) -> None:
         model = make("--gated-ffn", "--share-decoder-input-output-embed")
@@ -303,6 +333,14 @@ REFUSED: dict[str, dict[str, Any]] = {
     "is not a multiple of --decoder-attention-heads 5": {"gated_ffn": True, "decoder_attention_heads": 5},
     "3 values of each head turn": {"position_embedding": "rope", "decoder_head_dim": 3},
     "--mtp-loss-weight needs --mtp-layers": {"mtp_loss_weight": 0.1},
+    "--swiglu-limit is -7": {"gated_ffn": True, "swiglu_limit": -7.0},
+    "--swiglu-limit is nan": {"gated_ffn": True, "swiglu_limit": float("nan")},
+    "--swiglu-alpha is 0": {"gated_ffn": True, "swiglu_limit": 7.0, "swiglu_alpha": 0.0},
+    "--swiglu-alpha needs --swiglu-limit": {"gated_ffn": True, "swiglu_alpha": 1.5},
+    "--gated-ffn-bias, --swiglu-limit describe SwiGLU networks; give --gated-ffn": {
+        "gated_ffn_bias": True,
+        "swiglu_limit": 7.0,
+    },
     "--scale-heads changes stock's blocks, which --gated-ffn replaces": {
         "gated_ffn": True,
         "scale_heads": True,

@@ -115,6 +115,11 @@ def test_both_ways_to_look_through_a_window_are_tested() -> None:
     assert not saves_keys(200, 200, 199) and not saves_keys(7, 7, 3)
 
 
+def test_absent_queries_of_a_last_block_have_no_gradient() -> None:
+    rules = {"window": 30}
+    assert largest_difference(drawn(129, 131), {**rules, "padded_see_themselves": False}, rules) < 1e-12
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("sizes", [(100, 100), (1, 100)], ids=str)
 @pytest.mark.parametrize(

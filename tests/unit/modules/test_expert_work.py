@@ -16,7 +16,7 @@ from fairseq_moe.modules.dispatch.rows import (
     plan_rows,
     take_weights,
 )
-from fairseq_moe.modules.kernels.swiglu import swiglu
+from fairseq_moe.modules.kernels.swiglu import ClampedSwiglu, is_gated, swiglu
 from fairseq_moe.modules.kernels.table import Kernel, Stacks, run_experts
 from fairseq_moe.modules.routing.contract import RoutingDecision
 from fairseq_moe.modules.routing.scores import ScoreRule
@@ -30,7 +30,13 @@ DECISION = RoutingDecision.counted(
 )
 COUNTS = DECISION.counts.kept_E.tolist()
 PLAN = plan_rows(DECISION).first(sum(COUNTS))
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swiglu": swiglu}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "swiglu": swiglu,
+    "swiglu, biased": swiglu,
+    "clamped swiglu, biased": ClampedSwiglu(alpha=1.702, limit=0.75),
+}
 KERNELS = [kernel for kernel in Kernel if kernel is not Kernel.FP8]  # which rounds: test_fp8.py
 
 
@@ -53,9 +59,8 @@ def leaves_of(activation: str, dtype: torch.dtype) -> Leaves:
     def leaf(*shape: int, scale: float = 0.5) -> Tensor:
         return torch.randn(shape, generator=generator).mul(scale).to(dtype).requires_grad_()
 
-    is_glu = activation == "swiglu"
-    width = 2 * H if is_glu else H
-    biases = (None, None) if is_glu else (leaf(E, H), leaf(E, D))
+    width = 2 * H if is_gated(ACTIVATIONS[activation]) else H
+    biases = (None, None) if activation == "swiglu" else (leaf(E, width), leaf(E, D))
     return Leaves(leaf(T, D), leaf(T, 2, scale=1.0), leaf(E, width, D), leaf(E, D, H), *biases)
 
 

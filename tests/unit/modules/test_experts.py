@@ -12,7 +12,7 @@ from torch import nn
 from fairseq_moe.modules import experts as module
 from fairseq_moe.modules.dispatch.rows import ExpertWork
 from fairseq_moe.modules.experts import Experts
-from fairseq_moe.modules.kernels.swiglu import swiglu
+from fairseq_moe.modules.kernels.swiglu import ClampedSwiglu, is_gated, swiglu
 from fairseq_moe.modules.parts import part_slices
 from fairseq_moe.parallel.placement import expert_placements
 
@@ -192,11 +192,16 @@ class TestParts:
             hidden_dim=12,
             activation=activation,
             seed=5,
+            gated_bias=isinstance(activation, ClampedSwiglu),
             part=part,
         ).double()
 
     @pytest.mark.parametrize("count", [2, 3])
-    @pytest.mark.parametrize("activation", [F.gelu, swiglu], ids=["gelu", "swiglu"])
+    @pytest.mark.parametrize(
+        "activation",
+        [F.gelu, swiglu, ClampedSwiglu(alpha=1.702, limit=0.3)],
+        ids=["gelu", "swiglu", "clamped"],
+    )
     def test_outputs_and_gradients_add_up(self, activation: Any, count: int) -> None:
         rows_RD = torch.randn(7, 4, dtype=torch.float64)
         work = ExpertWork(counts_L=[3, 0, 4])
@@ -213,7 +218,7 @@ class TestParts:
                 assert all(grad is None for grad in grads[1:])
                 torch.testing.assert_close(grads[0], expected.grad)
                 continue
-            placement = expert_placements(is_gated=activation is swiglu, is_cut=True)[name]
+            placement = expert_placements(is_gated=is_gated(activation), is_cut=True)[name]
             cut = placement.cuts[1]
             for index, grad in enumerate(grads):
                 slices = part_slices(expected.shape[cut.dim], index=index, count=count, blocks=cut.blocks)

@@ -18,7 +18,7 @@ from fairseq_moe.modules.kernels import fp8
 from fairseq_moe.modules.kernels.contract import Stacks
 from fairseq_moe.modules.kernels.fp8 import Fp8Mode, Fp8Products, fp8_note, runs_fp8
 from fairseq_moe.modules.kernels.products import LoopProducts
-from fairseq_moe.modules.kernels.swiglu import swiglu
+from fairseq_moe.modules.kernels.swiglu import ClampedSwiglu, is_gated, swiglu
 from fairseq_moe.modules.kernels.table import Kernel, choose_kernel, run_experts
 from fairseq_moe.modules.routing.contract import RoutingDecision
 
@@ -95,9 +95,18 @@ def test_emulation_is_as_wide_as_its_rows() -> None:
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "swiglu": swiglu,
+    # A limit that no value is near: there the derivative jumps, and what is rounded may lie on the other side.
+    "clamped swiglu, biased": ClampedSwiglu(alpha=1.702, limit=3.0),
+}
+
+
 def leaves_of(activation: str, dtype: torch.dtype) -> list[Tensor]:
-    width = 2 * H if activation == "swiglu" else H
-    shapes = [(T, D), (T, 2), (L, width, D), (L, D, H), *([] if activation == "swiglu" else [(L, H), (L, D)])]
+    width = 2 * H if is_gated(ACTIVATIONS[activation]) else H
+    biases = [] if activation == "swiglu" else [(L, width), (L, D)]
+    shapes = [(T, D), (T, 2), (L, width, D), (L, D, H), *biases]
     leaves = [random(*shape).mul(0.3).to(dtype) for shape in shapes]
     leaves[1] = leaves[1].abs()
     return [leaf.requires_grad_() for leaf in leaves]
@@ -117,7 +126,7 @@ def run(leaves: list[Tensor], activation: str, kernel: Kernel) -> tuple[Tensor, 
         leaves[0],
         Stacks(leaves[2], b1, leaves[3], b2),
         work,
-        activation={"gelu": F.gelu, "swiglu": swiglu}[activation],
+        activation=ACTIVATIONS[activation],
         fp8=Fp8Mode.EMULATE,
     )
     return y.detach(), *torch.autograd.grad(
@@ -128,7 +137,7 @@ def run(leaves: list[Tensor], activation: str, kernel: Kernel) -> tuple[Tensor, 
 @pytest.mark.parametrize(
     ("activation", "dtype", "_with_and_without_triton"),
     [
-        *itertools.product(["gelu", "swiglu"], [torch.float32, torch.bfloat16], ["twins"]),
+        *itertools.product(ACTIVATIONS, [torch.float32, torch.bfloat16], ["twins"]),
         ("swiglu", torch.bfloat16, "kernels"),
     ],
     indirect=["_with_and_without_triton"],

@@ -14,6 +14,7 @@ from fairseq_moe.modules.dispatch.rows import ExpertWork
 from fairseq_moe.modules.kernels import table as kernels
 from fairseq_moe.modules.kernels.contract import Network
 from fairseq_moe.modules.kernels.sliced import sliced_network
+from fairseq_moe.modules.kernels.swiglu import ClampedSwiglu, is_gated, swiglu
 from fairseq_moe.modules.kernels.table import (
     CHOICES,
     KERNELS,
@@ -41,9 +42,10 @@ class Result(NamedTuple):
     grads: list[Tensor]
 
 
-def stacks_of(dtype: torch.dtype = torch.float32) -> Stacks:
+def stacks_of(dtype: torch.dtype = torch.float32, activation: Callable[[Tensor], Tensor] = F.gelu) -> Stacks:
     generator = torch.Generator().manual_seed(3)
-    shapes = ((L, H, D), (L, H), (L, D, H), (L, D))
+    outputs = 2 * H if is_gated(activation) else H
+    shapes = ((L, outputs, D), (L, outputs), (L, D, H), (L, D))
     return Stacks(*(torch.randn(s, generator=generator).mul(0.3).to(dtype).requires_grad_() for s in shapes))
 
 
@@ -58,7 +60,7 @@ def run(
     dtype: torch.dtype = torch.float32,
     activation: Callable[[Tensor], Tensor] = F.gelu,
 ) -> Result:
-    rows, stacks = rows_of(counts, dtype), stacks_of(dtype)
+    rows, stacks = rows_of(counts, dtype), stacks_of(dtype, activation)
     out = run_experts(kernel, rows, stacks, ExpertWork(counts_L=counts), activation=activation)
     cotangent = torch.linspace(-1, 1, out.numel()).view(out.shape).to(dtype)
     return Result(out.detach(), list(torch.autograd.grad(out, (rows, *stacks), cotangent)))
@@ -66,7 +68,8 @@ def run(
 
 def plain(counts: tuple[int, ...], dtype: torch.dtype, activation: Callable[[Tensor], Tensor]) -> Result:
     """One pair of linear maps per expert, in float64, by autograd."""
-    rows, stacks = rows_of(counts, dtype).double(), [stack.double() for stack in stacks_of(dtype)]
+    rows = rows_of(counts, dtype).double()
+    stacks = [stack.double() for stack in stacks_of(dtype, activation)]
     leaves = [tensor.detach().requires_grad_() for tensor in (rows, *stacks)]
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = leaves
     parts = [
@@ -93,7 +96,9 @@ class TestEquality:
             torch.testing.assert_close(a.double(), b, atol=tolerance, rtol=tolerance)
 
     @pytest.mark.parametrize(
-        "activation", [F.relu, torch.tanh, F.silu, lambda x: x], ids=["relu", "tanh", "silu", "identity"]
+        "activation",
+        [F.relu, torch.tanh, F.silu, lambda x: x, swiglu, ClampedSwiglu(alpha=1.702, limit=0.5)],
+        ids=["relu", "tanh", "silu", "identity", "swiglu", "clamped swiglu"],
     )
     @pytest.mark.parametrize("kernel", ALL)
     def test_activations(self, kernel: Kernel, activation: Callable[[Tensor], Tensor]) -> None:

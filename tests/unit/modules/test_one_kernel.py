@@ -34,12 +34,19 @@ RULES: dict[str, dict[str, Any]] = {
         ),
         "balance": BiasConfig(rule=BiasRule.SIGN),
     },
+    "probabilities and a bias": {
+        "config": TopKConfig(score=ScoreRule(top_k=2, by_probability=True), aux_losses=LOSSES),
+        "bias": BiasConfig(rule=BiasRule.SIGN),
+    },
     "one of them": {"config": TopKConfig(score=ScoreRule(top_k=1, function=SIGMOID))},
     "quantile": {
         "config": TopKConfig(score=ScoreRule(top_k=2)),
         "balance": BiasConfig(rule=BiasRule.QUANTILE),
     },
 }
+
+
+_NEED_TOP_K = ("sigmoid", "probabilities and a bias", "quantile")
 
 
 @contextmanager
@@ -124,7 +131,7 @@ def test_a_whole_layer(name: str) -> None:
             y_TD, aux = layer(leaf_TD, tokens=tokens_of(padded=True))
             (y_TD.square().sum() + aux.losses.sum()).backward()
         # Losses of sigmoids, with a bias, go by choices of their own; a quantile needs the best but K.
-        assert (operators.names["topk"] > 0) is (not on or name in ("sigmoid", "quantile"))
+        assert (operators.names["topk"] > 0) is (not on or name in _NEED_TOP_K)
         grads = [parameter.grad for parameter in layer.parameters()]
         results.append([y_TD, leaf_TD.grad, *grads, aux.losses, load_of(aux), stats_of(aux)])
     for one, other in zip(*results, strict=True):

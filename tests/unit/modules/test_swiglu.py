@@ -1,4 +1,4 @@
-"""SwiGLU experts without biases: every kernel against plain maps, their start, and the gated shared network."""
+"""SwiGLU experts, without biases and with: kernels against plain maps, their start, and the gated shared network."""
 
 import copy
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 from fairseq_moe.modules.dispatch.rows import ExpertWork
 from fairseq_moe.modules.experts import Experts
 from fairseq_moe.modules.kernels import table as kernels
-from fairseq_moe.modules.kernels.swiglu import swiglu, swiglu_backward
+from fairseq_moe.modules.kernels.swiglu import ClampedSwiglu, is_gated, swiglu, swiglu_backward
 from fairseq_moe.modules.kernels.table import Choice, Kernel, Stacks, choose_kernel, run_experts
 from fairseq_moe.modules.shared_experts import SharedExperts
 
@@ -118,6 +118,30 @@ class TestKernels:
         torch.testing.assert_close(found, values.detach())
         torch.testing.assert_close(found_grad, expected)
 
+    def test_backward_of_clamped_halves(self) -> None:
+        # At a bound the gradient is that of the values within, beyond it 0, and NaN has none, as torch.clamp says.
+        limit, nan, inf = 0.75, float("nan"), float("inf")
+        activation = ClampedSwiglu(alpha=1.702, limit=limit)
+        sides = torch.tensor([limit, limit + 1e-9, -limit, -limit - 1e-9, nan, inf, 0.5], dtype=torch.float64)
+        hidden = torch.cartesian_prod(sides, sides).requires_grad_()
+        grad = torch.linspace(-1, 1, len(hidden), dtype=torch.float64).unsqueeze(1)
+        values = activation(hidden)
+        (expected,) = torch.autograd.grad(values, hidden, grad)
+        found, found_grad = activation.backward(grad, hidden.detach())
+        torch.testing.assert_close(found, values.detach(), equal_nan=True)
+        torch.testing.assert_close(found_grad, expected, equal_nan=True)
+        assert found[hidden.isnan().any(1)].isnan().all() and found[hidden.isfinite().all(1)].isfinite().all()
+
+    def test_clamped_halves_by_numbers(self) -> None:
+        # (u + 1) g / (1 + exp(-2 g)) of (3, -5), (-1, 0.5) and (0.5, 9) within 2.
+        hidden = torch.tensor([[3.0, -1.0, 0.5, -5.0, 0.5, 9.0]])
+        sigmoid = [0.9820137900379085, 0.11920292202211755, 0.7310585786300049]  # of 4, -2 and 1
+        expected = torch.tensor([[-1 * 2 * sigmoid[0], 1.5 * -1 * sigmoid[1], 3 * 0.5 * sigmoid[2]]])
+        torch.testing.assert_close(ClampedSwiglu(alpha=2.0, limit=2.0)(hidden), expected)
+
+    def test_what_is_gated(self) -> None:
+        assert is_gated(swiglu) and is_gated(ClampedSwiglu(alpha=1.0, limit=7.0)) and not is_gated(F.silu)
+
     def test_small_counts_all_three_matrices(self, monkeypatch: pytest.MonkeyPatch) -> None:
         _, fc1, fc2 = leaves_of((1,) * L, torch.float32)
         flops = 2 * 16 * 3 * H * D
@@ -127,7 +151,9 @@ class TestKernels:
             assert choose_kernel(Stacks(fc1, None, fc2, None), rows_per_expert=16) is expected
 
 
-def make(num_local: int = 3, first: int = 0, *, std: float | None = 0.02) -> Experts:
+def make(
+    num_local: int = 3, first: int = 0, *, std: float | None = 0.02, gated_bias: bool = False
+) -> Experts:
     return Experts(
         num_local_experts=num_local,
         first_expert_id=first,
@@ -137,6 +163,7 @@ def make(num_local: int = 3, first: int = 0, *, std: float | None = 0.02) -> Exp
         seed=5,
         marks={name: {"expert": True} for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")},
         init_std=std,
+        gated_bias=gated_bias,
     )
 
 
@@ -148,9 +175,16 @@ class TestModule:
         assert all(p.expert for p in copy.deepcopy(experts).half().parameters())
         assert set(experts.state_dict()) == set(shapes)
 
+    def test_biases_on_request(self) -> None:
+        experts = make(gated_bias=True)
+        shapes = {name: tuple(p.shape) for name, p in experts.named_parameters() if "bias" in name}
+        assert shapes == {"fc1_bias": (3, 192), "fc2_bias": (3, 64)}
+        assert all(p.expert for p in copy.deepcopy(experts).half().parameters())
+
+    @pytest.mark.parametrize("gated_bias", [False, True])
     @pytest.mark.parametrize("std", [0.02, None])
-    def test_start_does_not_depend_on_the_ranks(self, std: float | None) -> None:
-        whole, parts = make(4, std=std), [make(2, std=std), make(2, 2, std=std)]
+    def test_start_does_not_depend_on_the_ranks(self, std: float | None, gated_bias: bool) -> None:
+        whole, *parts = (make(*share, std=std, gated_bias=gated_bias) for share in ((4, 0), (2, 0), (2, 2)))
         for name, stack in whole.named_parameters():
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), stack)
         expected = 0.02 if std is not None else (1 / 3 / 64) ** 0.5
@@ -160,17 +194,19 @@ class TestModule:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert make()(torch.randn(3, 64), ExpertWork(counts_L=[1, 0, 2])).dtype is torch.bfloat16
 
+    @pytest.mark.parametrize("biased", [False, True])
     @pytest.mark.parametrize("gated", [False, True])
-    def test_shared_network(self, gated: bool) -> None:
-        shared = SharedExperts(model_dim=D, hidden_dim=H, activation=swiglu, gated=gated)
+    def test_shared_network(self, gated: bool, biased: bool) -> None:
+        shared = SharedExperts(model_dim=D, hidden_dim=H, activation=swiglu, gated_bias=biased, gated=gated)
         assert {name: tuple(p.shape) for name, p in shared.named_parameters()} == {
             "fc1.weight": (2 * H, D),
             "fc2.weight": (D, H),
+            **({"fc1.bias": (2 * H,), "fc2.bias": (D,)} if biased else {}),
             **({"gate.weight": (1, D)} if gated else {}),
         }
         x = torch.randn(5, D)
-        gate, up = F.linear(x, shared.fc1.weight).chunk(2, dim=-1)
-        expected = F.linear(F.silu(gate) * up, shared.fc2.weight)
+        gate, up = F.linear(x, shared.fc1.weight, shared.fc1.bias).chunk(2, dim=-1)
+        expected = F.linear(F.silu(gate) * up, shared.fc2.weight, shared.fc2.bias)
         if gated:
             expected = torch.sigmoid(x @ shared.gate.weight.t()) * expected
         torch.testing.assert_close(shared(x), expected)

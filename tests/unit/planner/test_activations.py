@@ -1,4 +1,4 @@
-"""Planned activations are within a tenth of the bytes that autograd keeps, for three families at three sizes each.
+"""Planned activations are within a tenth of the bytes that autograd keeps, for four families at three sizes each.
 
 Counted: storages that ``saved_tensors_hooks`` sees in one forward pass and loss, each once, parameters left out; one
 rank, on a CPU, whose path is the one that is planned. Run with ``pytest tests/unit/planner/test_activations.py``.
@@ -28,6 +28,8 @@ _LATENT = (
     "--moe-router-group-topk", 1, "--kv-lora-rank", 32, "--q-lora-rank", 48, "--qk-nope-head-dim", 24,
     "--qk-rope-head-dim", 8, "--v-head-dim", 16, "--moe-layer-freq", "[0,1]*{half}",
 )  # fmt: skip
+_SINKS = ("--attention-sinks",)
+_WINDOWS = ("--attention-window", 16, "--attention-window-layers", 2)
 
 
 def _sized(layers: int, dim: int, heads: int, ffn: int, *more: Any) -> tuple[Any, ...]:
@@ -51,6 +53,14 @@ SIZES: dict[str, tuple[tuple[tuple[Any, ...], int, int, int], ...]] = {
           "--decoder-head-dim", 16)), 1, 128, 90),
         ((*_GROUPED, *_sized(2, 48, 4, 96, "--decoder-kv-heads", 4, "--moe-ffn-hidden-size", 200,
           "--moe-shared-expert-intermediate-size", 80, "--moe-shared-expert-gate")), 3, 40, 300),
+    ),
+    "windows and sinks": (
+        ((*_GROUPED, *_sized(2, 64, 4, 160, "--decoder-kv-heads", 2, "--moe-ffn-hidden-size", 96, *_SINKS)),
+         2, 64, 200),
+        ((*_GROUPED, *_sized(4, 96, 8, 128, "--decoder-kv-heads", 2, "--moe-ffn-hidden-size", 64, "--attention-bias",
+          "all", *_SINKS, *_WINDOWS)), 2, 192, 90),
+        ((*_GROUPED, *_sized(2, 48, 4, 96, "--decoder-kv-heads", 4, "--moe-ffn-hidden-size", 200, *_WINDOWS)),
+         1, 60, 300),
     ),
     "latent blocks": (
         ((*_LATENT, *_sized(2, 64, 4, 160, "--moe-ffn-hidden-size", 96, "--moe-shared-expert-intermediate-size", 80)),
@@ -105,7 +115,16 @@ def test_planned_bytes_are_those_that_autograd_keeps(family: str, size: int, rec
     assert planned == pytest.approx(kept, rel=WITHIN)
 
 
-@pytest.mark.parametrize("family", ["grouped blocks", "latent blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_planned_bytes_of_clamped_networks(dtype: torch.dtype) -> None:
+    flags, *sizes = SIZES["grouped blocks"][2]  # with a shared network
+    biased = ("--swiglu-limit", 0.5, "--gated-ffn-bias", "--moe-router-bias")
+    planned, kept = _planned_and_kept((*flags, *biased), *sizes, dtype)
+    assert planned == pytest.approx(kept, rel=WITHIN)
+    assert planned > 1.05 * _planned_and_kept(flags, *sizes, dtype)[0]
+
+
+@pytest.mark.parametrize("family", ["grouped blocks", "windows and sinks", "latent blocks"])
 def test_planned_bytes_in_half_precision(family: str) -> None:
     # GELU networks of the branch keep one more tensor on CPUs that multiply bfloat16 (modules/kernels/sliced.py).
     for flags, *sizes in SIZES[family]:

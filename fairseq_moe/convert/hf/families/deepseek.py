@@ -1,41 +1,32 @@
-"""Read and write the config.json of DeepSeek-V2 (arXiv 2405.04434) and DeepSeek-V3 (arXiv 2412.19437)."""
+"""Read and write the config.json of DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3 (arXiv 2412.19437) and Kimi-K2.
 
+Kimi-K2 (arXiv 2507.20534) is a DeepSeek-V3 with a ``model_type`` of its own, so that engines can tell them apart.
+"""
+
+from dataclasses import replace
 from typing import Any
 
 from fairseq_moe.convert.hf.config_keys import REQUIRED, ConfigKeys
-from fairseq_moe.convert.hf.families.common import ROUTED_ALONE, common_sizes, limited_groups
+from fairseq_moe.convert.hf.families.common import (
+    ROUTED_ALONE,
+    common_sizes,
+    dense_in_front,
+    latent_heads,
+    limited_groups,
+)
 from fairseq_moe.convert.hf.families.family import Family
-from fairseq_moe.convert.spec import Mla, ModelSpec, Routing
+from fairseq_moe.convert.spec import ModelSpec, Routing
 
-__all__ = ["DEEPSEEK_V2", "DEEPSEEK_V3"]
+__all__ = ["DEEPSEEK_V2", "DEEPSEEK_V3", "KIMI_K2"]
 
 
 def _deepseek(
     keys: ConfigKeys, *, routing: Routing, interleaved: bool, num_dense: Any, **own: Any
 ) -> ModelSpec:
     common = common_sizes(keys, max_positions=4096)
-    heads, layers = common["num_heads"], common["num_layers"]
-    # null means that queries are not compressed; transformers takes 1536 where it is absent.
-    has_rank = "q_lora_rank" in keys.values
-    mla = Mla(
-        q_lora_rank=keys.integer("q_lora_rank", default=None if has_rank else REQUIRED),
-        kv_lora_rank=keys.integer("kv_lora_rank"),
-        qk_nope_head_dim=keys.integer("qk_nope_head_dim"),
-        qk_rope_head_dim=keys.integer("qk_rope_head_dim"),
-        v_head_dim=keys.integer("v_head_dim"),
-    )
-    head_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
-    keys.fixed("num_key_value_heads", heads, why="latent attention has as many as num_attention_heads")
-    keys.fixed("head_dim", mla.qk_rope_head_dim, why="it is qk_rope_head_dim in this family")
-    keys.fixed("qk_head_dim", head_dim, why="it is qk_nope_head_dim and qk_rope_head_dim together")
-    keys.fixed(
-        "attention_bias",
-        False,
-        why="biases of latent attention are not converted; no published model has them",
-    )
+    heads = latent_heads(keys, common, interleaved=interleaved)
     keys.fixed("mlp_bias", False, why="networks here have no biases")
-    keys.fixed("moe_layer_freq", 1, why="transformers takes every layer after first_k_dense_replace")
-    num_dense = min(keys.integer("first_k_dense_replace", default=num_dense, least=0), layers)
+    moe_layers = dense_in_front(keys, common["num_layers"], default=num_dense)
     width, shared = (
         keys.integer("moe_intermediate_size"),
         keys.integer("n_shared_experts", default=0, least=0),
@@ -43,15 +34,12 @@ def _deepseek(
     dense_dim = keys.integer("intermediate_size")
     return ModelSpec(
         **common,
-        num_kv_heads=heads,
-        head_dim=head_dim,
-        mla=mla,
-        rope=keys.rope(interleaved=interleaved),
+        **heads,
         norm_eps=keys.number("rms_norm_eps", 1e-6, positive=True),
-        dense_ffn_dim=dense_dim if num_dense else None,
+        dense_ffn_dim=None if all(moe_layers) else dense_dim,
         expert_ffn_dim=width,
         shared_ffn_dim=width * shared or None,
-        moe_layers=tuple(index >= num_dense for index in range(layers)),
+        moe_layers=moe_layers,
         routing=routing,
         **own,
     )
@@ -116,7 +104,7 @@ def _deepseek_v3(keys: ConfigKeys) -> ModelSpec:
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
     assert spec.mla is not None
-    routing, is_v3 = spec.routing, spec.family == "deepseek_v3"
+    routing, is_v3 = spec.routing, spec.family != "deepseek_v2"
     groups = routing.num_groups or 1
     own: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM"],
@@ -146,5 +134,6 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     return own
 
 
-DEEPSEEK_V2 = Family(read=_deepseek_v2, write=_write, is_latent=True)
-DEEPSEEK_V3 = Family(read=_deepseek_v3, write=_write, is_latent=True)
+DEEPSEEK_V2 = Family(read=_deepseek_v2, write=_write, is_latent=True, routes_in_float32=True)
+DEEPSEEK_V3 = Family(read=_deepseek_v3, write=_write, is_latent=True, routes_in_float32=True)
+KIMI_K2 = replace(DEEPSEEK_V3, runs_as="deepseek_v3")

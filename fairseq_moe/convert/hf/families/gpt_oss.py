@@ -4,7 +4,7 @@ from typing import Any
 
 from fairseq_moe.convert.hf.config_keys import ConfigKeys
 from fairseq_moe.convert.hf.families.common import common_sizes, grouped_heads
-from fairseq_moe.convert.hf.families.family import ExpertNames, Family
+from fairseq_moe.convert.hf.families.family import FUSED, ExpertNames, Family
 from fairseq_moe.convert.hf.families.windows import layer_types, window_of, windows
 from fairseq_moe.convert.hf.layout import Layout
 from fairseq_moe.convert.spec import ModelSpec, Routing
@@ -15,6 +15,11 @@ __all__ = ["GPT_OSS"]
 def _read(keys: ConfigKeys) -> ModelSpec:
     common = common_sizes(keys, max_positions=131072)
     num_layers = common["num_layers"]
+    if not any(keys.values.get(name) for name in ("rope_scaling", "rope_parameters")):
+        keys.problems.append(
+            f"{keys.source} has no rope_scaling, for which transformers takes the YaRN of gpt-oss-20b, and other "
+            "programs none; expected the settings, or rope_type default."
+        )
     alternating = [index % 2 == 0 for index in range(num_layers)]
     routing = Routing(
         num_experts=keys.integer("num_local_experts", "num_experts"),
@@ -57,9 +62,8 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
 GPT_OSS = Family(
     read=_read,
     write=_write,
-    published=ExpertNames(router="router.weight", router_bias="router.bias"),
+    published=ExpertNames(router="router.weight", router_bias="router.bias", stacked=FUSED),
     gate_up=Layout(transposed=True, interleaved=True),
     down=Layout(transposed=True),
-    is_stacked=True,
     num_experts_key="num_local_experts",
 )

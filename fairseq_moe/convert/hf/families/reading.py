@@ -11,6 +11,8 @@ from fairseq_moe.errors import ConfigError
 
 __all__ = ["read_config", "read_keys"]
 
+_WRAPPERS = {"kimi_k25": ", which sees images through a second model and holds a kimi_k2 under text_config"}
+
 
 def read_config(
     values: dict[str, Any], *, source: str = "config.json", ignored: Collection[str] = ()
@@ -34,11 +36,9 @@ def read_keys(
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ConfigError(
-            [
-                f"{source} has model_type {kind!r}, expected one of {', '.join(FAMILIES)}; convert such a model."
-            ]
-        )
+        inside = _WRAPPERS.get(str(kind), "")
+        expected = f"expected one of {', '.join(FAMILIES)}; convert such a model."
+        raise ConfigError([f"{source} has model_type {kind!r}{inside}, {expected}"])
     fp8_block(values, source=source)
     keys = ConfigKeys(values, source=source, ignored=ignored)
     keys.fixed("hidden_act", "silu", why="the experts here are SwiGLU networks")
@@ -54,10 +54,13 @@ def read_keys(
 def _check_sizes(keys: ConfigKeys, spec: ModelSpec) -> None:
     routing, group_size = spec.routing, spec.routing.num_experts // (spec.routing.num_groups or 1)
     turned = "head_dim" if spec.mla is None else "qk_rope_head_dim"
+    turned_dim = int(spec.head_dim * spec.rope.fraction) if spec.mla is None else spec.mla.qk_rope_head_dim
     for problem, text in (
         (
-            (spec.head_dim if spec.mla is None else spec.mla.qk_rope_head_dim) % 2,
-            f"an odd {turned}, of which positions turn pairs of values",
+            turned_dim % 2 or turned_dim < 2,
+            f"an odd {turned}, of which positions turn pairs of values"
+            if spec.rope.fraction == 1
+            else f"a partial_rotary_factor that turns {turned_dim} values of a head, which are no pairs",
         ),
         (spec.num_heads % spec.num_kv_heads, "num_attention_heads not a multiple of num_key_value_heads"),
         (spec.attention_dropout > 1, "attention_dropout above 1"),
