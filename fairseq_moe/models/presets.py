@@ -12,6 +12,8 @@ from typing import Any
 from fairseq.models import ARCH_MODEL_REGISTRY, register_model_architecture
 from fairseq.models.transformer_lm import base_lm_architecture
 
+from fairseq_moe.models.small_presets import SMALL_PRESETS
+
 __all__ = ["PRESETS", "Preset", "register_presets"]
 
 _COMMON: dict[str, Any] = {
@@ -237,6 +239,8 @@ PRESETS: dict[str, Preset] = {
         flags={**_sizes(94, 4096, 64, 12288, 1536), **_experts(128, 8, aux=1e-3), **_QWEN3},
     ),
 }
+
+PRESETS |= {name: Preset(**values) for name, values in SMALL_PRESETS.items()}
 
 
 def register_presets(store: Callable[[str, dict[str, Any]], None]) -> None:

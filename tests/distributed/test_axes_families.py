@@ -32,8 +32,9 @@ TRAINING = ("--ddp-backend", "legacy_ddp", "--lr", 0.01, "--adam-eps", 1e-3)
 LOGGED = ("loss", "inner_loss", "gnorm", "moe_aux_loss", "drop_rate")
 NAMES = (*HF_MODELS, "prediction block", "tied")
 IN_DOUBLE = 1e-11
-# DeepSeek's routers compute in float32 whatever the model does.
-BOUNDS = {name: 1e-6 for name in NAMES if "deepseek" in name or name == "prediction block"}
+# These routers compute in float32 whatever the model does.
+IN_FLOAT32 = ("deepseek", "ernie", "hunyuan", "prediction block")
+BOUNDS = {name: 1e-6 for name in NAMES if any(part in name for part in IN_FLOAT32)}
 
 
 def batches() -> list[Any]:

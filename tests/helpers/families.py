@@ -25,6 +25,21 @@ _GQA_FLAGS = (
     "--decoder-layers 3 --decoder-embed-dim 32 --decoder-attention-heads 4 --decoder-kv-heads 2 "
     "--num-experts 8 --moe-ffn-hidden-size 20 --decoder-ffn-embed-dim 24"
 )
+_GRANITE = {
+    **_GQA,
+    "intermediate_size": 20,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 4,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.5,
+    "logits_scaling": 1.5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+_GRANITE_FLAGS = (
+    " --moe-router-topk 4 --embedding-multiplier 3 --residual-multiplier 0.7 --attention-multiplier 0.5 "
+    "--logits-scaling 1.5"
+)
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -184,6 +199,52 @@ FAMILIES = {
         flags=_GQA_FLAGS + " --moe-router-topk 4 --decoder-head-dim 12 --moe-layer-freq [0,1,0]",
         moe_layers=(1,),
     ),
+    "granite": Family(
+        kind="GraniteMoe",
+        config={**_GRANITE, "tie_word_embeddings": True},
+        arch="granite_1b_a400m",
+        flags=_GQA_FLAGS + _GRANITE_FLAGS,
+    ),
+    "granite_shared": Family(
+        kind="GraniteMoeShared",
+        config={**_GRANITE, "tie_word_embeddings": True, "shared_intermediate_size": 12},
+        arch="granite_1b_a400m",
+        flags=_GQA_FLAGS + _GRANITE_FLAGS + " --moe-shared-expert-intermediate-size 12",
+    ),
+    "hunyuan": Family(
+        kind="HunYuanMoEV1",
+        config={
+            **_GQA,
+            "head_dim": 12,
+            "intermediate_size": 20,
+            "num_experts": 8,
+            "moe_topk": 4,
+            "pad_token_id": None,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0},
+        },
+        arch="hunyuan_a13b",
+        flags=_GQA_FLAGS
+        + " --moe-router-topk 4 --decoder-head-dim 12 --moe-shared-expert-intermediate-size 20"
+        + f" --rope-theta {1e4 * 1e3 ** (12 / 10)!r}",
+    ),
+    "ernie": Family(
+        kind="Ernie4_5_Moe",
+        config={
+            **_GQA,
+            "intermediate_size": 24,
+            "moe_intermediate_size": 20,
+            "moe_num_experts": 8,
+            "moe_k": 4,
+            "moe_layer_start_index": 1,
+            "moe_num_shared_experts": 2,
+            "pad_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
+        arch="ernie_45_21b_a3b",
+        flags=_GQA_FLAGS + " --moe-router-topk 4 --moe-shared-expert-intermediate-size 40",
+        moe_layers=(1, 2),
+    ),
 }
 
 
@@ -202,11 +263,14 @@ def build_pair(name: str, more_flags: str = "") -> tuple[Any, Any]:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for key, value in theirs.state_dict().items():
+            if key == "lm_head.weight" and config.tie_word_embeddings:
+                continue
             is_small = value.dim() == 1 and "bias" not in key
             value.copy_(torch.randn(value.shape, generator=generator) * 0.3 + (1.0 if is_small else 0.0))
     args = parse(family.arch, (family.flags + " " + more_flags).split(), max_positions=64)
     ours = build_model(args, WordIds(VOCABULARY)).eval()
-    missing, surplus = ours.load_state_dict(our_state(theirs.state_dict(), tied=False), strict=False)
+    state = our_state(theirs.state_dict(), tied=config.tie_word_embeddings)
+    missing, surplus = ours.load_state_dict(state, strict=False)
     assert not surplus and all(key.startswith("decoder.mtp.") for key in missing), (missing, surplus)
     return theirs, ours
 
@@ -222,6 +286,16 @@ _PARTS = {
     "mlp.experts.down_proj": "moe_layer.experts.fc2_weight",
     "mlp.gate.weight": "moe_layer.router.weight",
     "mlp.gate.e_score_correction_bias": "moe_layer.router.expert_bias",
+    "mlp.gate.wg.weight": "moe_layer.router.weight",
+    "mlp.gate.moe_statics.e_score_correction_bias": "moe_layer.router.expert_bias",
+    "mlp.shared_mlp": "moe_layer.shared_experts",
+    "block_sparse_moe.experts.gate_up_proj": "moe_layer.experts.fc1_weight",
+    "block_sparse_moe.experts.down_proj": "moe_layer.experts.fc2_weight",
+    "block_sparse_moe.router": "moe_layer.router",
+    "shared_mlp.input_linear": "moe_layer.shared_experts.fc1",
+    "shared_mlp.output_linear": "moe_layer.shared_experts.fc2",
+    "query_layernorm": "q_norm",
+    "key_layernorm": "k_norm",
     "mlp.shared_expert_gate": "moe_layer.shared_experts.gate",
     "mlp.shared_experts": "moe_layer.shared_experts",
     "mlp.shared_expert": "moe_layer.shared_experts",
@@ -245,7 +319,7 @@ def our_state(state: dict[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
         name = key.replace("gate_proj", "fc1")
         for old, new in _PARTS.items():
             name = name.replace(old, new)
-        found[name] = value
+        found[name] = value.squeeze(0) if name.endswith("expert_bias") else value
     if tied:
-        del found["decoder.output_projection.weight"]
+        found.pop("decoder.output_projection.weight", None)
     return found
