@@ -212,11 +212,11 @@ def _write_files(
     if set(files) != {SINGLE}:
         index = {
             "metadata": {
-                # A router's bias is a buffer, no parameter.
+                # A router's bias is a buffer, no parameter, but where it has rows.
                 "total_parameters": sum(
                     output.num_parameters
                     for output in outputs.values()
-                    if not output.source.name.endswith(_BIAS)
+                    if not output.source.name.endswith(_BIAS) or len(output.block.shape) > 1
                 ),
                 "total_size": num_bytes,
             },

@@ -33,11 +33,8 @@ LOGGED = ("loss", "inner_loss", "gnorm", "moe_aux_loss", "drop_rate")
 NAMES = (*HF_MODELS, "prediction block", "tied")
 IN_DOUBLE = 1e-11
 # These routers compute in float32 whatever the model does.
-BOUNDS = {
-    name: 1e-6
-    for name in NAMES
-    if name.startswith(("deepseek", "dots", "glm", "minimax")) or name == "prediction block"
-}
+IN_FLOAT32 = ("deepseek", "dots", "ernie", "glm", "hunyuan", "minimax", "prediction block")
+BOUNDS = {name: 1e-6 for name in NAMES if any(part in name for part in IN_FLOAT32)}
 
 
 def batches() -> list[Any]:

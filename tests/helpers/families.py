@@ -1,325 +1,20 @@
 """Build tiny models of every published family: transformers' configuration, our flags, and the same weights in both."""
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
+from tests.helpers.family_kinds import VOCABULARY, Family
+from tests.helpers.first_families import FIRST_FAMILIES
+from tests.helpers.newer_families import NEWER_FAMILIES
 from tests.helpers.presets import WordIds, build_model, parse
 
-__all__ = ["FAMILIES", "Family", "build_pair", "our_state"]
+__all__ = ["FAMILIES", "VOCABULARY", "build_pair", "our_state"]
 
-VOCABULARY = 61
-_GQA = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "attention_dropout": 0.0,
-}
-_GQA_FLAGS = (
-    "--decoder-layers 3 --decoder-embed-dim 32 --decoder-attention-heads 4 --decoder-kv-heads 2 "
-    "--num-experts 8 --moe-ffn-hidden-size 20 --decoder-ffn-embed-dim 24"
-)
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 40.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 32,
-    "beta_slow": 1,
-}
-_MLA = {
-    **_GQA,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 4,
-    "intermediate_size": 24,
-    "moe_intermediate_size": 20,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "kv_lora_rank": 20,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 10,
-    "max_position_embeddings": 640,
-}
-_MLA_FLAGS = (
-    "--decoder-layers 4 --decoder-embed-dim 32 --decoder-attention-heads 4 --num-experts 16 "
-    "--moe-router-topk 4 --moe-ffn-hidden-size 20 --decoder-ffn-embed-dim 24 --kv-lora-rank 20 "
-    "--qk-nope-head-dim 12 --qk-rope-head-dim 8 --v-head-dim 10 --rope-original-max-positions 16 "
-    "--moe-shared-expert-intermediate-size 40"
-)
-
-
-_SIGMOID = {
-    **_GQA,
-    "head_dim": 12,
-    "intermediate_size": 24,
-    "moe_intermediate_size": 20,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "first_k_dense_replace": 1,
-    "norm_topk_prob": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-}
-_SIGMOID_FLAGS = (
-    _GQA_FLAGS + " --decoder-head-dim 12 --moe-router-topk 3 --moe-shared-expert-intermediate-size 20"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """A published family as tests build it: transformers' configuration and our flags.
-
-    Args:
-        kind: prefix of transformers' classes.
-        config: arguments of its configuration.
-        arch: our preset.
-        flags: what makes it tiny.
-        moe_layers: which layers have experts.
-    """
-
-    kind: str
-    config: dict[str, Any]
-    arch: str
-    flags: str
-    moe_layers: tuple[int, ...] = (0, 1, 2)
-
-
-FAMILIES = {
-    "mixtral_window": Family(
-        kind="Mixtral",
-        config={
-            **_GQA,
-            "intermediate_size": 20,
-            "num_local_experts": 8,
-            "sliding_window": 5,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-        arch="mixtral_8x7b",
-        flags=_GQA_FLAGS + " --attention-window 5",
-    ),
-    "qwen2_window": Family(
-        kind="Qwen2Moe",
-        config={
-            **_GQA,
-            "intermediate_size": 24,
-            "moe_intermediate_size": 20,
-            "shared_expert_intermediate_size": 40,
-            "num_experts": 8,
-            "num_experts_per_tok": 4,
-            "use_sliding_window": True,
-            "sliding_window": 7,
-            "max_window_layers": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-        arch="qwen2_57b_a14b",
-        flags=_GQA_FLAGS + " --moe-router-topk 4 --moe-shared-expert-intermediate-size 40"
-        " --attention-window 7 --attention-window-layers [1,0,0]",
-    ),
-    "gpt_oss": Family(
-        kind="GptOss",
-        config={
-            **_GQA,
-            "head_dim": 12,
-            "intermediate_size": 20,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 4,
-            "sliding_window": 6,
-            "swiglu_limit": 1.5,
-            "rope_parameters": {**_YARN, "factor": 8.0, "beta_slow": 0.25, "truncate": False},
-        },
-        arch="gpt_oss_20b",
-        flags=_GQA_FLAGS + " --decoder-head-dim 12 --moe-router-topk 4 --attention-window 6"
-        " --attention-window-layers [1,0,1] --swiglu-limit 1.5 --rope-theta 10000 --rope-scaling-factor 8"
-        " --rope-original-max-positions 16 --rope-beta-slow 0.25",
-    ),
-    "mixtral": Family(
-        kind="Mixtral",
-        config={
-            **_GQA,
-            "intermediate_size": 20,
-            "num_local_experts": 8,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-        arch="mixtral_8x7b",
-        flags=_GQA_FLAGS,
-    ),
-    "deepseek_v2": Family(
-        kind="DeepseekV2",
-        config={
-            **_MLA,
-            "q_lora_rank": 16,
-            "first_k_dense_replace": 1,
-            "topk_method": "group_limited_greedy",
-            "n_group": 4,
-            "topk_group": 2,
-            "routed_scaling_factor": 16.0,
-            "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
-        },
-        arch="deepseek_v2",
-        flags=_MLA_FLAGS + " --q-lora-rank 16 --moe-router-num-groups 4 --moe-router-group-topk 2",
-        moe_layers=(1, 2, 3),
-    ),
-    "deepseek_v2_lite": Family(
-        kind="DeepseekV2",
-        config={
-            **_MLA,
-            "q_lora_rank": None,
-            "first_k_dense_replace": 1,
-            "topk_method": "greedy",
-            "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
-        },
-        arch="deepseek_v2_lite",
-        flags=_MLA_FLAGS,
-        moe_layers=(1, 2, 3),
-    ),
-    "deepseek_v3": Family(
-        kind="DeepseekV3",
-        config={
-            **_MLA,
-            "q_lora_rank": 16,
-            "first_k_dense_replace": 2,
-            "n_shared_experts": 2,
-            "n_group": 4,
-            "topk_group": 2,
-            "routed_scaling_factor": 2.5,
-            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
-        },
-        arch="deepseek_v3",
-        flags=_MLA_FLAGS
-        + " --q-lora-rank 16 --moe-router-num-groups 4 --moe-router-group-topk 2"
-        + " --moe-layer-freq ([0]*2+[1]*2)",
-        moe_layers=(2, 3),
-    ),
-    "qwen2": Family(
-        kind="Qwen2Moe",
-        config={
-            **_GQA,
-            "intermediate_size": 24,
-            "moe_intermediate_size": 20,
-            "shared_expert_intermediate_size": 40,
-            "num_experts": 8,
-            "num_experts_per_tok": 4,
-            "norm_topk_prob": False,
-            "mlp_only_layers": [1],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-        arch="qwen2_57b_a14b",
-        flags=_GQA_FLAGS
-        + " --moe-router-topk 4 --moe-shared-expert-intermediate-size 40 --moe-layer-freq [1,0,1]",
-        moe_layers=(0, 2),
-    ),
-    "olmoe": Family(
-        kind="Olmoe",
-        config={
-            **_GQA,
-            "num_key_value_heads": 4,
-            "intermediate_size": 20,
-            "num_experts": 8,
-            "num_experts_per_tok": 4,
-            "norm_topk_prob": False,
-            "clip_qkv": 1.54,  # no value of this seed is nearer to it than 2e-4: a clipped one has no gradient
-            "pad_token_id": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-        },
-        arch="olmoe_1b_7b",
-        flags=_GQA_FLAGS + " --decoder-kv-heads 4 --moe-router-topk 4 --clip-qkv 1.54",
-    ),
-    "qwen3": Family(
-        kind="Qwen3Moe",
-        config={
-            **_GQA,
-            "head_dim": 12,
-            "intermediate_size": 24,
-            "moe_intermediate_size": 20,
-            "num_experts": 8,
-            "num_experts_per_tok": 4,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-        arch="qwen3_30b_a3b",
-        flags=_GQA_FLAGS + " --moe-router-topk 4 --decoder-head-dim 12 --moe-layer-freq [0,1,0]",
-        moe_layers=(1,),
-    ),
-    "glm": Family(
-        kind="Glm4Moe",
-        config={**_SIGMOID, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 2.5},
-        arch="glm_4_5",
-        flags=_SIGMOID_FLAGS + " --moe-layer-freq [0,1,1]",
-        moe_layers=(1, 2),
-    ),
-    "glm_lite": Family(
-        kind="Glm4MoeLite",
-        config={
-            **_MLA,
-            "q_lora_rank": 16,
-            "n_shared_experts": 2,
-            "routed_scaling_factor": 1.8,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-        arch="glm_4_7_flash",
-        flags=_MLA_FLAGS.replace("--rope-original-max-positions 16 ", "") + " --q-lora-rank 16",
-        moe_layers=(1, 2, 3),
-    ),
-    "dots": Family(
-        kind="Dots1",
-        config={
-            **_SIGMOID,
-            "n_shared_experts": 2,
-            "routed_scaling_factor": 2.5,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e7},
-        },
-        arch="dots_llm1",
-        flags=_SIGMOID_FLAGS + " --moe-shared-expert-intermediate-size 40",
-        moe_layers=(1, 2),
-    ),
-    "minimax": Family(
-        kind="MiniMaxM2",
-        config={
-            **_GQA,
-            "head_dim": 12,
-            "intermediate_size": 20,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 3,
-            "rotary_dim": 6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6},
-        },
-        arch="minimax_m2",
-        flags=_GQA_FLAGS + " --decoder-head-dim 12 --moe-router-topk 3",
-    ),
-    "kimi": Family(
-        kind="DeepseekV3",
-        config={
-            **_MLA,
-            "q_lora_rank": 16,
-            "first_k_dense_replace": 1,
-            "n_group": 1,
-            "topk_group": 1,
-            "n_shared_experts": 2,
-            "routed_scaling_factor": 2.827,
-            "rope_parameters": {
-                **_YARN,
-                "rope_theta": 50000.0,
-                "factor": 32.0,
-                "original_max_position_embeddings": 640,  # where a larger beta_fast would begin a pair earlier
-                "beta_fast": 1.0,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-            },
-        },
-        arch="kimi_k2",
-        flags=_MLA_FLAGS + " --q-lora-rank 16 --rope-original-max-positions 640",
-        moe_layers=(1, 2, 3),
-    ),
-}
+FAMILIES: dict[str, Family] = FIRST_FAMILIES | NEWER_FAMILIES
 
 
 def build_pair(name: str, more_flags: str = "") -> tuple[Any, Any]:
@@ -338,11 +33,14 @@ def build_pair(name: str, more_flags: str = "") -> tuple[Any, Any]:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for key, value in theirs.state_dict().items():
+            if key == "lm_head.weight" and config.tie_word_embeddings:
+                continue
             is_small = value.dim() == 1 and "bias" not in key
             value.copy_(torch.randn(value.shape, generator=generator) * 0.3 + (1.0 if is_small else 0.0))
     args = parse(family.arch, (family.flags + " " + more_flags).split(), max_positions=64)
     ours = build_model(args, WordIds(VOCABULARY)).eval()
-    missing, surplus = ours.load_state_dict(our_state(theirs.state_dict(), tied=False), strict=False)
+    state = our_state(theirs.state_dict(), tied=config.tie_word_embeddings)
+    missing, surplus = ours.load_state_dict(state, strict=False)
     assert not surplus and all(key.startswith("decoder.mtp.") for key in missing), (missing, surplus)
     return theirs, ours
 
@@ -362,6 +60,16 @@ _PARTS = {
     "mlp.gate.weight": "moe_layer.router.weight",
     "mlp.gate.e_score_correction_bias": "moe_layer.router.expert_bias",
     "mlp.e_score_correction_bias": "moe_layer.router.expert_bias",
+    "mlp.gate.wg.weight": "moe_layer.router.weight",
+    "mlp.gate.moe_statics.e_score_correction_bias": "moe_layer.router.expert_bias",
+    "mlp.shared_mlp": "moe_layer.shared_experts",
+    "block_sparse_moe.experts.gate_up_proj": "moe_layer.experts.fc1_weight",
+    "block_sparse_moe.experts.down_proj": "moe_layer.experts.fc2_weight",
+    "block_sparse_moe.router": "moe_layer.router",
+    "shared_mlp.input_linear": "moe_layer.shared_experts.fc1",
+    "shared_mlp.output_linear": "moe_layer.shared_experts.fc2",
+    "query_layernorm": "q_norm",
+    "key_layernorm": "k_norm",
     "mlp.shared_expert_gate": "moe_layer.shared_experts.gate",
     "mlp.shared_experts": "moe_layer.shared_experts",
     "mlp.shared_expert": "moe_layer.shared_experts",
@@ -387,9 +95,9 @@ def our_state(state: dict[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
         name = key.replace("gate_proj", "fc1")
         for old, new in _PARTS.items():
             name = name.replace(old, new)
-        found[name] = value
+        found[name] = value.squeeze(0) if name.endswith("expert_bias") else value
     if tied:
-        del found["decoder.output_projection.weight"]
+        found.pop("decoder.output_projection.weight", None)
     return found
 
 

@@ -8,11 +8,14 @@ __all__ = [
     "DEEPSEEK_V2_LITE",
     "DEEPSEEK_V3",
     "DOTS1",
+    "ERNIE",
     "GLM_4_5",
     "GLM_4_5_AIR",
     "GLM_4_7_FLASH",
     "GPT_OSS_20B",
     "GPT_OSS_120B",
+    "GRANITE",
+    "HUNYUAN",
     "KIMI_K2",
     "MINIMAX_M2",
     "MIXTRAL",
@@ -168,6 +171,50 @@ KIMI_K2 = DEEPSEEK_V3 | {
     "rope_scaling": YARN_V4 | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0}, "rope_theta": 50000.0,
     "routed_scaling_factor": 2.827, "topk_group": 1, "vocab_size": 163840,
 }  # fmt: skip
+HUNYUAN: dict[str, Any] = {
+    "add_classification_head": False, "attention_bias": False, "attention_dropout": 0.1, "attention_head_dim": 128,
+    "bos_token_id": 1, "cla_share_factor": 2, "class_num": 0, "dense_list": [4096, 0], "eod_token_id": 127967,
+    "eos_token_id": 127960, "group_limited_greedy": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+    "initializer_range": 0.02, "intermediate_size": 3072, "kv_lora_rank": None, "max_position_embeddings": 32768,
+    "mlp_bias": False, "model_type": "hunyuan_v1_moe", "moe_drop_tokens": False, "moe_intermediate_size": [3072] * 32,
+    "moe_layer_num_skipped": 0, "moe_random_routing_dropped_token": False, "moe_topk": [8] * 32, "n_group": False,
+    "norm_topk_prob": True, "norm_type": "rms", "num_attention_heads": 32, "num_experts": 64, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "num_shared_expert": [1] * 32, "org_vocab_size": 128167, "pad_id": 127961,
+    "pad_token_id": 127961, "pool_type": "last", "position_embedding_xdrope": False, "pretraining_tp": 1,
+    "q_lora_rank": None, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "routed_scaling_factor": False,
+    "rope_scaling": {
+        "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0,
+        "type": "dynamic",
+    },
+    "tie_word_embeddings": True, "topk_group": False, "use_cla": False, "use_mixed_mlp_moe": True, "use_mla": False,
+    "use_qk_norm": True, "use_rotary_pos_emb": True, "vocab_size": 128167,
+}  # fmt: skip
+ERNIE: dict[str, Any] = {
+    "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 2560, "intermediate_size": 12288,
+    "max_position_embeddings": 131072, "model_type": "ernie4_5_moe", "moe_capacity": [64, 64, 64], "moe_gate": "topk",
+    "moe_intermediate_size": 1536, "moe_k": 6, "moe_layer_end_index": 27, "moe_layer_interval": 1,
+    "moe_layer_start_index": 1, "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_use_aux_free": True,
+    "num_attention_heads": 20, "num_hidden_layers": 28, "num_key_value_heads": 4, "num_nextn_predict_layers": 1,
+    "pad_token_id": 0, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True, "use_bias": False,
+    "vocab_size": 103424,
+}  # fmt: skip
+ERNIE_300B = ERNIE | {
+    "hidden_size": 8192, "intermediate_size": 28672, "moe_gate": "topk_fused", "moe_intermediate_size": 3584,
+    "moe_k": 8, "moe_layer_end_index": 53, "moe_layer_start_index": 3, "moe_num_shared_experts": 0,
+    "num_attention_heads": 64, "num_hidden_layers": 54, "num_key_value_heads": 8,
+}  # fmt: skip
+GRANITE: dict[str, Any] = {
+    "attention_bias": False, "attention_dropout": 0.1, "attention_multiplier": 0.015625, "bos_token_id": 0,
+    "embedding_multiplier": 12.0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 1024,
+    "initializer_range": 0.02, "intermediate_size": 512, "logits_scaling": 6.0, "max_position_embeddings": 4096,
+    "model_type": "granitemoe", "num_attention_heads": 16, "num_experts_per_tok": 8, "num_hidden_layers": 24,
+    "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False, "pad_token_id": 0,
+    "residual_multiplier": 0.22, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000,
+    "router_aux_loss_coef": 0.001, "tie_word_embeddings": True, "use_cache": True, "vocab_size": 49155,
+}  # fmt: skip
+GRANITE_3B = GRANITE | {
+    "hidden_size": 1536, "num_attention_heads": 24, "num_hidden_layers": 32, "num_local_experts": 40,
+}  # fmt: skip
 # Published settings, with the number of values in all tensors: parameters (of the newer ones those that transformers
 # builds, see tests/numerics/test_published_sizes.py), biases of routers, prediction blocks with theirs.
 PUBLISHED = {
@@ -186,4 +233,10 @@ PUBLISHED = {
     "dots1": (DOTS1, 142_774_373_888 + 61 * 128),
     "minimax_m2": (MINIMAX_M2, 228_689_748_992 + 62 * 256),
     "kimi_k2": (KIMI_K2, 1_026_408_209_408 + 60 * 384),
+    "granitemoe": (GRANITE, 1_334_628_352),
+    "granitemoe 3b": (GRANITE_3B, 3_298_793_472),
+    "hunyuan_v1_moe": (HUNYUAN, 80_393_183_232),
+    # The router biases of 27 and 51 layers are parameters of transformers' class.
+    "ernie4_5_moe": (ERNIE, 21_825_437_888),
+    "ernie4_5_moe 300b": (ERNIE_300B, 298_636_913_856),
 }

@@ -60,9 +60,7 @@ class TestFamilies:
             torch.no_grad(),
             recorded(
                 theirs,
-                lambda part: (
-                    type(part).__name__.endswith("TopKRouter") or "TopkRouter" in type(part).__name__
-                ),
+                lambda part: type(part).__name__.endswith(("TopKRouter", "TopkRouter", "HunYuanMoEV1Gate")),
             ) as their_choices,
             recorded(ours, lambda part: isinstance(part, Router)) as our_choices,
         ):
@@ -86,7 +84,8 @@ class TestFamilies:
         targets = words().roll(-1, dims=1)
         for logits in (theirs(words()).logits, our_logits(ours)):
             F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-        expected = our_state({key: p.grad for key, p in theirs.named_parameters()}, tied=False)
+        grads = {key: p.grad for key, p in theirs.named_parameters() if p.requires_grad}
+        expected = our_state(grads, tied=theirs.config.tie_word_embeddings)
         found = {key: p.grad for key, p in ours.named_parameters()}
         assert expected.keys() == found.keys()
         for key, gradient in expected.items():
@@ -236,6 +235,31 @@ def truncated(ours: Any) -> None:
             part.rotary = Rotary(replace(part.rotary.config, yarn=yarn), part.rotary.dim)
 
 
+def norm_before_rope(ours: Any) -> None:
+    for part in ours.modules():
+        if isinstance(part, GroupedAttention):
+            part.config = replace(part.config, norm_after_rope=False)
+
+
+def usual_scores(ours: Any) -> None:
+    for part in ours.modules():
+        if isinstance(part, GroupedAttention):
+            part.config = replace(part.config, scale=None)
+
+
+def plain_embedding(ours: Any) -> None:
+    ours.decoder.embed_scale = 1.0
+
+
+def plain_residuals(ours: Any) -> None:
+    for layer in ours.decoder.layers:
+        layer.multiplier = 1.0
+
+
+def plain_logits(ours: Any) -> None:
+    ours.decoder.blocks = replace(ours.decoder.blocks, logits_scaling=None)
+
+
 def mask_id_one(ours: Any) -> None:
     """What fairseq's own dictionary would do to the token 1."""
     ours.decoder.padding_idx = 1
@@ -283,6 +307,14 @@ WRONG_RULES: dict[str, tuple[str, Callable[[Any], None]]] = {
     "minimax: heads turn whole": ("minimax", change_rotary(fraction=1.0)),
     "minimax: no norm": ("minimax", no_head_norm),
     "kimi: YaRN between two pairs": ("kimi", change_beta_fast),
+    "granite: plain embedding": ("granite", plain_embedding),
+    "granite: plain residuals": ("granite", plain_residuals),
+    "granite: usual scores": ("granite", usual_scores),
+    "granite: plain logits": ("granite_shared", plain_logits),
+    "hunyuan: norm before rope": ("hunyuan", norm_before_rope),
+    "hunyuan: alpha forgotten": ("hunyuan", change_rotary(theta=1e4)),
+    "ernie: choice by logits": ("ernie", change_rule(by_probability=False)),
+    "ernie: half form": ("ernie", change_rotary(interleaved=False)),
 }
 
 

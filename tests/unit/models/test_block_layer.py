@@ -1,5 +1,6 @@
 """The decoder of modern blocks by itself: flags and refusals, initial weights, padding, and guessing further."""
 
+from dataclasses import replace
 from shlex import split
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from fairseq_moe.criterions.nll import summed_nll
 from fairseq_moe.flags.blocks import BlocksConfig
 from fairseq_moe.flags.blocks_checks import block_problems
 from fairseq_moe.models.embedding import WordEmbedding
-from fairseq_moe.modules import Experts, Router, SharedExperts
+from fairseq_moe.modules import Experts, Router, RouterMode, SharedExperts, TokenInfo
 from fairseq_moe.modules.blocks.norm import RMSNorm
 from fairseq_moe.modules.kernels.swiglu import ClampedSwiglu
 from tests.helpers.presets import WordIds, build_model, parse
@@ -28,6 +29,9 @@ TINY = split(
 EXPERTS = split("--num-experts 4 --moe-ffn-hidden-size 20 --moe-router-pre-softmax --moe-aux-loss-coeff 0.1")
 LATENT = split(
     "--kv-lora-rank 16 --qk-nope-head-dim 8 --qk-rope-head-dim 4 --v-head-dim 6 --position-embedding rope"
+)
+MULTIPLIERS = split(
+    "--embedding-multiplier 3 --residual-multiplier 0.7 --attention-multiplier 0.5 --logits-scaling 1.5"
 )
 
 
@@ -52,6 +56,8 @@ class TestCompositions:
             "--attention-bias qkv --qk-norm head",
             "--qk-norm full --clip-qkv 1",
             "--attention-sinks --attention-window 3 --attention-window-layers [1,0] --position-embedding rope",
+            "--position-embedding rope --qk-norm head --qk-norm-after-rope",
+            " ".join(MULTIPLIERS),
             " ".join(LATENT),
             " ".join([*LATENT, "--q-lora-rank", "8", "--attention-bias", "all"]),
         ],
@@ -144,6 +150,36 @@ class TestCompositions:
         assert models[1].decoder.layers[0].activation_fn == ClampedSwiglu(alpha=1.702, limit=0.5)
         models[1].load_state_dict(models[0].state_dict())
         assert not torch.allclose(*(model.eval()(words())[0] for model in models))
+
+    @pytest.mark.parametrize("tied", [[], ["--share-decoder-input-output-embed"]], ids=["", "tied"])
+    def test_multipliers_by_hand(self, tied: list[str]) -> None:
+        model = make(*MULTIPLIERS, "--position-embedding", "none", *EXPERTS, *tied).eval()
+        decoder = model.decoder
+        with torch.no_grad():
+            found, extra = model(words())
+            x = 3 * decoder.embed_tokens(words())
+            for index, layer in enumerate(decoder.layers):
+                attention = layer.self_attn
+                attention.config = replace(attention.config, scale=None)
+                attention.q_proj.weight *= 0.5 * 8**0.5  # heads of 8
+                x = x + 0.7 * attention(layer.self_attn_layer_norm(x))
+                y, aux = layer.moe_layer(
+                    layer.final_layer_norm(x).flatten(0, 1), tokens=TokenInfo(mode=RouterMode.EVAL)
+                )
+                x = x + 0.7 * y.view_as(x)
+                torch.testing.assert_close(extra["moe_aux"][index].losses, aux.losses)
+            expected = decoder.output_projection(decoder.layer_norm(x)) / 1.5
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    def test_prediction_blocks_have_the_same_multipliers(self) -> None:
+        model = make(*MTP, *MULTIPLIERS, "--mtp-loss-weight", "0.3", *EXPERTS).train()
+        assert {layer.multiplier for layer in [*model.decoder.layers, model.decoder.mtp[1].layer]} == {0.7}
+        logits = model(words())[1]["mtp_logits"]
+        model.decoder.blocks = replace(model.decoder.blocks, logits_scaling=None)
+        for one, other in zip(model(words())[1]["mtp_logits"], logits, strict=True):
+            torch.testing.assert_close(one, 1.5 * other, atol=1e-5, rtol=1e-5)
+        model.decoder.embed_scale = 1.0
+        assert not torch.allclose(model(words())[1]["mtp_logits"][1], 1.5 * logits[1], atol=1e-3)
 
     def test_tied_head(self) -> None:
         model = make("--gated-ffn", "--share-decoder-input-output-embed")
@@ -332,6 +368,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     "--decoder-kv-heads is 3": {"decoder_kv_heads": 3},
     "is not a multiple of --decoder-attention-heads 5": {"gated_ffn": True, "decoder_attention_heads": 5},
     "3 values of each head turn": {"position_embedding": "rope", "decoder_head_dim": 3},
+    "--qk-norm-after-rope needs --qk-norm head and": {"qk_norm": "head", "qk_norm_after_rope": True},
+    "--logits-scaling is 0": {"logits_scaling": 0.0},
+    "--residual-multiplier is -1": {"residual_multiplier": -1.0},
     "--mtp-loss-weight needs --mtp-layers": {"mtp_loss_weight": 0.1},
     "--swiglu-limit is -7": {"gated_ffn": True, "swiglu_limit": -7.0},
     "--swiglu-limit is nan": {"gated_ffn": True, "swiglu_limit": float("nan")},
@@ -366,6 +405,7 @@ LATENT_FIELDS = {
 REFUSED_LATENT: dict[str, dict[str, Any]] = {
     "which has no --decoder-kv-heads": {"decoder_kv_heads": 2},
     "which has no --attention-sinks, --attention-window.": {"attention_sinks": True, "attention_window": 8},
+    "which has no --attention-multiplier": {"attention_multiplier": 0.1},
     "--attention-bias qkv does not describe": {"attention_bias": "qkv"},
     "needs --position-embedding rope": {"position_embedding": None},
     "--qk-rope-head-dim is 3": {"qk_rope_head_dim": 3},

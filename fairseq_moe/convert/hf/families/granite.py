@@ -14,13 +14,14 @@ def _granite(keys: ConfigKeys, **own: Any) -> ModelSpec:
     common = common_sizes(keys, max_positions=2048)
     heads = grouped_heads(keys, common, if_null=True, if_absent=True)
     multiplier = keys.number("attention_multiplier", 1.0, positive=True)
+    is_usual = multiplier == (heads["head_dim"] or 1) ** -0.5
     return ModelSpec(
         **common,
         **heads,
         attention_bias="all" if keys.flag("attention_bias", False) else "none",
         embedding_multiplier=keys.number("embedding_multiplier", 1.0, positive=True),
         residual_multiplier=keys.number("residual_multiplier", 1.0, positive=True),
-        attention_multiplier=None if multiplier == heads["head_dim"] ** -0.5 else multiplier,
+        attention_multiplier=None if is_usual else multiplier,
         logits_scaling=keys.number("logits_scaling", 1.0, positive=True),
         norm_eps=keys.number("rms_norm_eps", 1e-6, positive=True),
         expert_ffn_dim=keys.integer("intermediate_size"),

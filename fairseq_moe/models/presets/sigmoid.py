@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fairseq_moe.models.preset import Preset, deepseek_blocks, experts, sizes
+from fairseq_moe.models.presets.preset import Preset, deepseek_blocks, experts, sizes
 
 __all__ = ["SIGMOID_PRESETS"]
 
