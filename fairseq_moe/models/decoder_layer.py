@@ -156,16 +156,7 @@ def build_moe_layer(
     gated_bias: bool = False,
 ) -> MoELayer:
     """Build router, this rank's experts (wrapped by FSDP over their replicas where fairseq wraps) and dispatcher."""
-    router = Router(
-        model_dim=model_dim,
-        num_experts=moe.num_experts,
-        config=moe.router_config(),
-        scorer=moe.scorer_config(),
-        balance=moe.bias_config(),
-        # Routers of other stages are other ones.
-        sum_over_ranks=None if mesh.stage is None else mesh.sum_over_stage,
-        shards=shards_of(mesh),
-    )
+    router = _build_router(moe, mesh, model_dim)
     local_ids = mesh.layout.local_ids(mesh.rank)
     part = mesh.ranks.coordinate(mesh.rank, "expert_tensor"), mesh.ranks.expert_tensor
     placements = expert_placements(is_gated=is_gated(activation), is_cut=part[1] > 1)
@@ -214,6 +205,19 @@ def build_moe_layer(
         exchange_times=None if timed is None else timed.times,
         recompute="moe" in moe.recompute_modules,
         dropout=dropout if part[1] > 1 else 0.0,
+    )
+
+
+def _build_router(moe: MoEConfig, mesh: ParallelMesh, model_dim: int) -> Router:
+    return Router(
+        model_dim=model_dim,
+        num_experts=moe.num_experts,
+        config=moe.router_config(),
+        scorer=moe.scorer_config(),
+        balance=moe.bias_config(),
+        # Routers of other stages are other ones.
+        sum_over_ranks=None if mesh.stage is None else mesh.sum_over_stage,
+        shards=shards_of(mesh),
     )
 
 
