@@ -108,6 +108,22 @@ def test_a_copy_that_is_no_copy_is_refused(hf_model: Models, tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_ernies_prediction_blocks_are_left_out_with_a_note(hf_model: Models, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(hf_model("ernie4_5_moe"), source)
+    names = ["model.mtp_block.0.mlp.up_proj.weight", "model.mtp_emb_norm.0.weight"]
+    tensors = load_file(source / "model.safetensors")
+    more = {name: torch.ones(3) for name in names}
+    save_file(tensors | more, source / "model.safetensors")
+    (note,) = from_hf(source, tmp_path / "ours").notes
+    assert note.startswith("2 tensors of prediction blocks") and all(name in note for name in names)
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    assert load_file(tmp_path / "back" / "model.safetensors").keys() == tensors.keys()
+    _change(source, lambda tensors: tensors.update({"model.mtp_other.0.weight": torch.ones(3)}))
+    with pytest.raises(CheckpointError, match=r"has model\.mtp_other\.0\.weight, which the model"):
+        from_hf(source, tmp_path / "again")
+
+
 def test_prediction_blocks_that_were_not_saved_are_noted(hf_model: Models, tmp_path: Path) -> None:
     done = from_hf(hf_model("deepseek_v3"), tmp_path / "ours")
     assert done.notes == ["config.json names 1 multi-token prediction blocks, the files hold none."]
