@@ -177,12 +177,7 @@ def build_moe_layer(
         gated_bias=gated_bias,
         part=part,
     )
-    # In a single process the wrapper takes the model's own group, which has one rank.
-    replicas = mesh.expert_shards
-    groups = {} if replicas is None else {"process_group": replicas, "process_group_reduce_scatter": replicas}
-    experts = fsdp_wrap(experts, **groups)
-    if not isinstance(experts, Experts):  # flattening has lost the marks
-        place(experts.parameters(), EXPERT)
+    experts = _wrapped(experts, mesh)
     shared = None
     if moe.megatron.moe_shared_expert_intermediate_size is not None:
         shared = SharedExperts(
@@ -206,6 +201,16 @@ def build_moe_layer(
         recompute="moe" in moe.recompute_modules,
         dropout=dropout if part[1] > 1 else 0.0,
     )
+
+
+def _wrapped(experts: Experts, mesh: ParallelMesh) -> Any:
+    # In a single process the wrapper takes the model's own group, which has one rank.
+    replicas = mesh.expert_shards
+    groups = {} if replicas is None else {"process_group": replicas, "process_group_reduce_scatter": replicas}
+    wrapped = fsdp_wrap(experts, **groups)
+    if not isinstance(wrapped, Experts):  # flattening has lost the marks
+        place(wrapped.parameters(), EXPERT)
+    return wrapped
 
 
 def _build_router(moe: MoEConfig, mesh: ParallelMesh, model_dim: int) -> Router:

@@ -13,7 +13,6 @@ __all__ = [
     "grouped_heads",
     "latent_heads",
     "limited_groups",
-    "no_sliding_window",
 ]
 
 ROUTED_ALONE = "transformers routes this family in no other way"
@@ -131,18 +130,6 @@ def biased_sigmoid(keys: ConfigKeys, *, scaling: Any) -> Routing:
         scaling=keys.number("routed_scaling_factor", scaling, positive=True),
         **(limited if groups > 1 else {}),
     )
-
-
-def no_sliding_window(keys: ConfigKeys) -> None:
-    """Refuse a window that is switched on, and layers of other kinds than full attention."""
-    keys.fixed("use_sliding_window", False, why="attention here looks at all earlier tokens")
-    keys.ignore("sliding_window")
-    keys.ignore("layer_types")
-    layers = keys.values.get("layer_types")
-    if not isinstance(layers, list | None):
-        keys.problems.append(f"{keys.source} has layer_types {layers!r}, expected a list of full_attention.")
-    elif any(kind != "full_attention" for kind in layers or []):
-        keys.problems.append(f"{keys.source} has layer_types other than full_attention.")
 
 
 def limited_groups(keys: ConfigKeys, groups: int, kept: int, *, score: str) -> dict[str, Any]:

@@ -10,16 +10,14 @@ from fairseq_moe.convert.hf.families.common import (
     grouped_heads,
 )
 from fairseq_moe.convert.hf.families.family import Family
+from fairseq_moe.convert.hf.families.windows import layer_types, window_of, windows
 from fairseq_moe.convert.spec import ModelSpec
 
 __all__ = ["DOTS1"]
 
-_WINDOW, _FIRST_WINDOW = 4096, 62  # transformers' where a key is absent
-
 
 def _read(keys: ConfigKeys) -> ModelSpec:
     common = common_sizes(keys, max_positions=2048)
-    _no_window(keys, common["num_layers"])
     if "norm_topk_prob" not in keys.values:
         keys.problems.append(
             f"{keys.source} has no norm_topk_prob, which is false in this family, expected true: weights of sigmoid "
@@ -30,6 +28,7 @@ def _read(keys: ConfigKeys) -> ModelSpec:
     return ModelSpec(
         **common,
         **grouped_heads(keys, common, if_null=True),
+        **_windows(keys, common["num_layers"]),
         attention_bias="all" if keys.flag("attention_bias", False) else "none",
         qk_norm="head",
         norm_eps=keys.number("rms_norm_eps", 1e-6, positive=True),
@@ -41,23 +40,11 @@ def _read(keys: ConfigKeys) -> ModelSpec:
     )
 
 
-def _no_window(keys: ConfigKeys, num_layers: int) -> None:
-    """Refuse layers that see a window alone: as listed, or those from ``max_window_layers`` on if there is a window."""
-    keys.ignore("layer_types", "sliding_window", "max_window_layers")
-    kinds = keys.values.get("layer_types")
-    if kinds is None:
-        window, first = (
-            keys.values.get("sliding_window", _WINDOW),
-            keys.integer("max_window_layers", default=_FIRST_WINDOW, least=0),
-        )
-        has_window = window is not None and first < num_layers
-    else:
-        has_window = kinds != ["full_attention"] * num_layers
-    if has_window:
-        keys.problems.append(
-            f"{keys.source} has layers with a sliding window (layer_types, or sliding_window with max_window_layers "
-            "below the number of layers), expected full_attention in all: attention here looks at all earlier tokens."
-        )
+def _windows(keys: ConfigKeys, num_layers: int) -> dict[str, Any]:
+    window = window_of(keys, absent=4096)
+    first = keys.integer("max_window_layers", default=62, least=0)
+    default = [window is not None and index >= first for index in range(num_layers)]
+    return windows(keys, window, num_layers=num_layers, default=default)
 
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
@@ -68,7 +55,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         "first_k_dense_replace": spec.moe_layers.index(True),
         "head_dim": spec.head_dim,
         "intermediate_size": spec.dense_ffn_dim or spec.expert_ffn_dim,
-        "max_window_layers": spec.num_layers,
+        "layer_types": layer_types(spec),
         "moe_intermediate_size": spec.expert_ffn_dim,
         "n_group": routing.num_groups or 1,
         "n_routed_experts": routing.num_experts,
@@ -76,7 +63,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         "norm_topk_prob": routing.normalized,
         "routed_scaling_factor": routing.scaling,
         "scoring_func": routing.score,
-        "sliding_window": None,
+        "sliding_window": spec.window,
         "topk_group": routing.group_topk or 1,
     }
 

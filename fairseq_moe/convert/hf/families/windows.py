@@ -66,6 +66,6 @@ def windows(
 
 
 def layer_types(spec: ModelSpec) -> list[str]:
-    """Write ``layer_types``."""
+    """List the kind of each layer's attention, as ``layer_types`` has it."""
     layers = spec.window_layers or (False,) * spec.num_layers
     return [_SLIDING if has_window else _FULL for has_window in layers]
