@@ -70,6 +70,7 @@ def activate(
     ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ) -> None:
+    """Write w act(h + b) of a tile; see ``weighted_activation``."""
     hidden_width = width * 2 if IS_GATED else width
     last = tl.load(num_rows).to(tl.int32) if IS_COUNTED else total
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -115,6 +116,7 @@ def activate_backward(
     BLOCKS: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ) -> None:
+    """Write values again and gradients of whole rows; see ``weighted_activation_backward``."""
     hidden_width = width * 2 if IS_GATED else width
     last = tl.load(num_rows).to(tl.int32) if IS_COUNTED else total
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
