@@ -17,8 +17,6 @@ from tests.helpers.published_configs import (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V3,
     GPT_OSS_20B,
-    GRANITE,
-    HUNYUAN,
     MIXTRAL,
     PUBLISHED,
     QWEN2,
@@ -54,30 +52,6 @@ def test_a_model_survives_flags_and_a_new_config(name: str) -> None:
     assert found == replace(spec, family=WRITTEN_AS.get(spec.family, spec.family))
     assert read_config(write_config(spec, dtype="bfloat16")) == spec
     assert read_config(write_config(spec, like=PUBLISHED[name][0], dtype="bfloat16")) == spec
-
-
-def test_an_alpha_is_a_larger_theta_and_is_written_as_it_came() -> None:
-    spec = read_config(HUNYUAN)
-    assert spec.rope.theta == 10000.0 * 1000.0 ** (128 / 126) and spec.rope.yarn is None
-    written = write_config(spec, like=HUNYUAN, dtype="bfloat16")
-    assert {key: written.get(key) for key in ("rope_theta", "rope_scaling", "rope_parameters")} == {
-        "rope_theta": 10000.0,
-        "rope_scaling": HUNYUAN["rope_scaling"],
-        "rope_parameters": None,
-    }
-    # Trained on with another theta, it is written anew.
-    other = replace(spec, rope=replace(spec.rope, theta=5e5))
-    written = write_config(other, like=HUNYUAN, dtype="bfloat16")
-    assert (written["rope_theta"], written["rope_scaling"]) == (5e5, None)
-
-
-def test_multipliers_are_read_and_the_usual_one_of_scores_is_none() -> None:
-    spec = read_config(GRANITE)
-    assert (spec.embedding_multiplier, spec.residual_multiplier) == (12.0, 0.22)
-    assert (spec.attention_multiplier, spec.logits_scaling) == (0.015625, 6.0)
-    assert read_config(GRANITE | {"attention_multiplier": 0.125}).attention_multiplier is None
-    absent = {key: value for key, value in GRANITE.items() if "multiplier" not in key}
-    assert read_config(absent).attention_multiplier == 1.0  # as transformers takes it
 
 
 def test_rope_is_read_in_both_forms_and_written_in_both() -> None:

@@ -1,6 +1,5 @@
 """The top-k family of routing rules against plain Python, and its invariants."""
 
-import math
 import shutil
 from typing import Any
 
@@ -73,37 +72,6 @@ def test_weights_follow_one_order_or_the_other(pre: bool) -> None:
     probabilities = logits().softmax(-1).topk(3).values
     renormalised = probabilities / probabilities.sum(-1, keepdim=True)  # the order of Hugging Face's Mixtral
     torch.testing.assert_close(weights, probabilities if pre else renormalised)
-
-
-@pytest.mark.parametrize("pre", [False, True])
-@pytest.mark.parametrize("top_k", [2, 8])
-@pytest.mark.parametrize("groups", [None, (4, 2, "best_two"), (8, 8, "max")], ids=str)
-def test_probabilities_with_a_bias(pre: bool, top_k: int, groups: tuple[int, int, str] | None) -> None:
-    if groups is not None and top_k > groups[1] * E // groups[0]:
-        groups = (groups[0], groups[0], groups[2])
-    options: dict[str, Any] = {}
-    if groups is not None:
-        options = {"num_groups": groups[0], "group_topk": groups[1], "group_score": GroupScore(groups[2])}
-    found = route(logits(), pre_softmax=pre, by_probability=True, top_k=top_k, bias=BIAS, **options)
-    assert_same(
-        kept(found),
-        slow.routes(logits(), top_k=top_k, pre=pre, bias=BIAS, by_probability=True, groups=groups),
-    )
-
-
-def test_probabilities_with_a_bias_by_hand() -> None:
-    """Probabilities 1/2, 1/4, 1/8, 1/8: a bias of 1/5 on the last puts it before the second, by logits it would not."""
-    halves = torch.tensor([[3.0, 2.0, 1.0, 1.0]]) * math.log(2.0)
-    bias = [0.0, 0.0, 0.0, 0.2]
-    by_logit = route(halves, top_k=2, bias=bias)
-    assert by_logit.decision.expert_ids_TK.tolist() == [[0, 1]]
-    found = route(halves, top_k=2, bias=bias, by_probability=True)
-    assert found.decision.expert_ids_TK.tolist() == [[0, 3]]
-    torch.testing.assert_close(
-        found.weights_TK, torch.tensor([[0.8, 0.2]])
-    )  # 1/2 and 1/8, divided by their sum
-    found = route(halves, top_k=2, bias=bias, by_probability=True, pre_softmax=True)
-    torch.testing.assert_close(found.weights_TK, torch.tensor([[0.5, 0.125]]))
 
 
 def test_bias_moves_choices_and_never_weights() -> None:
