@@ -16,6 +16,7 @@ from tests.helpers.published_configs import (
     DEEPSEEK_V2,
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V3,
+    DOTS1,
     GPT_OSS_20B,
     MIXTRAL,
     PUBLISHED,
@@ -103,9 +104,11 @@ def test_windows_are_read_as_transformers_reads_them() -> None:
     assert (every_second.window, every_second.window_layers[:5]) == (65536, (True, False, True, False, False))
     assert read_config(QWEN3 | on | {"sliding_window": 512}).window_layers == (True,) * 48
     assert read_config(QWEN3 | {"sliding_window": 512}).window is None
+    last = read_config(DOTS1 | {"max_window_layers": 60})
+    assert (last.window, last.window_layers) == (4096, (False,) * 60 + (True,) * 2)
     gpt_oss = read_config(GPT_OSS_20B)
     assert (gpt_oss.window, gpt_oss.window_layers) == (128, (True, False) * 12)
-    for spec in (mixtral, every_second, gpt_oss):
+    for spec in (mixtral, every_second, last, gpt_oss):
         assert read_config(write_config(spec, dtype="bfloat16")) == spec
         assert spec_of(flags_of(spec), vocab_size=spec.vocab_size, max_positions=spec.max_positions) == spec
 

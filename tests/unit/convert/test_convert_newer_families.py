@@ -95,8 +95,11 @@ REFUSED: dict[str, tuple[Values, Values, str]] = {
     "heads by chance": (MINIMAX_M2, {"head_dim": None}, "has no head_dim, which this model needs"),
     "not renormalised": (GLM_4_5, {"norm_topk_prob": False}, "norm_topk_prob False, expected True"),
     "no shared expert": (GLM_4_5, {"n_shared_experts": 0}, "n_shared_experts 0, expected a whole number from 1 up"),
-    "no windows yet": (DOTS1, {"max_window_layers": 61}, "has layers with a sliding window"),
-    "listed windows": (DOTS1, {"layer_types": ["sliding_attention"] * 62}, "has layers with a sliding window"),
+    "listed windows": (
+        DOTS1,
+        {"layer_types": ["sliding_attention"] * 62, "sliding_window": None},
+        "layers with sliding_attention, but no sliding_window",
+    ),
     "dense layers elsewhere": (GLM_4_7_FLASH, {"first_k_dense_replace": 2}, "transformers reads mlp_layer_types"),
     "kinds of layers": (GLM_4_7_FLASH, {"mlp_layer_types": ["dense"]}, "expected dense or sparse for each of 47"),
     "no factor": (GLM_4_7_FLASH, {"routed_scaling_factor": None}, "has no routed_scaling_factor, which this model"),
