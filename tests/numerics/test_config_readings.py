@@ -66,10 +66,11 @@ def all_changes(name: str, values: Values) -> Iterator[tuple[str, Values]]:
     for key in sorted(set(old) | read_by_transformers(name)):
         for label, value in CHANGES.items():
             yield f"{key} {label}", changed(old, key, value)
+    own = [key for key in values["rope_parameters"] if key not in ROPE_SETTINGS]
     both = values | {"rope_scaling": old["rope_scaling"]}
     for style, given in {"4": old, "5": values, "both": both}.items():
         for key in ("rope_scaling", "rope_parameters"):
-            for setting in ROPE_SETTINGS:
+            for setting in (*ROPE_SETTINGS, *own):
                 for label, value in CHANGES.items():
                     inner = changed(given.get(key) or {}, setting, value)
                     yield f"{style}: {key}.{setting} {label}", given | {key: inner}
