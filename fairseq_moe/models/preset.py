@@ -60,6 +60,7 @@ class Preset:
 
 
 def sizes(layers: int, dim: int, heads: int, ffn: int, expert_ffn: int, **more: Any) -> dict[str, Any]:
+    """Write the flags of layers, model width, query heads, and widths of dense networks and experts."""
     return {
         "decoder_layers": layers,
         "decoder_embed_dim": dim,
@@ -71,6 +72,7 @@ def sizes(layers: int, dim: int, heads: int, ffn: int, expert_ffn: int, **more: 
 
 
 def experts(count: int, top_k: int, *, aux: float, **more: Any) -> dict[str, Any]:
+    """Write the flags of so many experts, of which each token takes ``top_k``, balanced with the weight ``aux``."""
     return {"num_experts": count, "moe_router_topk": top_k, "moe_aux_loss_coeff": str(aux), **more}
 
 
