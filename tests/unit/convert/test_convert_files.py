@@ -253,11 +253,11 @@ def test_weight_and_scale_may_lie_in_different_shards(tmp_path: Path, dtype: tor
     [
         (None, (4, 4), "w of {path} is FP8 and has no w_scale_inv"),
         (torch.ones(2, 2), None, "config.json has no quantization_config"),
-        (torch.ones(2, 1), (4, 4), "of shape (2, 1), expected float32 of shape (2, 2)"),
+        (torch.ones(2, 1), (4, 4), "of shape (2, 1), expected float32 or bfloat16 of shape (2, 2)"),
         (
-            torch.ones(2, 2, dtype=torch.bfloat16),
+            torch.ones(2, 2, dtype=torch.float16),
             (4, 4),
-            "is torch.bfloat16 of shape (2, 2), expected float32",
+            "is torch.float16 of shape (2, 2), expected float32",
         ),
     ],
 )
