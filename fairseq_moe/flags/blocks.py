@@ -90,7 +90,7 @@ class BlocksConfig:
     v_head_dim: int | None = _flag(None, "latent attention: size of a head's values")
     gated_ffn: bool = _flag(
         False,
-        "SwiGLU networks without biases, dense and expert ones; their activation is SiLU, not --activation-fn",
+        "SwiGLU networks, dense and expert ones, without biases; their activation is SiLU, not --activation-fn",
     )
     gated_ffn_bias: bool = _flag(False, "SwiGLU networks have biases, dense, shared and expert ones")
     swiglu_limit: float | None = _flag(
