@@ -1,4 +1,7 @@
-"""docs/convert.md at tiny size for every family: from Hugging Face, train on two ranks, eval, generate, and back."""
+"""docs/convert.md at tiny size: from Hugging Face, train on two ranks, eval, generate, and back.
+
+Of every kind of block one family; tests/distributed/test_axes_families.py trains all families and gives them back.
+"""
 
 import math
 import re
@@ -16,11 +19,22 @@ from fairseq_moe.convert.cli import main
 from fairseq_moe.convert.verify import verify
 from tests.e2e.commands import BASE, PLUGIN, json_lines
 from tests.helpers.docs import documented_command
-from tests.helpers.hf import HF_MODELS, import_transformers
+from tests.helpers.hf import import_transformers
 from tests.helpers.ranks import run_cli
 
 Models = Callable[..., Path]
 VOCABULARY = 97
+# Plain; latent attention, groups, a bias on sigmoid scores; a gated shared expert, dense layers; a norm over all heads,
+# heads that turn in part; multipliers, a tied head, stacks; a bias on softmax scores; sinks, windows, biases, clamps.
+FAMILIES = (
+    "mixtral",
+    "deepseek_v3",
+    "qwen2_moe",
+    "minimax_m2",
+    "granitemoeshared",
+    "ernie4_5_moe",
+    "gpt_oss",
+)
 EOS, NUM_NEW = 2, 6
 SENTENCE = "to be or not to be that is the question"
 
@@ -109,7 +123,7 @@ def _train(source: Path, tokenizer: Path, folder: Path) -> Run:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", HF_MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_published_model_is_trained_and_given_back(
     name: str, hf_model: Models, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
