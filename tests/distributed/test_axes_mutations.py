@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.axes import C2, C2T2, GPT, T2, T2X2, numbers_of_ranks
+from tests.helpers.complaint import complaint
 from tests.helpers.ranks import run_ranks
 
 Patch = pytest.MonkeyPatch
@@ -156,21 +157,6 @@ def updated(rank: int, cases: list[tuple[tuple[Any, ...], str]]) -> list[Any]:
 def alone() -> dict[str, Any]:
     found: dict[str, Any] = run_ranks(updated, 1, [((), "nothing")])[0][0]
     return found
-
-
-def complaint(found: Any, expected: dict[str, Any]) -> str:
-    """What differs from one process; empty if nothing does."""
-    if isinstance(found, str):
-        return found
-    for name, value in expected["logged"].items():
-        if name != "gnorm" and found["logged"][name] != pytest.approx(value, rel=2e-6, abs=2e-6):
-            return f"logged {name}"
-    norm = torch.stack([gradient.norm() for gradient in expected["gradients"].values()]).norm()
-    for name, gradient in expected["gradients"].items():
-        difference = float((found["gradients"][name] - gradient).norm())
-        if difference > 1e-12 * float(gradient.norm()) + 1e-14 * float(norm):
-            return f"gradient of {name}"
-    return ""
 
 
 @pytest.mark.parametrize("world_size", CASES)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_axes_mutations import complaint
 from tests.helpers.axes import C2, T2X2, numbers_of_ranks
 from tests.helpers.block_models import MODELS
+from tests.helpers.complaint import complaint
 from tests.helpers.ranks import run_ranks
 
 Patch = pytest.MonkeyPatch
