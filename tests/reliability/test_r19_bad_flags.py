@@ -143,6 +143,6 @@ def test_every_problem_is_a_sentence_before_data_is_read(index: int, save_dir: P
 
 
 def test_this_test_sees_flags_that_nobody_checks(save_dir: Path) -> None:
-    [outcome] = run_ranks(_all_commands, 1, str(save_dir), [7], True, timeout=60)[0]
+    [outcome] = run_ranks(_all_commands, 1, str(save_dir), [7], True, timeout=110)[0]
     with pytest.raises(AssertionError):
         _assert_refused(outcome, CASES[7][1])

@@ -36,7 +36,7 @@ RULES: dict[str, dict[str, Any]] = {
     },
     "probabilities and a bias": {
         "config": TopKConfig(score=ScoreRule(top_k=2, by_probability=True), aux_losses=LOSSES),
-        "bias": BiasConfig(rule=BiasRule.SIGN),
+        "balance": BiasConfig(rule=BiasRule.SIGN),
     },
     "one of them": {"config": TopKConfig(score=ScoreRule(top_k=1, function=SIGMOID))},
     "quantile": {

@@ -49,7 +49,7 @@ def make_layer(flags: dict[str, Any] = FLAGS, *, dropout: float = 0.3, hidden: i
             num_experts=E,
             config=moe.router_config(),
             scorer=moe.scorer_config(),
-            bias=moe.bias_config(),
+            balance=moe.bias_config(),
         ),
         experts=Experts(num_local_experts=E, first_expert_id=0, model_dim=D, hidden_dim=hidden, **networks),
         shared_experts=SharedExperts(model_dim=D, hidden_dim=hidden, gated=True, **networks),
