@@ -21,7 +21,7 @@ WINDOWS = ("--attention-window", 3, "--attention-window-layers", "[1,0,0,1]")
 MODELS: dict[str, tuple[Any, ...]] = {
     "grouped": (
         *_BLOCKS, "--decoder-kv-heads", 4, "--decoder-head-dim", 4, "--qk-norm", "full", "--attention-bias", "qkv",
-        "--moe-shared-expert-gate", "--attention-sinks", *WINDOWS, *_EVERY_BIAS,
+        "--moe-shared-expert-gate", *_EVERY_BIAS, "--attention-sinks", *WINDOWS,
     ),
     "latent": (
         *_BLOCKS, "--kv-lora-rank", 10, "--q-lora-rank", 6, "--qk-nope-head-dim", 4, "--qk-rope-head-dim", 2,

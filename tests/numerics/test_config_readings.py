@@ -28,6 +28,9 @@ from fairseq_moe.errors import CheckpointError, ConfigError
 from tests.helpers.hf import HF_MODELS, hf_config, import_transformers, random_model
 
 ABSENT: Any = object()
+# Of each way to read positions one family: plain with half a head's pairs, YaRN of neighbours, YaRN without rounding
+# and with a meaning of its own where nothing is said, heads that turn in part by either key, a theta with alpha.
+WITH_ROPE = ("mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "glm4_moe", "minimax_m2", "hunyuan_v1_moe")
 CHANGES: dict[str, Any] = {"null": None, "zero": 0, "false": False, "absent": ABSENT}
 ROPE_SETTINGS = (
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
@@ -150,9 +153,9 @@ def test_a_changed_setting_is_refused_or_read_as_transformers_reads_it(name: str
             if found in others and not torch.equal(own, others[found]):
                 wrong.append(f"{label} (another model)")
     assert wrong == []
-    assert outcomes["refused"] > 100
-    assert outcomes["the same model"] > 100
-    assert outcomes["another model"] > 3
+    assert outcomes["refused"] > (100 if name in WITH_ROPE else 30)
+    assert outcomes["the same model"] > (100 if name in WITH_ROPE else 50)
+    assert outcomes["another model"] > (3 if name in WITH_ROPE else 1)
 
 
 def logits_of_its_own(values: Values) -> torch.Tensor:
