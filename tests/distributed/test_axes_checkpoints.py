@@ -222,7 +222,8 @@ def ring(names: Sequence[str]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("model", MODELS)
 def test_layouts_read_one_another_in_a_ring(model: str, tmp_path: Path) -> None:
     flags = MODELS[model] if model == "latent" else (*MODELS[model], *UNTIED)
-    check(ring([*LAYOUTS]), tmp_path, flags)
+    # In float32 a value at a clamp's bound may fall on either side of it; in float64 see below.
+    check(ring([*LAYOUTS]), tmp_path, flags, bound=1e-4)
 
 
 @pytest.mark.parallel
