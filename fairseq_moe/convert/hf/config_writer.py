@@ -26,10 +26,7 @@ def write_config(
     Raises:
         ConfigError: ``like`` describes another model.
     """
-    if like is None:
-        values = _fresh(spec)
-    else:
-        values = {key: value for key, value in like.items() if key != "quantization_config"}
+    values = _fresh(spec) if like is None else _unquantized(like)
     values |= _positions(spec, like, ignored) | {"torch_dtype": dtype, "dtype": dtype}
     again = read_config(values, ignored=ignored)
     wrong = _differences(spec, again)
@@ -49,13 +46,16 @@ def write_config(
     return dict(sorted(values.items()))
 
 
+def _unquantized(like: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in like.items() if key != "quantization_config"}
+
+
 def _positions(spec: ModelSpec, like: dict[str, Any] | None, ignored: Collection[str]) -> dict[str, Any]:
     """Write the keys of positions, none if those of ``like`` have another form of the same ones."""
     forms = [] if like is None else [like.get("rope_scaling"), like.get("rope_parameters")]
-    if like is not None and any(isinstance(form, dict) and form.get("alpha") for form in forms):
-        plain = {key: value for key, value in like.items() if key != "quantization_config"}
-        if read_config(plain, ignored=ignored).rope == spec.rope:
-            return {}
+    has_alpha = any(isinstance(form, dict) and form.get("alpha") for form in forms)
+    if like is not None and has_alpha and read_config(_unquantized(like), ignored=ignored).rope == spec.rope:
+        return {}
     return _rope_keys(spec)
 
 
@@ -74,8 +74,7 @@ def as_family_of(spec: ModelSpec, like: dict[str, Any] | None, *, ignored: Colle
     if like is None or like.get("model_type") not in FAMILIES:
         return spec
     own = replace(spec, family=like["model_type"])
-    values = {key: value for key, value in like.items() if key != "quantization_config"}
-    return spec if _differences(own, read_config(values, ignored=ignored)) else own
+    return spec if _differences(own, read_config(_unquantized(like), ignored=ignored)) else own
 
 
 def _differences(spec: ModelSpec, found: ModelSpec) -> list[str]:

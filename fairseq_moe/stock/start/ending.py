@@ -101,9 +101,9 @@ def _exit_with(error: MoEError) -> NoReturn:
     elif world_size() == 1:
         # Launchers end all ranks at the first exit; rank 0 must have said why by then, and then ends us.
         time.sleep(_RANK_0_SPEAKS_SEC)
-    if error.agreed and world_size() > 1:
-        leave_together(_RANK_0_SPEAKS_SEC)
     if world_size() > 1:
+        if error.agreed:
+            leave_together(_RANK_0_SPEAKS_SEC)
         _wait_for_writers()
         finish_profiles()
         _exit_at_once(USER_ERROR_EXIT_CODE)

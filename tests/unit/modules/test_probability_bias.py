@@ -5,27 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fairseq_moe.modules import Router, RouterMode, TokenInfo
 from fairseq_moe.modules.routing.bias import BiasConfig, BiasRule
-from fairseq_moe.modules.routing.contract import RouterOutput
 from fairseq_moe.modules.routing.scores import GroupScore, ScoreRule
-from fairseq_moe.modules.routing.topk import TopKConfig, TopKRule
+from fairseq_moe.modules.routing.topk import TopKConfig
 from tests.helpers import slow_routing as slow
+from tests.helpers.topk_rules import E, logits, route
 
-T, E = 24, 8
 BIAS = [0.3, -0.2, 0.0, 0.4, -0.3, 0.1, 0.2, -0.1]
 TRAIN = TokenInfo(mode=RouterMode.TRAIN)
-
-
-def logits() -> Tensor:
-    return 2 * torch.randn(T, E, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-def route(values: Tensor, *, bias: list[float], **score: Any) -> RouterOutput:
-    rule = TopKRule(TopKConfig(score=ScoreRule(**score)))
-    return rule.route(values, TRAIN, None, bias_E=torch.tensor(bias))
 
 
 @pytest.mark.parametrize("pre", [False, True])

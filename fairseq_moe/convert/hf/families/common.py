@@ -1,9 +1,9 @@
-"""Read what several families have in common: sizes, heads, limits of groups."""
+"""Read and write what several families have in common: sizes, heads, networks and their routing, limits of groups."""
 
 from typing import Any
 
 from fairseq_moe.convert.hf.config_keys import REQUIRED, ConfigKeys
-from fairseq_moe.convert.spec import Mla, Routing
+from fairseq_moe.convert.spec import Mla, ModelSpec, Routing
 
 __all__ = [
     "ROUTED_ALONE",
@@ -13,6 +13,8 @@ __all__ = [
     "grouped_heads",
     "latent_heads",
     "limited_groups",
+    "write_latent_heads",
+    "write_networks",
 ]
 
 ROUTED_ALONE = "transformers routes this family in no other way"
@@ -102,6 +104,18 @@ def latent_heads(keys: ConfigKeys, common: dict[str, Any], *, interleaved: bool)
     }
 
 
+def write_latent_heads(spec: ModelSpec) -> dict[str, Any]:
+    """List the sizes that ``latent_heads`` reads and no other family has."""
+    assert spec.mla is not None
+    return {
+        "kv_lora_rank": spec.mla.kv_lora_rank,
+        "q_lora_rank": spec.mla.q_lora_rank,
+        "qk_nope_head_dim": spec.mla.qk_nope_head_dim,
+        "qk_rope_head_dim": spec.mla.qk_rope_head_dim,
+        "v_head_dim": spec.mla.v_head_dim,
+    }
+
+
 def dense_in_front(keys: ConfigKeys, num_layers: int, *, default: Any) -> tuple[bool, ...]:
     """Read how many layers in front have no experts; return for each layer whether it has."""
     keys.fixed("moe_layer_freq", 1, why="transformers takes every layer after first_k_dense_replace")
@@ -130,6 +144,23 @@ def biased_sigmoid(keys: ConfigKeys, *, scaling: Any) -> Routing:
         scaling=keys.number("routed_scaling_factor", scaling, positive=True),
         **(limited if groups > 1 else {}),
     )
+
+
+def write_networks(spec: ModelSpec) -> dict[str, Any]:
+    """List the keys of networks and routing as DeepSeek's families and those after them call them."""
+    routing = spec.routing
+    return {
+        "first_k_dense_replace": spec.moe_layers.index(True),
+        "intermediate_size": spec.dense_ffn_dim or spec.expert_ffn_dim,
+        "moe_intermediate_size": spec.expert_ffn_dim,
+        "n_group": routing.num_groups or 1,
+        "n_routed_experts": routing.num_experts,
+        "n_shared_experts": (spec.shared_ffn_dim or 0) // spec.expert_ffn_dim,
+        "norm_topk_prob": routing.normalized,
+        "routed_scaling_factor": routing.scaling,
+        "scoring_func": routing.score,
+        "topk_group": routing.group_topk or 1,
+    }
 
 
 def limited_groups(keys: ConfigKeys, groups: int, kept: int, *, score: str) -> dict[str, Any]:

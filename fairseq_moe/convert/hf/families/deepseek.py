@@ -13,6 +13,8 @@ from fairseq_moe.convert.hf.families.common import (
     dense_in_front,
     latent_heads,
     limited_groups,
+    write_latent_heads,
+    write_networks,
 )
 from fairseq_moe.convert.hf.families.family import Family
 from fairseq_moe.convert.spec import ModelSpec, Routing
@@ -103,35 +105,20 @@ def _deepseek_v3(keys: ConfigKeys) -> ModelSpec:
 
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
-    assert spec.mla is not None
     routing, is_v3 = spec.routing, spec.family != "deepseek_v2"
-    groups = routing.num_groups or 1
+    networks = write_networks(spec)
     own: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM"],
         "attention_bias": False,
         "aux_loss_alpha": routing.aux_loss_coeff,
-        "first_k_dense_replace": spec.moe_layers.index(True),
-        "intermediate_size": spec.dense_ffn_dim or spec.expert_ffn_dim,
-        "kv_lora_rank": spec.mla.kv_lora_rank,
-        "moe_intermediate_size": spec.expert_ffn_dim,
         "moe_layer_freq": 1,
-        "n_group": groups,
-        "n_routed_experts": routing.num_experts,
-        "n_shared_experts": (spec.shared_ffn_dim or 0) // spec.expert_ffn_dim or None,
-        "norm_topk_prob": routing.normalized,
-        "q_lora_rank": spec.mla.q_lora_rank,
-        "qk_nope_head_dim": spec.mla.qk_nope_head_dim,
-        "qk_rope_head_dim": spec.mla.qk_rope_head_dim,
-        "routed_scaling_factor": routing.scaling,
-        "scoring_func": routing.score,
+        "n_shared_experts": networks["n_shared_experts"] or None,
         "seq_aux": routing.aux_loss_per_sequence,
-        "topk_group": routing.group_topk or 1,
         "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy" if routing.num_groups else "greedy",
-        "v_head_dim": spec.mla.v_head_dim,
     }
     if is_v3:
         own |= {"num_nextn_predict_layers": spec.mtp_layers, "rope_interleave": spec.rope.interleaved}
-    return own
+    return networks | write_latent_heads(spec) | own
 
 
 DEEPSEEK_V2 = Family(read=_deepseek_v2, write=_write, is_latent=True, routes_in_float32=True)

@@ -8,6 +8,7 @@ from fairseq_moe.convert.hf.families.common import (
     common_sizes,
     dense_in_front,
     grouped_heads,
+    write_networks,
 )
 from fairseq_moe.convert.hf.families.family import Family
 from fairseq_moe.convert.hf.families.windows import layer_types, window_of, windows
@@ -48,23 +49,12 @@ def _windows(keys: ConfigKeys, num_layers: int) -> dict[str, Any]:
 
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
-    routing = spec.routing
-    return {
+    return write_networks(spec) | {
         "architectures": ["Dots1ForCausalLM"],
         "attention_bias": spec.attention_bias == "all",
-        "first_k_dense_replace": spec.moe_layers.index(True),
         "head_dim": spec.head_dim,
-        "intermediate_size": spec.dense_ffn_dim or spec.expert_ffn_dim,
         "layer_types": layer_types(spec),
-        "moe_intermediate_size": spec.expert_ffn_dim,
-        "n_group": routing.num_groups or 1,
-        "n_routed_experts": routing.num_experts,
-        "n_shared_experts": (spec.shared_ffn_dim or 0) // spec.expert_ffn_dim,
-        "norm_topk_prob": routing.normalized,
-        "routed_scaling_factor": routing.scaling,
-        "scoring_func": routing.score,
         "sliding_window": spec.window,
-        "topk_group": routing.group_topk or 1,
     }
 
 

@@ -9,6 +9,8 @@ from fairseq_moe.convert.hf.families.common import (
     dense_in_front,
     grouped_heads,
     latent_heads,
+    write_latent_heads,
+    write_networks,
 )
 from fairseq_moe.convert.hf.families.family import Family
 from fairseq_moe.convert.spec import ModelSpec
@@ -70,46 +72,25 @@ def _networks(keys: ConfigKeys, moe_layers: tuple[bool, ...], *, scaling: Any) -
     }
 
 
-def _write(spec: ModelSpec, **own: Any) -> dict[str, Any]:
-    routing = spec.routing
-    return own | {
+def _write_moe(spec: ModelSpec) -> dict[str, Any]:
+    return write_networks(spec) | {
+        "architectures": ["Glm4MoeForCausalLM"],
         "attention_bias": spec.attention_bias == "qkv",
-        "first_k_dense_replace": spec.moe_layers.index(True),
-        "intermediate_size": spec.dense_ffn_dim or spec.expert_ffn_dim,
-        "moe_intermediate_size": spec.expert_ffn_dim,
-        "n_group": routing.num_groups or 1,
-        "n_routed_experts": routing.num_experts,
-        "n_shared_experts": (spec.shared_ffn_dim or 0) // spec.expert_ffn_dim,
-        "norm_topk_prob": routing.normalized,
+        "head_dim": spec.head_dim,
         "num_nextn_predict_layers": spec.mtp_layers,
-        "routed_scaling_factor": routing.scaling,
-        "scoring_func": routing.score,
-        "topk_group": routing.group_topk or 1,
+        "use_qk_norm": spec.qk_norm == "head",
     }
 
 
-def _write_moe(spec: ModelSpec) -> dict[str, Any]:
-    return _write(
-        spec,
-        architectures=["Glm4MoeForCausalLM"],
-        head_dim=spec.head_dim,
-        use_qk_norm=spec.qk_norm == "head",
-    )
-
-
 def _write_lite(spec: ModelSpec) -> dict[str, Any]:
-    assert spec.mla is not None
-    return _write(
-        spec,
-        architectures=["Glm4MoeLiteForCausalLM"],
-        kv_lora_rank=spec.mla.kv_lora_rank,
-        mlp_layer_types=["sparse" if is_moe else "dense" for is_moe in spec.moe_layers],
-        q_lora_rank=spec.mla.q_lora_rank,
-        qk_nope_head_dim=spec.mla.qk_nope_head_dim,
-        qk_rope_head_dim=spec.mla.qk_rope_head_dim,
-        rope_interleave=spec.rope.interleaved,
-        v_head_dim=spec.mla.v_head_dim,
-    )
+    own = {
+        "architectures": ["Glm4MoeLiteForCausalLM"],
+        "attention_bias": False,
+        "mlp_layer_types": ["sparse" if is_moe else "dense" for is_moe in spec.moe_layers],
+        "num_nextn_predict_layers": spec.mtp_layers,
+        "rope_interleave": spec.rope.interleaved,
+    }
+    return write_networks(spec) | write_latent_heads(spec) | own
 
 
 GLM4_MOE = Family(read=_glm4_moe, write=_write_moe, knows_parts=True, routes_in_float32=True)

@@ -49,7 +49,7 @@ def _fixed(keys: ConfigKeys, num_layers: int) -> None:
     keys.fixed("router_jitter_noise", 0, 0.0, why="experts here get what the router gets")
     keys.fixed("scoring_func", "sigmoid", why=ROUTED_ALONE)
     keys.fixed("shared_intermediate_size", 0, why="there is no shared expert in this family")
-    keys.fixed("sliding_window", why="attention here looks at all earlier tokens")
+    keys.fixed("sliding_window", why="no layer of this family has a window")
     keys.fixed("use_qk_norm", True, why="transformers always normalises queries and keys")
     keys.fixed("use_routing_bias", True, why=ROUTED_ALONE)
 
